@@ -1,0 +1,241 @@
+"""The command line: `fit`, `test` and `predict`, each declared by the types it takes."""
+
+import itertools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from recast_pl import stream
+from recast_pl.data.module import SequentialTaskDataModule
+from recast_pl.decomposition.module import MimicryModule
+from recast_pl.errors import RecastError, RunError
+from recast_pl.files import write_atomic
+from recast_pl.report import evaluation_table, table_csv
+from recast_pl.til.module import TILModule
+from recast_pl.training import TrainerFactory
+
+CONFIG_FOLDERS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+_RUN_DIR = "RECAST_PL_RUN_DIR"  # how the processes that DDP starts learn the folder of the first one
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        args: The command line; None for that of the process.
+
+    Returns:
+        The exit status: 0, 1 if `test` finds a difference, 2 if the user has something to mend.
+    """
+    _quieten_lightning()
+    argv = list(sys.argv[1:] if args is None else args)
+    commands = {"fit": fit, "test": test, "predict": predict}
+    try:
+        parser = command_parser()
+        config = parser.parse_args(_with_resumed_config(_with_config_paths(argv)))
+        command = config.pop("command")
+        return commands[command](config[command])
+    except (RecastError, ArgumentError) as error:
+        print(f"recast_pl: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def command_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = ArgumentParser(prog="recast_pl", description=sys.modules["recast_pl"].__doc__, exit_on_error=False)
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("fit", fit_parser(), help="Learn a stream of tasks, or fit templates by gradient.")
+    commands.add_subcommand("test", test_parser(), help="Evaluate every learnt task of a run again.")
+    commands.add_subcommand("predict", predict_parser(), help="Classify images with a learnt task.")
+    return parser
+
+
+def fit_parser() -> LightningArgumentParser:
+    """The parser of `fit`: model, data and trainer, as in LightningCLI."""
+    parser = LightningArgumentParser(description="Learn a stream of tasks.", exit_on_error=False)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
+    parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
+    parser.add_argument("--resume", type=bool, default=False, help="Continue the run in --run_dir.")
+    parser.add_argument("--seed_everything", type=int, default=42, help="Decides all randomness of the run.")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(SequentialTaskDataModule, "data")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.link_arguments("seed_everything", "data.seed")
+    parser.set_defaults(
+        {
+            "trainer.enable_model_summary": False,  # one for each task would say the same
+            "trainer.log_every_n_steps": 10,  # tasks are short
+            "trainer.num_sanity_val_steps": 0,  # the probe has read the validation images already
+        }
+    )
+    return parser
+
+
+def test_parser() -> ArgumentParser:
+    """The parser of `test`."""
+    parser = ArgumentParser(description="Evaluate every learnt task of a run again.", exit_on_error=False)
+    parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
+    return parser
+
+
+def predict_parser() -> ArgumentParser:
+    """The parser of `predict`."""
+    parser = ArgumentParser(description="Classify images with a learnt task.", exit_on_error=False)
+    parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
+    parser.add_argument("--task", type=str, required=True, help="Name of a learnt task.")
+    parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
+    parser.add_argument("--output", type=str, required=True, help="CSV file: path,label,probability.")
+    return parser
+
+
+def fit(config: Namespace) -> int:
+    """Learns the stream, or fits templates by gradient where the model is a `MimicryModule`."""
+    run_dir = _run_dir(config)
+    if _is_main_process():
+        stream.open_run_folder(run_dir, config.resume)
+        _save_config(config, run_dir)
+    seed_everything(config.seed_everything, verbose=False)
+    init = fit_parser().instantiate_classes(config)
+    trainers = TrainerFactory(init.trainer)
+    console = Console()
+    if isinstance(init.model, MimicryModule):
+        decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything)
+        console.print(decomposition.table())
+    else:
+        stream.Stream(_til(init.model), init.data, run_dir, trainers, config.seed_everything, console).run()
+    if _is_main_process():
+        console.print(f"run folder: {run_dir}", soft_wrap=True)
+    return 0
+
+
+def test(config: Namespace) -> int:
+    """Evaluates all learnt tasks from their patches; 1 if a number differs from the recorded one."""
+    run_dir, init = _open_run(config.run_dir)
+    rows = stream.evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer))
+    Console().print(evaluation_table(rows))
+    return int(any(recorded != measured for _, recorded, measured in rows))
+
+
+def predict(config: Namespace) -> int:
+    """Writes the most probable class of each image as CSV."""
+    run_dir, init = _open_run(config.run_dir)
+    images = [Path(image) for image in config.images]
+    trainers = TrainerFactory(init.trainer)
+    rows = stream.predict_images(init.model, run_dir, config.task, images, trainers)
+    lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
+    write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
+    return 0
+
+
+def _open_run(folder: str) -> tuple[Path, Namespace]:
+    run_dir = Path(folder)
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{run_dir} is no run folder, it has no config.yaml; give the folder that 'fit' printed")
+    parser = fit_parser()
+    init = parser.instantiate_classes(parser.parse_path(path))
+    _til(init.model)
+    return run_dir, init
+
+
+def _til(model: LightningModule) -> TILModule:
+    if not isinstance(model, TILModule):
+        raise RunError(f"model {type(model).__name__} learns no tasks; use recast_pl.TILModule or a subclass")
+    return model
+
+
+def _run_dir(config: Namespace) -> Path:
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    if config.resume:
+        raise RunError("--resume true needs the --run_dir to continue")
+    if not _is_main_process():
+        if _RUN_DIR not in os.environ:
+            raise RunError("several processes were started from outside; give them one --run_dir")
+        return Path(os.environ[_RUN_DIR])
+    name = Path(str(config.config[-1])).stem if config.config else "run"
+    run_dir = Path("logs") / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    os.environ[_RUN_DIR] = str(run_dir)
+    return run_dir
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("RANK", "0")) == 0
+
+
+def _save_config(config: Namespace, run_dir: Path) -> None:
+    """Writes config.yaml; a resumed run must have the same, but for the trainer."""
+    kept = config.clone()
+    for key in ("config", "run_dir", "resume"):
+        kept.pop(key, None)
+    text = fit_parser().dump(kept, skip_link_targets=False)
+    path = run_dir / "config.yaml"
+    if path.exists():
+        before, after = yaml.safe_load(path.read_text()), yaml.safe_load(text)
+        changed = [k for k in ("model", "data", "seed_everything") if before.get(k) != after.get(k)]
+        if changed:
+            raise RunError(
+                f"{changed[0]} differs from {path}, so that resuming would mix two runs; "
+                "resume with the same options, or begin another --run_dir"
+            )
+    write_atomic(path, text)
+
+
+def _with_config_paths(argv: list[str]) -> list[str]:
+    """Finds bare config names in the working folder, then among the shipped configs."""
+    found = list(argv)
+    for i, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option in ("--config", "-c") and equals:
+            found[i] = f"{option}={_find_config(value)}"
+        elif word in ("--config", "-c") and i + 1 < len(argv):
+            found[i + 1] = _find_config(argv[i + 1])
+    return found
+
+
+def _find_config(name: str) -> str:
+    for folder in (Path(), *CONFIG_FOLDERS):
+        if (folder / name).is_file():
+            return str(folder / name)
+    shipped = sorted({p.name for folder in CONFIG_FOLDERS for p in folder.glob("*.yaml")})
+    raise RunError(f"config {name!r} was not found here nor in configs/, which has {', '.join(shipped)}")
+
+
+def _with_resumed_config(argv: list[str]) -> list[str]:
+    """`fit --run_dir DIR --resume true` alone continues with the run's own config."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    asked = dict(itertools.pairwise(words))
+    if asked.get("--resume") == "true" and "--run_dir" in asked and not {"--config", "-c"} & set(words):
+        path = Path(asked["--run_dir"]) / "config.yaml"
+        if path.is_file():
+            return [argv[0], "--config", str(path), *argv[1:]]
+    return argv
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _quieten_lightning() -> None:
+    """Silences what Lightning would say anew for each task's trainer; warnings about results stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`Trainer.predict` .*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,79 @@
+"""A task as a user names it, and how its images are split."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from recast_pl.errors import DataError
+
+SPLITS = ("train", "val", "test")
+_HELD_OUT = 0.15  # of each class, for validation and again for test: the paper's ratio, made to add up
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task of the stream.
+
+    Args:
+        name: Its name; without a path, that of a known data set.
+        path: A folder of `CLASS/IMAGE`, or of `train|val|test/CLASS/IMAGE`; None for a known data set.
+        flip: Whether training images are mirrored at random; wrong for digits and text.
+        transforms: Further transforms (of `torchvision.transforms.v2`) for training images, each applied to one
+            uint8 image (3, H, W) and seeded by (seed, task, epoch, image).
+    """
+
+    name: str
+    path: str | None = None
+    flip: bool = True
+    transforms: Sequence[nn.Module] = ()
+
+
+def check_names(tasks: Sequence[TaskConfig]) -> None:
+    """Refuses a stream whose task names cannot name files or tell tasks apart.
+
+    Raises:
+        DataError: Naming the task.
+    """
+    if not tasks:
+        raise DataError("data.tasks is empty; list at least one task, such as [{name: defects, path: /data/defects}]")
+    for task in tasks:
+        if not re.fullmatch(r"\w[\w.\- ]*", task.name):
+            raise DataError(f"task name {task.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"task {twice[0]!r} is listed twice in data.tasks; give each its own name")
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 32 bits that depends on all its parts and on nothing else, on every machine."""
+    return zlib.crc32("/".join(map(str, parts)).encode())
+
+
+def split_images(labels: NDArray[np.int64], given: Sequence[str], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Divides images into train, validation and test, stratified by class.
+
+    Args:
+        labels: Class index of each image (N,).
+        given: Split of each image where its source has one, else an empty string.
+        seed: Decides the division of the images that have no split.
+
+    Returns:
+        Image indices by split, ascending. A split that the source lacks is 15 % of each class of the training
+        images, but at least one image of a class that has three.
+    """
+    split = np.array(given, dtype="<U5")
+    split[split == ""] = "train"
+    generator = np.random.default_rng(seed)
+    missing = [name for name in ("val", "test") if not (split == name).any()]
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero((labels == label) & (split == "train")))
+        share = max(1, round(_HELD_OUT * len(members))) if len(members) > len(missing) else 0
+        for position, name in enumerate(missing):
+            split[members[position * share : (position + 1) * share]] = name
+    return {name: np.flatnonzero(split == name) for name in SPLITS}

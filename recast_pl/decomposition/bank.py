@@ -1,0 +1,188 @@
+"""Template banks, and the decomposition of a network as a value: solved, saved, loaded, inspected."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+from recast_pl.decomposition.solve import solve_group
+from recast_pl.decomposition.targets import BankLayout, Group, find_targets, group_targets
+from recast_pl.errors import DecompositionError
+from recast_pl.files import fingerprint, pack_tensors, read_tensors, write_atomic
+
+_FORMAT = 1
+
+
+class TemplateBank(nn.Module):
+    """The templates T_i that a group of layers shares, frozen.
+
+    Args:
+        templates: (n, *shape).
+    """
+
+    def __init__(self, templates: Tensor) -> None:
+        super().__init__()
+        # a frozen parameter, not a buffer: DDP broadcasts buffers at every step
+        self.templates = nn.Parameter(templates, requires_grad=False)
+
+    def mix(self, coefficients: Tensor) -> Tensor:
+        """The weight of equations 1 and 2, reading every template once.
+
+        Args:
+            coefficients: K sets of n coefficients (K, n).
+
+        Returns:
+            The weight (*shape): Σ_i mean_k(C_ki)·T_i, which equals mean_k Σ_i C_ki·T_i.
+        """
+        # in half precision a weight would lose what its coefficients can express
+        with torch.autocast(coefficients.device.type, enabled=False):
+            flat = coefficients.mean(0).to(self.templates) @ self.templates.flatten(1)  # (D,)
+        return flat.view(self.templates.shape[1:])
+
+
+@dataclass(frozen=True)
+class Bank:
+    """One group's templates and the coefficients of its layers.
+
+    Args:
+        group: The layers.
+        templates: (n, *shape).
+        coefficients: (L, K, n).
+    """
+
+    group: Group
+    templates: Tensor
+    coefficients: Tensor
+
+    def reconstruct(self) -> dict[str, Tensor]:
+        """The weight of each layer by name, from equations 1 and 2."""
+        bank = TemplateBank(self.templates)
+        return {name: bank.mix(c) for name, c in zip(self.group.targets, self.coefficients, strict=True)}
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Template banks and coefficients that stand for some weights of a network.
+
+    Args:
+        banks: One for each group.
+    """
+
+    banks: tuple[Bank, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, templates and coefficients."""
+        return fingerprint(self._tensors())
+
+    def reconstruct(self) -> dict[str, Tensor]:
+        """The dense weight of each target by name."""
+        return {name: weight for bank in self.banks for name, weight in bank.reconstruct().items()}
+
+    @torch.no_grad()
+    def relative_errors(self, model: nn.Module) -> dict[str, float]:
+        """How far the decomposition is from a network's weights.
+
+        Args:
+            model: The network, not decomposed.
+
+        Returns:
+            ‖W* − W‖ / ‖W‖ in the Frobenius norm, by target.
+        """
+        dense = {name: model.get_parameter(name) for name in self.reconstruct()}
+        return {name: float((w - dense[name]).norm() / dense[name].norm()) for name, w in self.reconstruct().items()}
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file atomically."""
+        groups = [asdict(bank.group) for bank in self.banks]
+        facts = {"format": _FORMAT, "kind": "decomposition", "groups": groups}
+        write_atomic(path, pack_tensors(self._tensors(), facts))
+
+    @classmethod
+    def load(cls, path: Path) -> "Decomposition":
+        """Reads what `save` wrote.
+
+        Raises:
+            DecompositionError: If the file is missing, damaged or of another kind.
+        """
+        tensors, metadata = read_tensors(path, DecompositionError)
+        if metadata.get("kind") != "decomposition" or metadata.get("format") != _FORMAT:
+            kind, version = metadata.get("kind"), metadata.get("format")
+            raise DecompositionError(
+                f"{path} is a {kind} of format {version}, not a decomposition of format {_FORMAT}; "
+                "give the decomposition.safetensors of a run"
+            )
+        try:
+            return cls(tuple(_bank_from(entry, tensors) for entry in metadata["groups"]))
+        except (KeyError, TypeError, ValueError) as cause:
+            raise DecompositionError(f"{path} is incomplete ({cause}); decompose the backbone anew") from cause
+
+    def table(self) -> Table:
+        """Kinds of layers, their groups, templates, coefficients and numbers saved, for the terminal."""
+        table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left")
+        table.add_column("weights", no_wrap=True)
+        for column in ("shape", "layers", "groups", "templates", "coefficients", "saved"):
+            table.add_column(column, justify="right", no_wrap=True)
+        kinds: dict[str, list[Bank]] = {}
+        for bank in self.banks:
+            kinds.setdefault(bank.group.kind, []).append(bank)
+        for kind, banks in kinds.items():
+            shapes = {"×".join(map(str, bank.group.shape)) for bank in banks}
+            table.add_row(kind, shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes", *_counts(banks))
+        table.add_section()
+        table.add_row("total", "", *_counts(self.banks))
+        return table
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parts = ("templates", "coefficients")
+        return {f"{b.group.name}/{part}": getattr(b, part) for b in self.banks for part in parts}
+
+
+def decompose(model: nn.Module, layout: BankLayout) -> Decomposition:
+    """Decomposes weights of a network in closed form (see `recast_pl.decomposition.solve`).
+
+    Args:
+        model: Any module; it is not changed.
+        layout: Which weights, and how they share templates.
+
+    Returns:
+        The decomposition. With K > 1 all sets start equal, so that their mean is the optimum.
+
+    Raises:
+        DecompositionError: If the layout does not fit the model.
+    """
+    targets = find_targets(model, layout.targets)
+    groups = group_targets({name: tuple(w.shape) for name, w in targets.items()}, layout)
+    return Decomposition(tuple(_solve(group, targets, layout.coefficient_sets) for group in groups))
+
+
+def _solve(group: Group, weights: Mapping[str, Tensor], sets: int) -> Bank:
+    templates, coefficients = solve_group([weights[name] for name in group.targets], group.templates)
+    return Bank(group, templates, coefficients[:, None].repeat(1, sets, 1))  # (L, K, n)
+
+
+def _bank_from(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
+    group = Group(entry["name"], tuple(entry["targets"]), tuple(entry["shape"]), entry["templates"])
+    templates, coefficients = (tensors[f"{group.name}/{part}"] for part in ("templates", "coefficients"))
+    if templates.shape != (group.templates, *group.shape) or coefficients.shape[::2] != (
+        len(group.targets),
+        group.templates,
+    ):
+        raise ValueError(f"templates or coefficients of group {group.name} have a wrong shape")
+    return Bank(group, templates, coefficients)
+
+
+def _counts(banks: Sequence[Bank]) -> list[str]:
+    """Cells of the table; the last is S of section 3.3, dense numbers less those of banks and coefficients."""
+    layers = [len(bank.group.targets) for bank in banks]
+    dense = sum(count * bank.templates[0].numel() for count, bank in zip(layers, banks, strict=True))
+    templates = sum(len(bank.templates) for bank in banks)
+    coefficients = sum(bank.coefficients.numel() for bank in banks)
+    saved = dense - sum(bank.templates.numel() for bank in banks) - coefficients
+    return [f"{n:,}" for n in (sum(layers), len(banks), templates, coefficients, saved)]

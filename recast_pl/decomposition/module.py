@@ -1,0 +1,175 @@
+"""Neural Mimicry: templates and coefficients fitted to a teacher's weights by gradient (algorithm 2)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.optim import Optimizer, RMSprop
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.utils.data import DataLoader
+
+from recast_pl.backbones import BackboneConfig
+from recast_pl.decomposition.bank import Bank, Decomposition
+from recast_pl.decomposition.targets import BankLayout, Group, find_targets, group_targets
+from recast_pl.errors import DecompositionError
+
+_LOSSES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
+_BLOCK = 1 << 18  # columns whose loss is differentiated at a time, so that they stay in the cache
+
+
+class MimicryModule(LightningModule):
+    """Fits template banks and coefficients to the weights of a pretrained network (equation 3).
+
+    Train it with a plain `Trainer.fit(module)`: an epoch is one update of every group, since there is no data.
+    The groups are independent problems, each with an optimizer of its own, so that the gradients of one at a
+    time are in memory. The closed form (`recast_pl.decompose`) is better and faster; this is the paper's way.
+
+    Args:
+        backbone: The teacher.
+        layout: Which of its weights, and how they share templates.
+        image_size: Height and width in pixels for which the teacher is built; weights do not depend on it.
+        loss: `smooth_l1`, or `mse`.
+        loss_scale: Factor of the loss, which is a mean over the numbers of a layer, summed over layers.
+        noise_std: σ of the Gaussian noise added to the coefficients in training only; 0 for none.
+        gradient_clip: Largest norm of a group's gradient; 0 for no limit.
+        optimizer: Makes an optimizer from parameters.
+        lr_scheduler: Makes a schedule, stepped at every epoch, from an optimizer.
+        similarity_every: Epochs between two records of the similarity of each layer, and of all.
+
+    Raises:
+        DecompositionError: If the layout does not fit the teacher (when training starts).
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        layout: BankLayout,
+        image_size: int = 224,
+        loss: Literal["smooth_l1", "mse"] = "smooth_l1",
+        loss_scale: float = 2.0,
+        noise_std: float = 1e-4,
+        gradient_clip: float = 1.0,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = lambda p: RMSprop(p, lr=0.1),
+        lr_scheduler: Callable[[Optimizer], LRScheduler] = lambda o: StepLR(o, step_size=200, gamma=0.1),
+        similarity_every: int = 10,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.layout, self.image_size = backbone, layout, image_size
+        self.loss, self.loss_scale, self.noise_std = _LOSSES[loss], loss_scale, noise_std
+        self.gradient_clip, self.similarity_every = gradient_clip, similarity_every
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.automatic_optimization = False
+        self.groups: list[Group] = []
+        self.teacher = nn.ParameterDict()
+        self.templates, self.coefficients = nn.ParameterList(), nn.ParameterList()
+
+    def configure_model(self) -> None:
+        """Loads the teacher and draws the start: templates Kaiming normal, coefficients orthogonal."""
+        if self.groups:
+            return
+        weights = find_targets(self.backbone.build(self.image_size).net, self.layout.targets)
+        self.groups = group_targets({name: tuple(w.shape) for name, w in weights.items()}, self.layout)
+        for name, weight in weights.items():
+            self.teacher[_key(name)] = weight.requires_grad_(False)
+        for group in self.groups:
+            templates = torch.empty(group.templates, *group.shape)
+            for template in templates:
+                nn.init.kaiming_normal_(template)
+            sets = [torch.empty(self.layout.coefficient_sets, group.templates) for _ in group.targets]
+            self.templates.append(nn.Parameter(templates))
+            self.coefficients.append(nn.Parameter(torch.stack([nn.init.orthogonal_(s) for s in sets])))
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer and one schedule for each group."""
+        pairs = zip(self.templates, self.coefficients, strict=True)
+        optimizers = [self.optimizer(pair) for pair in pairs]
+        return optimizers, [self.lr_scheduler(o) for o in optimizers]
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """One batch an epoch, of nothing: the weights are the data."""
+        return DataLoader(range(1))  # type: ignore[arg-type]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One update of every group."""
+        optimizers = self.optimizers()
+        total = torch.zeros((), device=self.device)
+        for i, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
+            total += self._backward(i)
+            if self.gradient_clip:
+                self.clip_gradients(optimizer.optimizer, self.gradient_clip, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+        self.log("mimicry/loss", total, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Steps the schedules; now and then records how similar each layer has become."""
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()  # type: ignore[union-attr]
+        self.log("mimicry/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self.current_epoch % self.similarity_every == 0 or self.current_epoch + 1 == self.trainer.max_epochs:
+            self._log_similarity()
+
+    def decomposition(self) -> Decomposition:
+        """The fit as it stands.
+
+        Raises:
+            DecompositionError: If the module has not been trained.
+        """
+        if not self.groups:
+            raise DecompositionError("MimicryModule holds no templates yet; call Trainer.fit(module) first")
+        parts = zip(self.groups, self.templates, self.coefficients, strict=True)
+        return Decomposition(tuple(Bank(g, t.detach().cpu(), c.detach().cpu()) for g, t, c in parts))
+
+    @torch.no_grad()
+    def similarities(self) -> dict[str, float]:
+        """Cosine similarity of each reconstructed weight to the teacher's, by target."""
+        result = {}
+        for group, templates, coefficients in zip(self.groups, self.templates, self.coefficients, strict=True):
+            weights = coefficients.mean(1) @ templates.flatten(1)  # (L, D)
+            for name, weight in zip(group.targets, weights, strict=True):
+                result[name] = float(F.cosine_similarity(weight, self.teacher[_key(name)].flatten(), dim=0))
+        return result
+
+    def _backward(self, index: int) -> Tensor:
+        """Sets the gradients of a group, block by block of columns: no dense weight is ever held whole.
+
+        The gradient of the coefficients sums over blocks, that of the templates is laid out in them.
+        """
+        templates, coefficients = self.templates[index], self.coefficients[index]
+        targets = self.groups[index].targets
+        teacher = [self.teacher[_key(name)].flatten() for name in targets]
+        noise = self.noise_std * torch.randn_like(coefficients)
+        mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, of equation 3's noisy sets
+        leaf, flat = mixed.detach().requires_grad_(), templates.detach().flatten(1)  # (n, D)
+        templates.grad = torch.empty_like(templates)
+        gradients, leaf_gradient = templates.grad.flatten(1), torch.zeros_like(leaf)
+        total = torch.zeros((), device=self.device)
+        for start in range(0, flat.shape[1], _BLOCK):
+            columns = slice(start, start + _BLOCK)
+            block = flat[:, columns].requires_grad_()
+            pairs = zip(leaf @ block, teacher, strict=True)
+            losses = [self.loss(w, dense[columns], reduction="sum") for w, dense in pairs]
+            loss = torch.stack(losses).sum() * (self.loss_scale / flat.shape[1])
+            gradients[:, columns], of_leaf = torch.autograd.grad(loss, (block, leaf))
+            leaf_gradient += of_leaf
+            total += loss.detach()
+        mixed.backward(leaf_gradient)
+        return total
+
+    def _log_similarity(self) -> None:
+        similarities = self.similarities()
+        self.log("mimicry/similarity", sum(similarities.values()) / len(similarities), prog_bar=True)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tagged = {f"similarity/{name}": value for name, value in similarities.items()}
+                logger.log_metrics(tagged, step=self.current_epoch)
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a key of `nn.ParameterDict`, where dots are not allowed."""
+    return name.replace(".", "/")

@@ -1,0 +1,110 @@
+"""Files that are either whole or absent: atomic writing, safetensors with metadata, fingerprints."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from recast_pl.errors import RecastError
+
+_METADATA_KEY = "recast_pl"  # one key, because safetensors keeps several in no fixed order
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Args:
+        path: The file; its folder is created.
+        content: Bytes, or text to be encoded as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON atomically; NaN is refused, because JSON has none."""
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, error: type[RecastError]) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        RecastError: (as `error`) if the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as cause:
+        raise error(f"cannot read {path} ({cause}); restore it") from cause
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """The bytes of a safetensors file; equal content gives equal bytes.
+
+    Args:
+        tensors: Tensors by name, of any device and layout.
+        metadata: Anything JSON can hold.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+    return save(contiguous, metadata={_METADATA_KEY: text})
+
+
+def read_tensors(path: Path, error: type[RecastError]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a file of `pack_tensors`.
+
+    Args:
+        path: The file.
+        error: The type of error to raise.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        RecastError: (as `error`) if the file is missing, damaged or from another program.
+    """
+    if not path.is_file():
+        raise error(f"{path} does not exist; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as cause:
+        raise error(f"{path} is damaged or was not written by recast_pl ({cause}); write it anew") from cause
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bits of tensors, in order of name.
+
+    Args:
+        tensors: Tensors by name, of any device.
+
+    Returns:
+        64 hexadecimal digits, equal for equal tensors on every machine.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()).data)
+    return digest.hexdigest()

@@ -1,0 +1,39 @@
+"""Measures of a stream, from its accuracy matrix."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Matrix = Sequence[Sequence[float | None]]
+"""`matrix[i][j]`: accuracy in percent on task j after learning task i; None for j > i."""
+
+
+def average_accuracy(matrix: Matrix) -> float:
+    """Mean accuracy over all tasks, after the last has been learnt."""
+    return float(_square(matrix)[-1].mean())
+
+
+def backward_transfer(matrix: Matrix) -> float:
+    """Mean over all tasks but the last of the final accuracy less that just after learning it.
+
+    Lopez-Paz and Ranzato, 2017, equation 3. 0 for a single task; negative means forgetting.
+    """
+    square = _square(matrix)
+    changes = square[-1] - square.diagonal()
+    return float(changes[:-1].mean()) if len(changes) > 1 else 0.0
+
+
+def forgetting(matrix: Matrix) -> float:
+    """Mean over all tasks but the last of the best earlier accuracy less the final one.
+
+    Chaudhry et al., 2018, equation 3. 0 for a single task.
+    """
+    square = _square(matrix)
+    if len(square) == 1:
+        return 0.0
+    best = np.nanmax(square[:-1, :-1], axis=0)  # the upper triangle is NaN
+    return float((best - square[-1, :-1]).mean())
+
+
+def _square(matrix: Matrix) -> np.ndarray:
+    return np.array([[np.nan if value is None else value for value in row] for row in matrix], dtype=float)

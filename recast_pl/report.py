@@ -1,0 +1,82 @@
+"""What a run prints, and the files that state its results."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from recast_pl.metrics import Matrix
+
+
+def stream_table(summary: Mapping[str, Any]) -> RenderableType:
+    """The result of a stream, for the terminal.
+
+    Args:
+        summary: The content of `summary.json`.
+    """
+    title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for heading in ("classes", "images", "probe %", "accuracy %", "numbers", "patch bytes", "seconds"):
+        table.add_column(heading, justify="right")
+    for task in summary["tasks"]:
+        table.add_row(
+            task["name"],
+            str(task["classes"]),
+            str(task["train_images"]),
+            f"{task['probe_accuracy']:.2f}",
+            f"{task['accuracy']:.2f}",
+            f"{task['task_parameters']:,}",
+            f"{task['patch_bytes']:,}",
+            f"{task['seconds']:.0f}",
+        )
+    probes = [task["probe_accuracy"] for task in summary["tasks"]]
+    table.add_section()
+    average = summary["average_accuracy"]
+    table.add_row("average", "", "", f"{sum(probes) / len(probes):.2f}", f"{average:.2f}")
+    facts = (
+        f"forgetting {_points(summary['forgetting'])}, backward transfer {_points(summary['backward_transfer'])} "
+        f"points; {summary['wall_seconds']:.0f} s in all"
+    )
+    return Group(table, facts)
+
+
+def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
+    """Recorded and measured accuracies of tasks, for the terminal.
+
+    Args:
+        rows: Task, accuracy recorded in percent, accuracy measured in percent.
+    """
+    table = Table(box=box.SIMPLE)
+    table.add_column("task")
+    for heading in ("recorded %", "measured %", ""):
+        table.add_column(heading, justify="right")
+    for task, recorded, measured in rows:
+        verdict = "equal" if recorded == measured else "[bold red]DIFFERENT[/]"
+        table.add_row(task, f"{recorded:.4f}", f"{measured:.4f}", verdict)
+    return table
+
+
+def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:
+    """The accuracy matrix as CSV: a row for each task learnt, a column for each task tested, blank where none."""
+    return table_csv(
+        ["after", *tasks],
+        ([name, *("" if v is None else v for v in row)] for name, row in zip(tasks, matrix, strict=True)),
+    )
+
+
+def table_csv(header: Sequence[str], rows: Any) -> str:
+    """Rows as CSV text with a header line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _points(value: float) -> str:
+    return f"{value + 0.0:.2f}"  # adding 0 turns -0.0 into 0.0

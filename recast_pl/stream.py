@@ -1,0 +1,328 @@
+"""Learns a stream of tasks: one Trainer for each, a run folder that is the truth, and resume."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from recast_pl.data.datasets import decode_file
+from recast_pl.data.module import SequentialTaskDataModule
+from recast_pl.data.tasks import derive_seed
+from recast_pl.decomposition.bank import Decomposition
+from recast_pl.decomposition.module import MimicryModule
+from recast_pl.errors import PatchError, RunError
+from recast_pl.files import read_json, write_atomic, write_json
+from recast_pl.metrics import average_accuracy, backward_transfer, forgetting
+from recast_pl.plots import plot_accuracy_matrix
+from recast_pl.report import matrix_csv, stream_table
+from recast_pl.til.module import TILModule
+from recast_pl.til.patch import TaskPatch
+from recast_pl.training import BestEpoch, CoefficientHistograms, SeedEpochs, TrainerFactory, tensorboard
+
+
+class Stream:
+    """Learns the tasks of a datamodule in order, into a run folder.
+
+    A task is finished when its patch is in place. What stood before is never overwritten; with `resume`,
+    finished tasks are kept and an interrupted one goes on from its last epoch.
+
+    Args:
+        module: The method and backbone.
+        data: The tasks.
+        run_dir: The run folder.
+        trainers: Makes a trainer for each task.
+        seed: Decides all randomness, together with task, epoch and process.
+        console: Where tables are printed; None for the terminal.
+    """
+
+    def __init__(
+        self,
+        module: TILModule,
+        data: SequentialTaskDataModule,
+        run_dir: Path,
+        trainers: TrainerFactory,
+        seed: int = 42,
+        console: Console | None = None,
+    ) -> None:
+        self.module, self.data, self.run_dir, self.trainers, self.seed = module, data, run_dir, trainers, seed
+        self.console = console or Console()
+        self.evaluator = trainers.for_evaluation()
+        self.rows: list[dict[str, Any]] = []
+        self.matrix: list[list[float | None]] = []
+        self.patches: list[TaskPatch] = []
+        self.seconds_before, self.started = 0.0, time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Learns all tasks that are not finished.
+
+        Returns:
+            The content of `summary.json`.
+        """
+        self.data.check()
+        self._build()
+        self._take_finished()
+        for index in range(len(self.patches), len(self.data.tasks)):
+            self._learn(index)
+        summary = self._summary()
+        if self.evaluator.is_global_zero:
+            self.console.print(stream_table(summary))
+        return summary
+
+    def _build(self) -> None:
+        for piece in self.module.pieces:
+            piece.load_shared(self.run_dir)
+        self.module.build(self.data.image_size)
+        if self.evaluator.is_global_zero:
+            for piece in self.module.pieces:
+                piece.save_shared(self.run_dir)
+                for part in piece.describe():
+                    self.console.print(part)
+
+    def _take_finished(self) -> None:
+        """Reads the patches in place, and the results of just those tasks."""
+        for index in range(len(self.data.tasks)):
+            path = self._patch_path(index)
+            if not path.exists():
+                break
+            patch = TaskPatch.load(path)
+            self.module.activate(patch)
+            self.patches.append(patch)
+        if self.patches:
+            summary = read_json(self.run_dir / "summary.json", RunError)
+            count = len(self.patches)
+            self.rows = summary["tasks"][:count]
+            self.matrix = [row[:count] for row in summary["accuracy_matrix"][:count]]
+            self.seconds_before = summary["wall_seconds"]
+
+    def _learn(self, index: int) -> None:
+        self.data.select(index)
+        name = self.data.task_name
+        if self.evaluator.is_global_zero:
+            position = f"task {index + 1} of {len(self.data.tasks)}"
+            self.console.print(f"{position}: {name}, {len(self.data.classes)} classes, {self.data.sizes}")
+        seed_everything(derive_seed(self.seed, name), verbose=False)
+        self.module.begin_task(name, self.data.classes)
+        best, timer = BestEpoch(), Timer(verbose=False)
+        checkpoints = self.run_dir / "checkpoints" / self._file_name(index)
+        saving = ModelCheckpoint(
+            checkpoints, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        watching = [LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
+        trainer = self.trainers.for_training(self.run_dir, self._file_name(index), [best, timer, saving, *watching])
+        last = checkpoints / "last.ckpt"
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=last if last.exists() else None, weights_only=True)
+        best.restore(self.module)
+        self._finish(index, trainer.current_epoch, timer.time_elapsed("train"))
+        if trainer.is_global_zero:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _finish(self, index: int, epochs: int, seconds: float) -> None:
+        """Measures all tasks seen, and writes results first, then the patch that marks the task finished."""
+        probe = percent(self.module.probe_accuracy)
+        patch = self.module.patch({"probe_accuracy": probe})
+        accuracies = [self._measure(j, p) for j, p in enumerate([*self.patches, patch])]
+        patch = replace(patch, metrics={"accuracy": accuracies[-1], "probe_accuracy": probe})
+        self.data.select(index)
+        self.patches.append(patch)
+        self.matrix = [[*row, None] for row in self.matrix] + [list(accuracies)]
+        sizes = self.data.sizes
+        content = patch.to_bytes()
+        row = {
+            "name": patch.task,
+            "classes": len(patch.classes),
+            "accuracy": accuracies[-1],
+            "probe_accuracy": probe,
+            "task_parameters": patch.task_parameters,
+            "head_parameters": patch.head_parameters,
+            "patch_bytes": len(content),
+            "train_images": sizes["train"],
+            "test_images": sizes["test"],
+            "epochs": epochs,
+            "seconds": round(seconds, 2),
+        }
+        self.rows.append(row)
+        if self.evaluator.is_global_zero:
+            self._write_results()
+            write_atomic(self._patch_path(index), content)
+
+    def _measure(self, index: int, patch: TaskPatch) -> float:
+        return measure(self.module, self.data, index, patch, self.evaluator)
+
+    def _write_results(self) -> None:
+        summary = self._summary()
+        names = [row["name"] for row in self.rows]
+        write_atomic(self.run_dir / "accuracy_matrix.csv", matrix_csv(self.matrix, names))
+        write_json(self.run_dir / "summary.json", summary)
+        if self.trainers.settings.get("logger") in (None, True):
+            _log_stream(tensorboard(self.run_dir, "stream"), summary, len(self.rows))
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "method": " + ".join(self.module.method),
+            "backbone": self.module.backbone_config.name,
+            "seed": self.seed,
+            "tasks": self.rows,
+            "accuracy_matrix": self.matrix,
+            "average_accuracy": average_accuracy(self.matrix),
+            "backward_transfer": backward_transfer(self.matrix),
+            "forgetting": forgetting(self.matrix),
+            "wall_seconds": round(self.seconds_before + time.monotonic() - self.started, 2),
+        }
+
+    def _file_name(self, index: int) -> str:
+        return f"{index:02d}_{self.data.tasks[index].name}"
+
+    def _patch_path(self, index: int) -> Path:
+        return self.run_dir / "patches" / f"{self._file_name(index)}.safetensors"
+
+
+def measure(
+    module: TILModule, data: SequentialTaskDataModule, index: int, patch: TaskPatch, evaluator: Trainer
+) -> float:
+    """Accuracy in percent of a learnt task on its test split.
+
+    Args:
+        module: Built, of the method and base of the patch.
+        data: Its stream.
+        index: Position of the task in the stream.
+        patch: The learnt task.
+        evaluator: Runs the test.
+    """
+    data.select(index)
+    if data.classes != patch.classes:
+        raise PatchError(
+            f"task {patch.task!r} has classes {data.classes}, its patch has {patch.classes}; restore the images"
+        )
+    module.activate(patch)
+    (result,) = evaluator.test(module, datamodule=data, verbose=False)
+    return percent(result["test/accuracy"])
+
+
+def evaluate_run(
+    module: TILModule, data: SequentialTaskDataModule, run_dir: Path, trainers: TrainerFactory
+) -> list[tuple[str, float, float]]:
+    """Measures every learnt task of a run again, from its patch.
+
+    Returns:
+        Task, accuracy recorded in percent, accuracy measured in percent.
+
+    Raises:
+        RunError: If nothing has been learnt.
+    """
+    data.check()
+    evaluator = trainers.for_evaluation()
+    _restore_shared(module, run_dir, data.image_size)
+    patches = load_patches(run_dir)
+    recorded = {row["name"]: row["accuracy"] for row in read_json(run_dir / "summary.json", RunError)["tasks"]}
+    positions = {task.name: index for index, task in enumerate(data.tasks)}
+    return [
+        (name, recorded[name], measure(module, data, positions[name], patch, evaluator))
+        for name, patch in patches.items()
+    ]
+
+
+def predict_images(
+    module: TILModule, run_dir: Path, task: str, images: Sequence[Path], trainers: TrainerFactory
+) -> list[tuple[Path, str, float]]:
+    """Classifies image files with a learnt task.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        task: Name of the learnt task.
+        images: Files.
+        trainers: Makes the trainer that runs it.
+
+    Returns:
+        For each image its path, the most probable class, and its probability.
+
+    Raises:
+        RunError: If the run has not learnt the task.
+    """
+    patches = load_patches(run_dir)
+    if task not in patches:
+        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
+    patch = patches[task]
+    _restore_shared(module, run_dir, patch.image_size)
+    module.activate(patch)
+    pixels = torch.stack([decode_file(path, patch.image_size) for path in images]).float() / 255
+    loader: DataLoader[Any] = DataLoader(TensorDataset(pixels), batch_size=64)
+    batches = trainers.for_evaluation().predict(module, loader)
+    probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
+    best, labels = probabilities.max(1)
+    return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
+
+
+def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
+    """The learnt tasks of a run by name, in order.
+
+    Raises:
+        RunError: If there are none.
+    """
+    paths = sorted((run_dir / "patches").glob("*.safetensors"))
+    if not paths:
+        raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
+    patches = (TaskPatch.load(path) for path in paths)
+    return {patch.task: patch for patch in patches}
+
+
+def fit_mimicry(module: MimicryModule, run_dir: Path, trainers: TrainerFactory, seed: int) -> Decomposition:
+    """Fits templates by gradient, and writes `decomposition.safetensors` into the run folder.
+
+    Args:
+        module: What to fit.
+        run_dir: The run folder; TensorBoard's events go there too.
+        trainers: Makes the trainer.
+        seed: Seed of the start and the noise.
+    """
+    seed_everything(seed, verbose=False)
+    trainer = trainers.for_training(run_dir, "mimicry", [])
+    trainer.fit(module)
+    decomposition = module.decomposition()
+    if trainer.is_global_zero:
+        decomposition.save(run_dir / "decomposition.safetensors")
+    return decomposition
+
+
+def open_run_folder(run_dir: Path, resume: bool) -> None:
+    """Makes sure that a new run does not touch an old one.
+
+    Raises:
+        RunError: If the folder has content and is not to be resumed.
+    """
+    if not resume and run_dir.exists() and any(run_dir.iterdir()):
+        raise RunError(f"run folder {run_dir} exists; add --resume true to continue it, or name another --run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def percent(fraction: float) -> float:
+    """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
+    return round(100 * fraction, 4)
+
+
+def _restore_shared(module: TILModule, run_dir: Path, image_size: int) -> None:
+    for piece in module.pieces:
+        piece.load_shared(run_dir)
+    module.build(image_size)
+
+
+def _log_stream(logger: Logger, summary: Mapping[str, Any], step: int) -> None:
+    """Writes the accuracy matrix as a picture and the stream's measures, as they stand after a task."""
+    assert isinstance(logger, TensorBoardLogger)
+    measures = {f"stream/{key}": summary[key] for key in ("average_accuracy", "backward_transfer", "forgetting")}
+    names = [task["name"] for task in summary["tasks"]]
+    final = {f"accuracy/{name}": value for name, value in zip(names, summary["accuracy_matrix"][-1], strict=True)}
+    logger.log_metrics(measures | final, step=step)
+    figure = plot_accuracy_matrix(summary["accuracy_matrix"], names)
+    logger.experiment.add_figure("accuracy_matrix", figure, step)
+    logger.finalize("success")

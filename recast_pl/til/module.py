@@ -1,0 +1,292 @@
+"""The LightningModule that learns one task at a time on a frozen backbone."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torchmetrics import MeanMetric
+
+from recast_pl.backbones import Backbone, BackboneConfig
+from recast_pl.errors import PatchError, RunError
+from recast_pl.files import fingerprint
+from recast_pl.til.patch import TaskPatch
+from recast_pl.til.piece import Piece, Step, check_state
+from recast_pl.til.probe import Features, fit_probe
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TaskData(Protocol):
+    """What `TILModule` asks of a datamodule; `SequentialTaskDataModule` answers it."""
+
+    image_size: int
+    batch_size: int
+
+    @property
+    def task_name(self) -> str:
+        """Name of the current task."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names of the current task."""
+
+    def plain_dataloader(self, split: str) -> Iterable[Any]:
+        """A split in order, whole on every process, without augmentation."""
+
+
+class TILModule(LightningModule):
+    """Learns tasks one after the other: pieces with a state per task, and one head per task.
+
+    `Trainer.fit(module, datamodule=SequentialTaskDataModule(...))` learns the datamodule's current task;
+    `recast_pl.stream.Stream` learns them all. The module holds one task at a time; a learnt task is a
+    `TaskPatch`, which `activate` brings back. The backbone stays in evaluation mode, so that the statistics of
+    batch normalisation do not drift.
+
+    Args:
+        backbone: The pretrained model.
+        pieces: The method. `[LinearProbe]` trains the head alone.
+        optimizer: Makes an optimizer from parameter groups. The default is the paper's.
+        lr_scheduler: Makes a schedule, stepped at every epoch, from an optimizer.
+        warm_start: Whether a head starts from the linear probe that is fitted to cached features before each
+            task, which then counts as epoch 0 when the best epoch is chosen.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        pieces: Sequence[Piece],
+        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: AdamW(p, lr=2e-3, weight_decay=1e-6),
+        lr_scheduler: Callable[[Optimizer], LRScheduler] = lambda o: StepLR(o, step_size=33, gamma=0.1),
+        warm_start: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone_config, self.pieces, self.warm_start = backbone, list(pieces), warm_start
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.strict_loading = False  # checkpoints leave the frozen network out; on_load_checkpoint checks the rest
+        self.backbone: Backbone | None = None
+        self.head: nn.Linear | None = None
+        self.task_name, self.classes, self.base = "", list[str](), ""
+        self.probe_accuracy, self.probe_score = float("nan"), (float("nan"), float("nan"))
+        self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in ("fit", "val", "test")})
+
+    # -- life of a task ------------------------------------------------------------------------------------
+
+    def build(self, image_size: int) -> Backbone:
+        """Loads the backbone, freezes it and attaches the pieces; does nothing the second time.
+
+        Args:
+            image_size: Height and width of the input in pixels.
+
+        Returns:
+            The backbone.
+        """
+        if self.backbone is None:
+            backbone = self.backbone_config.build(image_size).requires_grad_(False)
+            for piece in self.pieces:
+                piece.attach(backbone.net)
+            trained = {id(p) for piece in self.pieces for p in piece.parameters.values()}
+            frozen = {n: p for n, p in backbone.named_parameters() if id(p) not in trained}
+            self.base = fingerprint(frozen | dict(backbone.named_buffers()))
+            self.backbone = backbone
+        return self.backbone
+
+    def begin_task(self, name: str, classes: Sequence[str]) -> None:
+        """Starts a task: a new head, and every piece at its start. Call `build` before.
+
+        Args:
+            name: Name of the task.
+            classes: Its class names, in order of label.
+        """
+        self._set_task(name, classes)
+        for piece in self.pieces:
+            piece.begin_task()
+
+    def activate(self, patch: TaskPatch) -> None:
+        """Brings a learnt task back. Call `build` before.
+
+        Args:
+            patch: The task.
+
+        Raises:
+            PatchError: If it belongs to another base or method.
+        """
+        patch.check_base(self.base)
+        if patch.method != self.method:
+            raise PatchError(f"the patch of task {patch.task!r} is of method {patch.method}, not {self.method}")
+        head = self._set_task(patch.task, patch.classes)
+        check_state("the head", patch.head, {n: tuple(p.shape) for n, p in head.named_parameters()})
+        head.load_state_dict(patch.head)
+        for piece, state in zip(self.pieces, patch.pieces, strict=True):
+            piece.load_task_state(state)
+
+    def patch(self, metrics: Mapping[str, float]) -> TaskPatch:
+        """The current task as it stands.
+
+        Args:
+            metrics: Accuracies in percent to be kept with it.
+        """
+        backbone, head = self._ready()
+        return TaskPatch(
+            task=self.task_name,
+            classes=self.classes,
+            head={name: p.detach().cpu().clone() for name, p in head.named_parameters()},
+            pieces=[piece.task_state() for piece in self.pieces],
+            method=self.method,
+            image_size=backbone.image_size,
+            mean=backbone.mean.flatten().tolist(),
+            std=backbone.std.flatten().tolist(),
+            base=self.base,
+            metrics=dict(metrics),
+        )
+
+    @property
+    def method(self) -> list[str]:
+        """Names of the pieces."""
+        return [type(piece).__name__ for piece in self.pieces]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies, by name, of all that the current task trains."""
+        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes `trainable_state` back."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
+
+    # -- Lightning -----------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Builds the backbone and begins the datamodule's current task, unless that is done."""
+        data = self._data()
+        self.build(data.image_size)
+        if self.task_name != data.task_name and self.trainer.state.fn == "fit":
+            self.begin_task(data.task_name, data.classes)
+
+    def train(self, mode: bool = True) -> "TILModule":
+        """Sets the mode of all but the backbone, which stays in evaluation mode."""
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of the current task for images (B, 3, S, S) in [0, 1]."""
+        backbone, head = self._ready()
+        logits: Tensor = head(backbone(images))
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        """One parameter group for the head and one for each piece, with its own learning rate."""
+        groups: list[dict[str, Any]] = [{"params": list(self._ready()[1].parameters()), "name": "head"}]
+        for piece in self.pieces:
+            if piece.parameters:
+                rate = {} if piece.learning_rate is None else {"lr": piece.learning_rate}
+                groups.append({"params": list(piece.parameters.values()), "name": type(piece).__name__, **rate})
+        return self._configure(groups)
+
+    def on_fit_start(self) -> None:
+        """Fits the linear probe to the features the task starts from, and warm-starts the head if asked."""
+        backbone, head = self._ready()
+        data = self._data()
+        features = {split: self._features(backbone, data.plain_dataloader(split)) for split in ("train", "val", "test")}
+        probe = nn.Linear(backbone.num_features, len(self.classes)).to(self.device)
+        epochs = self.trainer.max_epochs or 0
+        configure = lambda p: self._configure([{"params": list(p)}])  # noqa: E731
+        fit_probe(probe, features["train"], features["val"], epochs, data.batch_size, configure)
+        self.probe_accuracy = features["test"].score(probe)[0]
+        self.probe_score = features["val"].score(probe)
+        if self.warm_start and not self.trainer.ckpt_path:
+            head.load_state_dict(probe.state_dict())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of the task's head, and what the pieces add."""
+        images, labels = batch
+        backbone, head = self._ready()
+        features = backbone(images)  # (B, D)
+        logits = head(features)  # (B, classes)
+        loss = F.cross_entropy(logits, labels)
+        step = Step(images, labels, features, logits)
+        for term in (piece.loss(step) for piece in self.pieces):
+            loss = loss if term is None else loss + term
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self._log_accuracy("fit", "train/accuracy", logits, labels)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and cross-entropy on the validation split."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and cross-entropy on the test split."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities (B, classes)."""
+        probabilities: Tensor = self(batch[0]).softmax(1)
+        return probabilities.cpu()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what the task trains; the frozen network is the same for all."""
+        checkpoint["state_dict"] = self.trainable_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another task or method.
+
+        Raises:
+            RunError: If it does not hold just what this task trains.
+        """
+        if checkpoint["state_dict"].keys() != self.trainable_state().keys():
+            raise RunError(f"the checkpoint is not of task {self.task_name!r} with {self.method}; begin a new run")
+
+    # -- helpers -------------------------------------------------------------------------------------------
+
+    def _set_task(self, name: str, classes: Sequence[str]) -> nn.Linear:
+        if self.backbone is None:
+            raise RunError("TILModule has no backbone yet; call build(image_size) first")
+        self.task_name, self.classes = name, list(classes)
+        self.head = nn.Linear(self.backbone.num_features, len(self.classes)).to(self.device)
+        return self.head
+
+    def _ready(self) -> tuple[Backbone, nn.Linear]:
+        if self.backbone is None or self.head is None:
+            raise RunError("TILModule has no task yet; call Trainer.fit, or build and then begin_task or activate")
+        return self.backbone, self.head
+
+    def _data(self) -> TaskData:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise RunError("TILModule needs datamodule=SequentialTaskDataModule(...) in the call of the trainer")
+        return data  # type: ignore[no-any-return]
+
+    def _configure(self, groups: list[dict[str, Any]]) -> tuple[list[Optimizer], list[LRScheduler]]:
+        optimizer = self.optimizer(groups)
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    @torch.no_grad()
+    def _features(self, backbone: Backbone, loader: Iterable[Any]) -> Features:
+        features, labels = [], []
+        for batch in loader:
+            images, targets = self.trainer.strategy.batch_to_device(batch, self.device)
+            with self.trainer.precision_plugin.forward_context():
+                features.append(backbone(images).float())
+            labels.append(targets)
+        return Features(torch.cat(features), torch.cat(labels))
+
+    def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        self._log_accuracy(stage, f"{stage}/accuracy", logits, labels)
+
+    def _log_accuracy(self, stage: str, name: str, logits: Tensor, labels: Tensor) -> None:
+        metric = self.accuracies[stage]
+        assert isinstance(metric, MeanMetric)
+        metric.update((logits.argmax(1) == labels).float())
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=stage != "test", batch_size=len(labels))

@@ -1,0 +1,103 @@
+"""A method is a list of pieces; every piece answers the same few calls."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from rich.console import RenderableType
+from torch import Tensor, nn
+
+from recast_pl.errors import PatchError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step hands to the pieces.
+
+    Args:
+        images: (B, 3, S, S) in [0, 1].
+        labels: Class indices (B,).
+        features: (B, D), of the backbone.
+        logits: (B, classes), of the current task's head.
+    """
+
+    images: Tensor
+    labels: Tensor
+    features: Tensor
+    logits: Tensor
+
+
+class Piece:
+    """One ingredient of a method: it may change weights or activations, or add to the loss.
+
+    Calls come in this order: `load_shared`, `attach`, `save_shared`, and for each task `begin_task`, `loss` at
+    every step, `task_state`; `load_task_state` may come at any time after `attach`.
+
+    Args:
+        learning_rate: Rate of this piece's parameters; None for that of the head.
+    """
+
+    isolated: ClassVar[bool] = True
+    """Whether a learnt task is untouched by later ones, all it needs being in its task state."""
+
+    def __init__(self, learning_rate: float | None = None) -> None:
+        self.learning_rate = learning_rate
+        self.parameters: dict[str, nn.Parameter] = {}
+        """What is trained for each task, by name; filled by `attach`."""
+
+    def attach(self, network: nn.Module) -> None:
+        """Puts the piece into the backbone's network, whose parameters are frozen, in place."""
+
+    def begin_task(self) -> None:
+        """Sets the parameters to where every task starts."""
+
+    def loss(self, step: Step) -> Tensor | None:
+        """A term of the loss (a scalar) beside cross-entropy, or None."""
+        return None
+
+    def task_state(self) -> dict[str, Tensor]:
+        """What the task needs of this piece, as copies on the CPU; it goes into the task's patch."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_task_state(self, state: dict[str, Tensor]) -> None:
+        """Takes a task state back.
+
+        Raises:
+            PatchError: If names or shapes differ from this piece's.
+        """
+        expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        check_state(type(self).__name__, state, expected)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+
+    def describe(self) -> list[RenderableType]:
+        """What to print once the piece is attached."""
+        return []
+
+    def save_shared(self, folder: Path) -> None:
+        """Writes what all tasks share into the run folder, atomically, unless it is there."""
+
+    def load_shared(self, folder: Path) -> None:
+        """Takes what all tasks share from the run folder, if it is there."""
+
+
+class LinearProbe(Piece):
+    """Nothing but a head on the frozen backbone: the naive baseline of the paper's tables 1 and 2."""
+
+
+def check_state(owner: str, state: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuses a state whose names, shapes or values are not what they must be.
+
+    Raises:
+        PatchError: Naming the difference.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        wrong = dict(sorted(found.items() - expected.items()))
+        right = dict(sorted(expected.items() - found.items()))
+        raise PatchError(f"the patch holds {wrong} for {owner} where {right} is needed; it is of another method")
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        raise PatchError(f"the patch holds NaN or infinity in {', '.join(bad)} of {owner}; learn the task anew")

@@ -1,0 +1,123 @@
+"""The Trainer of one task: fresh each time, with the callbacks every task needs."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+
+from recast_pl.data.tasks import derive_seed
+from recast_pl.til.module import TILModule
+
+
+@dataclass(frozen=True)
+class TrainerFactory:
+    """Makes a fresh `Trainer` for each task, so that no state of one reaches the next.
+
+    Args:
+        settings: Arguments of `Trainer`. A logger given here replaces TensorBoard's, False turns logging off;
+            callbacks given here are copied for each task.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def for_training(self, folder: Path, version: str, callbacks: Sequence[Callback]) -> Trainer:
+        """A trainer that logs to `folder/tensorboard/version`."""
+        settings = dict(self.settings)
+        own = settings.get("callbacks") or []
+        own = list(own) if isinstance(own, Sequence) else [own]
+        if settings.get("logger") in (None, True):
+            settings["logger"] = tensorboard(folder, version)
+        if settings["logger"] is False:
+            callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+        settings["callbacks"] = [*copy.deepcopy(own), *callbacks]
+        return Trainer(**{"default_root_dir": folder, **settings})
+
+    def for_evaluation(self) -> Trainer:
+        """A trainer that only tests or predicts, and says nothing."""
+        quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
+        return Trainer(**{**self.settings, **quiet})
+
+
+class BestEpoch(Callback):
+    """Keeps what the task trains as it was in its best epoch: highest validation accuracy, then lowest loss.
+
+    It is kept in the checkpoint itself, so that one file, written at once, holds all that resuming needs.
+    """
+
+    def __init__(self) -> None:
+        self.score = (float("-inf"), 0.0)
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A warm start is a candidate too, as epoch 0."""
+        assert isinstance(pl_module, TILModule)
+        if pl_module.warm_start and not self.weights:
+            accuracy, loss = pl_module.probe_score
+            self._offer(pl_module, accuracy, loss)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares the epoch that ended with the best before."""
+        assert isinstance(pl_module, TILModule)
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            self._offer(pl_module, float(metrics["val/accuracy"]), float(metrics["val/loss"]))
+
+    def restore(self, module: TILModule) -> None:
+        """Puts the best epoch back; without any validation, leaves all as it is."""
+        if self.weights:
+            module.load_trainable_state(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"score": list(self.score), "weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        accuracy, loss = state_dict["score"]
+        self.score, self.weights = (accuracy, loss), state_dict["weights"]
+
+    def _offer(self, module: TILModule, accuracy: float, loss: float) -> None:
+        if (accuracy, -loss) > self.score:
+            self.score, self.weights = (accuracy, -loss), module.trainable_state()
+
+
+class SeedEpochs(Callback):
+    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run goes on as if never stopped.
+
+    Args:
+        seed: Of the run.
+        task: Name of the task.
+    """
+
+    def __init__(self, seed: int, task: str) -> None:
+        self.seed, self.task = seed, task
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seeds all generators."""
+        seed = derive_seed(self.seed, self.task, trainer.current_epoch, trainer.global_rank)
+        seed_everything(seed, verbose=False)
+
+
+class CoefficientHistograms(Callback):
+    """Writes, after each epoch, a histogram of each piece's parameters to TensorBoard."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the histograms."""
+        assert isinstance(pl_module, TILModule)
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for piece in (p for p in pl_module.pieces if p.parameters):
+            values = torch.cat([p.detach().flatten() for p in piece.parameters.values()]).float()
+            for writer in writers:
+                writer.add_histogram(f"coefficients/{type(piece).__name__}", values, trainer.current_epoch)
+
+
+def tensorboard(folder: Path, version: str) -> Logger:
+    """A TensorBoard logger that shows new values within seconds."""
+    return TensorBoardLogger(folder, name="tensorboard", version=version, flush_secs=5)
