@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -101,18 +100,20 @@ def predict_parser() -> ArgumentParser:
 def fit(config: Namespace) -> int:
     """Learns the stream, or fits templates by gradient where the model is a `MimicryModule`."""
     run_dir = _run_dir(config)
+    text = _config_text(config)
     if _is_main_process():
-        stream.open_run_folder(run_dir, config.resume)
-        _save_config(config, run_dir)
+        stream.check_run_folder(run_dir, config.resume)
+        _check_same_run(run_dir / "config.yaml", text)
     seed_everything(config.seed_everything, verbose=False)
     init = fit_parser().instantiate_classes(config)
     trainers = TrainerFactory(init.trainer)
     console = Console()
     if isinstance(init.model, MimicryModule):
-        decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything)
+        decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
         console.print(decomposition.table())
     else:
-        stream.Stream(_til(init.model), init.data, run_dir, trainers, config.seed_everything, console).run()
+        model = _til(init.model)
+        stream.Stream(model, init.data, run_dir, trainers, config.seed_everything, text, console).run()
     if _is_main_process():
         console.print(f"run folder: {run_dir}", soft_wrap=True)
     return 0
@@ -143,7 +144,9 @@ def _open_run(folder: str) -> tuple[Path, Namespace]:
     if not path.is_file():
         raise RunError(f"{run_dir} is no run folder, it has no config.yaml; give the folder that 'fit' printed")
     parser = fit_parser()
-    init = parser.instantiate_classes(parser.parse_path(path))
+    config = parser.parse_path(path)
+    seed_everything(config.seed_everything, verbose=False)
+    init = parser.instantiate_classes(config)
     _til(init.model)
     return run_dir, init
 
@@ -173,22 +176,27 @@ def _is_main_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("RANK", "0")) == 0
 
 
-def _save_config(config: Namespace, run_dir: Path) -> None:
-    """Writes config.yaml; a resumed run must have the same, but for the trainer."""
+def _config_text(config: Namespace) -> str:
+    """The content of config.yaml: all that decides the run, with defaults spelt out."""
     kept = config.clone()
     for key in ("config", "run_dir", "resume"):
         kept.pop(key, None)
-    text = fit_parser().dump(kept, skip_link_targets=False)
-    path = run_dir / "config.yaml"
-    if path.exists():
-        before, after = yaml.safe_load(path.read_text()), yaml.safe_load(text)
-        changed = [k for k in ("model", "data", "seed_everything") if before.get(k) != after.get(k)]
-        if changed:
-            raise RunError(
-                f"{changed[0]} differs from {path}, so that resuming would mix two runs; "
-                "resume with the same options, or begin another --run_dir"
-            )
-    write_atomic(path, text)
+    text: str = fit_parser().dump(kept, skip_link_targets=False)
+    return text
+
+
+def _check_same_run(path: Path, text: str) -> None:
+    """A resumed run must have the config it began with, but for the trainer."""
+    if not path.exists():
+        return
+    parser = fit_parser()  # dumped defaults inside of lists depend on how they were given: compare them parsed
+    before, after = parser.parse_path(path), parser.parse_string(text)
+    changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
+    if changed:
+        raise RunError(
+            f"{changed[0]} differs from {path}, so that resuming would mix two runs; "
+            "resume with the same options, or begin another --run_dir"
+        )
 
 
 def _with_config_paths(argv: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
         summary: The content of `summary.json`.
     """
     title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
     table.add_column("task", no_wrap=True)
     for heading in ("classes", "images", "probe %", "accuracy %", "numbers", "patch bytes", "seconds"):
         table.add_column(heading, justify="right")

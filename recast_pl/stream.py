@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ti
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from recast_pl.data.datasets import decode_file
+from recast_pl.data.datasets import ImageFiles
 from recast_pl.data.module import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.decomposition.bank import Decomposition
@@ -42,6 +42,7 @@ class Stream:
         run_dir: The run folder.
         trainers: Makes a trainer for each task.
         seed: Decides all randomness, together with task, epoch and process.
+        config: Content of `config.yaml`, with which the command line finds the run again; None for none.
         console: Where tables are printed; None for the terminal.
     """
 
@@ -52,10 +53,11 @@ class Stream:
         run_dir: Path,
         trainers: TrainerFactory,
         seed: int = 42,
+        config: str | None = None,
         console: Console | None = None,
     ) -> None:
         self.module, self.data, self.run_dir, self.trainers, self.seed = module, data, run_dir, trainers, seed
-        self.console = console or Console()
+        self.config, self.console = config, console or Console()
         self.evaluator = trainers.for_evaluation()
         self.rows: list[dict[str, Any]] = []
         self.matrix: list[list[float | None]] = []
@@ -81,8 +83,11 @@ class Stream:
     def _build(self) -> None:
         for piece in self.module.pieces:
             piece.load_shared(self.run_dir)
+        seed_everything(self.seed, verbose=False)  # random weights, if asked for, must be found again
         self.module.build(self.data.image_size)
         if self.evaluator.is_global_zero:
+            if self.config is not None:
+                write_atomic(self.run_dir / "config.yaml", self.config)
             for piece in self.module.pieces:
                 piece.save_shared(self.run_dir)
                 for part in piece.describe():
@@ -128,7 +133,7 @@ class Stream:
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures all tasks seen, and writes results first, then the patch that marks the task finished."""
-        probe = percent(self.module.probe_accuracy)
+        probe, trained = percent(self.module.probe_accuracy), self.module.task_parameters
         patch = self.module.patch({"probe_accuracy": probe})
         accuracies = [self._measure(j, p) for j, p in enumerate([*self.patches, patch])]
         patch = replace(patch, metrics={"accuracy": accuracies[-1], "probe_accuracy": probe})
@@ -142,8 +147,8 @@ class Stream:
             "classes": len(patch.classes),
             "accuracy": accuracies[-1],
             "probe_accuracy": probe,
-            "task_parameters": patch.task_parameters,
-            "head_parameters": patch.head_parameters,
+            "task_parameters": trained,
+            "head_parameters": sum(t.numel() for t in patch.head.values()),
             "patch_bytes": len(content),
             "train_images": sizes["train"],
             "test_images": sizes["test"],
@@ -255,8 +260,7 @@ def predict_images(
     patch = patches[task]
     _restore_shared(module, run_dir, patch.image_size)
     module.activate(patch)
-    pixels = torch.stack([decode_file(path, patch.image_size) for path in images]).float() / 255
-    loader: DataLoader[Any] = DataLoader(TensorDataset(pixels), batch_size=64)
+    loader = DataLoader(ImageFiles(images, patch.image_size), batch_size=64)
     batches = trainers.for_evaluation().predict(module, loader)
     probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
     best, labels = probabilities.max(1)
@@ -276,7 +280,9 @@ def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
     return {patch.task: patch for patch in patches}
 
 
-def fit_mimicry(module: MimicryModule, run_dir: Path, trainers: TrainerFactory, seed: int) -> Decomposition:
+def fit_mimicry(
+    module: MimicryModule, run_dir: Path, trainers: TrainerFactory, seed: int = 42, config: str | None = None
+) -> Decomposition:
     """Fits templates by gradient, and writes `decomposition.safetensors` into the run folder.
 
     Args:
@@ -284,8 +290,12 @@ def fit_mimicry(module: MimicryModule, run_dir: Path, trainers: TrainerFactory, 
         run_dir: The run folder; TensorBoard's events go there too.
         trainers: Makes the trainer.
         seed: Seed of the start and the noise.
+        config: Content of `config.yaml`; None for none.
     """
     seed_everything(seed, verbose=False)
+    module.configure_model()
+    if config is not None:
+        write_atomic(run_dir / "config.yaml", config)
     trainer = trainers.for_training(run_dir, "mimicry", [])
     trainer.fit(module)
     decomposition = module.decomposition()
@@ -294,7 +304,7 @@ def fit_mimicry(module: MimicryModule, run_dir: Path, trainers: TrainerFactory, 
     return decomposition
 
 
-def open_run_folder(run_dir: Path, resume: bool) -> None:
+def check_run_folder(run_dir: Path, resume: bool) -> None:
     """Makes sure that a new run does not touch an old one.
 
     Raises:
@@ -302,7 +312,6 @@ def open_run_folder(run_dir: Path, resume: bool) -> None:
     """
     if not resume and run_dir.exists() and any(run_dir.iterdir()):
         raise RunError(f"run folder {run_dir} exists; add --resume true to continue it, or name another --run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def percent(fraction: float) -> float:

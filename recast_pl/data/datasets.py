@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.tasks import SPLITS, TaskConfig
 from recast_pl.errors import DataError
@@ -123,6 +125,25 @@ def decode_file(path: Path, size: int) -> Tensor:
         raise DataError(f"cannot read image {str(path)!r} ({cause}); repair or remove it") from cause
     fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+class ImageFiles(Dataset[tuple[Tensor, str]]):
+    """Image files as (image (3, size, size) in [0, 1], path).
+
+    Args:
+        paths: The files.
+        size: Height and width in pixels.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        image = decode_file(self.paths[index], self.size)
+        return tv.to_dtype(image, torch.float32, scale=True), str(self.paths[index])
 
 
 def _decode_files(files: Sequence[Path], which: NDArray[np.int64], size: int) -> Tensor:

@@ -28,7 +28,7 @@ class SequentialTaskDataModule(LightningDataModule):
     depends on (seed, task, epoch) alone: not on the workers, and not on where training was interrupted.
 
     Args:
-        tasks: The tasks, in order.
+        tasks: The tasks, in order (any sequence).
         image_size: S, height and width in pixels.
         batch_size: Images of a batch, on each process.
         num_workers: Processes that load; 0 is best as long as no task has `transforms`, as images are in memory.
@@ -40,7 +40,8 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def __init__(
         self,
-        tasks: Sequence[TaskConfig] = (),
+        # a tuple, because the command line merges an overriding list into the one before, element by element
+        tasks: tuple[TaskConfig, ...] = (),
         image_size: int = 224,
         batch_size: int = 128,
         num_workers: int = 0,
@@ -50,7 +51,7 @@ class SequentialTaskDataModule(LightningDataModule):
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
             if value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
-        self.tasks = [task if isinstance(task, TaskConfig) else TaskConfig(**task) for task in tasks]
+        self.tasks = list(tasks)
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
         self._streams: dict[str, _TaskImages] = {}
         self._current = 0

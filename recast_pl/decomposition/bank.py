@@ -125,9 +125,9 @@ class Decomposition:
 
     def table(self) -> Table:
         """Kinds of layers, their groups, templates, coefficients and numbers saved, for the terminal."""
-        table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left")
+        table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left", pad_edge=False)
         table.add_column("weights", no_wrap=True)
-        for column in ("shape", "layers", "groups", "templates", "coefficients", "saved"):
+        for column in ("shape", "layers", "groups", "templates", "coeffs", "saved"):
             table.add_column(column, justify="right", no_wrap=True)
         kinds: dict[str, list[Bank]] = {}
         for bank in self.banks:

@@ -49,7 +49,7 @@ class TILModule(LightningModule):
 
     Args:
         backbone: The pretrained model.
-        pieces: The method. `[LinearProbe]` trains the head alone.
+        pieces: The method (any sequence). `[LinearProbe()]` trains the head alone.
         optimizer: Makes an optimizer from parameter groups. The default is the paper's.
         lr_scheduler: Makes a schedule, stepped at every epoch, from an optimizer.
         warm_start: Whether a head starts from the linear probe that is fitted to cached features before each
@@ -59,7 +59,8 @@ class TILModule(LightningModule):
     def __init__(
         self,
         backbone: BackboneConfig,
-        pieces: Sequence[Piece],
+        # a tuple, because the command line merges an overriding list into the one before, element by element
+        pieces: tuple[Piece, ...],
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: AdamW(p, lr=2e-3, weight_decay=1e-6),
         lr_scheduler: Callable[[Optimizer], LRScheduler] = lambda o: StepLR(o, step_size=33, gamma=0.1),
         warm_start: bool = False,
@@ -149,6 +150,11 @@ class TILModule(LightningModule):
         """Names of the pieces."""
         return [type(piece).__name__ for piece in self.pieces]
 
+    @property
+    def task_parameters(self) -> int:
+        """Numbers that the pieces train for a task, the head left out."""
+        return sum(p.numel() for piece in self.pieces for p in piece.parameters.values())
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Copies, by name, of all that the current task trains."""
         return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
@@ -164,10 +170,11 @@ class TILModule(LightningModule):
 
     def configure_model(self) -> None:
         """Builds the backbone and begins the datamodule's current task, unless that is done."""
-        data = self._data()
-        self.build(data.image_size)
-        if self.task_name != data.task_name and self.trainer.state.fn == "fit":
-            self.begin_task(data.task_name, data.classes)
+        if self.head is None or self.trainer.state.fn == "fit":
+            data = self._data()
+            self.build(data.image_size)
+            if self.task_name != data.task_name:
+                self.begin_task(data.task_name, data.classes)
 
     def train(self, mode: bool = True) -> "TILModule":
         """Sets the mode of all but the backbone, which stays in evaluation mode."""

@@ -39,16 +39,6 @@ class TaskPatch:
     base: str
     metrics: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def task_parameters(self) -> int:
-        """Numbers that the pieces store for the task, the head left out."""
-        return sum(tensor.numel() for state in self.pieces for tensor in state.values())
-
-    @property
-    def head_parameters(self) -> int:
-        """Numbers of the head."""
-        return sum(tensor.numel() for tensor in self.head.values())
-
     def save(self, path: Path) -> None:
         """Writes a safetensors file atomically."""
         write_atomic(path, self.to_bytes())
