@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,15 +131,44 @@ def _from_timm(config: BackboneConfig, image_size: int) -> Built:
     file = None if config.weights in ("hub", "random") else _existing(config.weights)
     overlay = {"file": str(file)} if file else None
     try:
-        net = timm.create_model(
-            config.name,
-            pretrained=config.weights != "random",
-            pretrained_cfg_overlay=overlay,
-            **{"num_classes": 0, **size, **config.args},
-        )
+        with _MissingKeys() as missing:
+            net = timm.create_model(
+                config.name,
+                pretrained=config.weights != "random",
+                pretrained_cfg_overlay=overlay,
+                **{"num_classes": 0, **size, **config.args},
+            )
+        missing.refuse()
     except Exception as cause:  # hub, file and constructor errors have no common type
         raise _not_loaded(config, cause) from cause
     return net, cfg.mean, cfg.std
+
+
+class _MissingKeys(logging.Handler):
+    """Listens for weights that timm left at random: without a classifier it loads what fits and only says so."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.logger, self.found = logging.getLogger("timm.models._builder"), list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Missing keys"):
+            self.found.append(record.getMessage())
+
+    def refuse(self) -> None:
+        """Raises if weights are missing."""
+        if self.found:
+            raise ValueError(self.found[0])
+
+    def __enter__(self) -> "_MissingKeys":
+        self.level_before = self.logger.level
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.level_before)
 
 
 def _from_torchvision(config: BackboneConfig, image_size: int) -> Built:

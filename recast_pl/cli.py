@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
@@ -24,6 +25,7 @@ from recast_pl.til.module import TILModule
 from recast_pl.training import TrainerFactory
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+_STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
 _RUN_DIR = "RECAST_PL_RUN_DIR"  # how the processes that DDP starts learn the folder of the first one
 
 
@@ -51,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def command_parser() -> ArgumentParser:
     """The parser of all commands."""
-    parser = ArgumentParser(prog="recast_pl", description=sys.modules["recast_pl"].__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog="recast_pl", description=sys.modules["recast_pl"].__doc__, **_STRICT)
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("fit", fit_parser(), help="Learn a stream of tasks, or fit templates by gradient.")
     commands.add_subcommand("test", test_parser(), help="Evaluate every learnt task of a run again.")
@@ -61,7 +63,7 @@ def command_parser() -> ArgumentParser:
 
 def fit_parser() -> LightningArgumentParser:
     """The parser of `fit`: model, data and trainer, as in LightningCLI."""
-    parser = LightningArgumentParser(description="Learn a stream of tasks.", exit_on_error=False)
+    parser = LightningArgumentParser(description="Learn a stream of tasks.", **_STRICT)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
     parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
     parser.add_argument("--resume", type=bool, default=False, help="Continue the run in --run_dir.")
@@ -82,14 +84,14 @@ def fit_parser() -> LightningArgumentParser:
 
 def test_parser() -> ArgumentParser:
     """The parser of `test`."""
-    parser = ArgumentParser(description="Evaluate every learnt task of a run again.", exit_on_error=False)
+    parser = ArgumentParser(description="Evaluate every learnt task of a run again.", **_STRICT)
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
     return parser
 
 
 def predict_parser() -> ArgumentParser:
     """The parser of `predict`."""
-    parser = ArgumentParser(description="Classify images with a learnt task.", exit_on_error=False)
+    parser = ArgumentParser(description="Classify images with a learnt task.", **_STRICT)
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
     parser.add_argument("--task", type=str, required=True, help="Name of a learnt task.")
     parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
@@ -105,7 +107,7 @@ def fit(config: Namespace) -> int:
         stream.check_run_folder(run_dir, config.resume)
         _check_same_run(run_dir / "config.yaml", text)
     seed_everything(config.seed_everything, verbose=False)
-    init = fit_parser().instantiate_classes(config)
+    init = fit_parser().instantiate(config)
     trainers = TrainerFactory(init.trainer)
     console = Console()
     if isinstance(init.model, MimicryModule):
@@ -122,7 +124,7 @@ def fit(config: Namespace) -> int:
 def test(config: Namespace) -> int:
     """Evaluates all learnt tasks from their patches; 1 if a number differs from the recorded one."""
     run_dir, init = _open_run(config.run_dir)
-    rows = stream.evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer))
+    rows = stream.evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer).alone())
     Console().print(evaluation_table(rows))
     return int(any(recorded != measured for _, recorded, measured in rows))
 
@@ -131,7 +133,7 @@ def predict(config: Namespace) -> int:
     """Writes the most probable class of each image as CSV."""
     run_dir, init = _open_run(config.run_dir)
     images = [Path(image) for image in config.images]
-    trainers = TrainerFactory(init.trainer)
+    trainers = TrainerFactory(init.trainer).alone()
     rows = stream.predict_images(init.model, run_dir, config.task, images, trainers)
     lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
     write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
@@ -146,7 +148,7 @@ def _open_run(folder: str) -> tuple[Path, Namespace]:
     parser = fit_parser()
     config = parser.parse_path(path)
     seed_everything(config.seed_everything, verbose=False)
-    init = parser.instantiate_classes(config)
+    init = parser.instantiate(config)
     _til(init.model)
     return run_dir, init
 

@@ -39,6 +39,10 @@ class TrainerFactory:
         settings["callbacks"] = [*copy.deepcopy(own), *callbacks]
         return Trainer(**{"default_root_dir": folder, **settings})
 
+    def alone(self) -> "TrainerFactory":
+        """The same for a single process, whatever the run was trained on."""
+        return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto"})
+
     def for_evaluation(self) -> Trainer:
         """A trainer that only tests or predicts, and says nothing."""
         quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -98,7 +98,7 @@ class MimicryModule(LightningModule):
         optimizers = self.optimizers()
         total = torch.zeros((), device=self.device)
         for i, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
-            total += self._backward(i)
+            total += self.set_gradients(i)
             if self.gradient_clip:
                 self.clip_gradients(optimizer.optimizer, self.gradient_clip, "norm")
             optimizer.step()
@@ -135,10 +135,16 @@ class MimicryModule(LightningModule):
                 result[name] = float(F.cosine_similarity(weight, self.teacher[_key(name)].flatten(), dim=0))
         return result
 
-    def _backward(self, index: int) -> Tensor:
+    def set_gradients(self, index: int) -> Tensor:
         """Sets the gradients of a group, block by block of columns: no dense weight is ever held whole.
 
         The gradient of the coefficients sums over blocks, that of the templates is laid out in them.
+
+        Args:
+            index: Position of the group.
+
+        Returns:
+            The group's term of equation 3, a scalar.
         """
         templates, coefficients = self.templates[index], self.coefficients[index]
         targets = self.groups[index].targets

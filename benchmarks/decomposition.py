@@ -1,0 +1,146 @@
+"""The closed form on a real ViT-S/14, and one epoch of gradient mimicry beside the published formulation.
+
+    uv run python benchmarks/decomposition.py --weights dinov2_vits14.safetensors
+
+Each contender of the mimicry runs in a process of its own; they take turns, and the ratio of each pair counts.
+Memory is the growth of the resident set over the teacher's weights, at its peak.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recast_pl import BackboneConfig, BankLayout, MimicryModule, decompose
+from recast_pl.decomposition.targets import find_targets, group_targets
+
+ALL = BankLayout([r"(attn\.qkv|mlp\.fc[12])\.weight"], groups=6, templates=2)
+MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
+EPOCHS, WARM_UP = 12, 3
+
+
+def backbone(weights):
+    return BackboneConfig("vit_small_patch14_dinov2", weights)
+
+
+def closed_form(weights):
+    net = backbone(weights).build(98).net
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        decomposition = decompose(net, ALL)
+        seconds.append(time.perf_counter() - start)
+    return seconds, max(decomposition.relative_errors(net).values())
+
+
+class Published(nn.Module):
+    """Equation 3 as the published loop has it: for each layer a stack of K dense weights, then their mean."""
+
+    def __init__(self, weights):
+        super().__init__()
+        targets = find_targets(backbone(weights).build(98).net, MLP.targets)
+        self.groups = group_targets({n: tuple(w.shape) for n, w in targets.items()}, MLP)
+        self.teacher = {name: w.detach() for name, w in targets.items()}
+        kaiming = (nn.init.kaiming_normal_(torch.empty(g.templates, *g.shape)) for g in self.groups)
+        self.templates = nn.ParameterList(nn.Parameter(t) for t in kaiming)
+        layers = [name for g in self.groups for name in g.targets]
+        self.coefficients = nn.ParameterList(nn.Parameter(nn.init.orthogonal_(torch.empty(2, 2))) for _ in layers)
+
+    def loss(self):
+        total, coefficients = 0, iter(self.coefficients)
+        for group, templates in zip(self.groups, self.templates, strict=True):
+            for name in group.targets:
+                noisy = next(coefficients) + 1e-4 * torch.randn(2, 2)
+                dense = [(c.view(-1, 1, 1) * templates).sum(0) for c in noisy]
+                total = total + 2 * F.smooth_l1_loss(torch.stack(dense).mean(0), self.teacher[name])
+        return total
+
+
+def published_epochs(weights):
+    module = Published(weights)
+    yield
+    optimizer = torch.optim.RMSprop(module.parameters(), lr=0.1)
+    while True:
+        optimizer.zero_grad()
+        loss = module.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        yield float(loss)
+
+
+def our_epochs(weights):
+    """The module's own step; Lightning's loop around it costs the same a second time or a thousandth."""
+    module = MimicryModule(backbone(weights), MLP, image_size=98)
+    module.configure_model()
+    yield
+    optimizers, _ = module.configure_optimizers()
+    while True:
+        total = 0.0
+        for index, optimizer in enumerate(optimizers):
+            total += float(module.set_gradients(index))
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield total
+
+
+CONTENDERS = {"published": published_epochs, "recast_pl": our_epochs}
+
+
+def contender(name, weights):
+    """Prints the median seconds of an epoch, the peak of added memory in MB, and the last loss."""
+    torch.manual_seed(0)
+    epochs = CONTENDERS[name](weights)
+    next(epochs)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(EPOCHS):
+        start = time.perf_counter()
+        loss = next(epochs)
+        seconds.append(time.perf_counter() - start)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([statistics.median(seconds[WARM_UP:]), (after - before) / 1024, loss]))
+
+
+def mimicry(weights, rounds):
+    results = {name: [] for name in CONTENDERS}
+    for _ in range(rounds):
+        for name, found in results.items():
+            command = [sys.executable, __file__, "--weights", weights, "--contender", name]
+            found.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="safetensors of timm's vit_small_patch14_dinov2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        contender(options.contender, options.weights)
+        return
+    seconds, error = closed_form(options.weights)
+    print(
+        f"closed form, attention and MLP, G 6, n 2: first {seconds[0]:.3f} s, median {statistics.median(seconds):.3f} s"
+    )
+    print(f"largest relative error of a weight: {error:.1e}")
+    results = mimicry(options.weights, options.rounds)
+    for name, found in results.items():
+        medians = [statistics.median(column) for column in zip(*found, strict=True)]
+        print(f"mimicry, {name}: {medians[0] * 1000:.0f} ms an epoch, {medians[1]:.0f} MB, loss {medians[2]:.4f}")
+    for index, what in enumerate(("time", "memory")):
+        pairs = zip(results["recast_pl"], results["published"], strict=True)
+        print(f"ratio of {what}, median of pairs: {statistics.median(a[index] / b[index] for a, b in pairs):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Fixtures: the shared real data, small image folders, and the command line."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny, and threads would only wait for one another
+# some virtual machines advertise AMX and die of it (SIGILL) at the first product in bf16
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)  # configs name data by paths relative to it
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        assert os.environ.get("CI") != "true", f"{SHARED} is missing, which CI needs"
+        pytest.skip("the shared data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def vit_weights(shared):
+    return str(shared / "weights" / "dinov2_vits14.fp16.safetensors")
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Writes CLASS/NNN.png; each class has a colour of its own, so that it can be learnt."""
+
+    def make(name, classes=3, images=8, size=32, seed=0):
+        generator = np.random.default_rng(seed)
+        for label in range(classes):
+            folder = tmp_path / name / f"class{label}"
+            folder.mkdir(parents=True)
+            colour = generator.integers(0, 256, 3)
+            for index in range(images):
+                noise = generator.integers(-40, 40, (size, size, 3))
+                pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def tiny_fit(image_folder, tmp_path):
+    """The command line of `fit` for two small tasks on a tiny ViT; more words override."""
+    folders = {name: image_folder(name, classes, seed=classes) for name, classes in (("first", 3), ("second", 2))}
+
+    def words(*more, run_dir=None):
+        tasks = [{"name": name, "path": str(path)} for name, path in folders.items()]
+        return [
+            *("fit", "--config", "vit.yaml", "--run_dir", str(run_dir or tmp_path / "run")),
+            *("--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.weights", "random"),
+            *("--model.backbone.args", json.dumps(TINY_VIT)),
+            *("--data.tasks", json.dumps(tasks), "--data.image_size", "32", "--data.batch_size", "4"),
+            *("--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"),
+            *map(str, more),
+        ]
+
+    return words

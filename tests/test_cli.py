@@ -1,0 +1,184 @@
+"""The command line as a user meets it: configs, help, and errors of one line with exit status 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, TINY_VIT
+
+from recast_pl.cli import main
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_shipped_config_parses_and_prints_itself(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", config, "--print_config"])
+    assert stop.value.code == 0
+    printed, shipped = yaml.safe_load(capsys.readouterr().out), yaml.safe_load((ROOT / "configs" / config).read_text())
+    assert printed["model"]["class_path"] == shipped["model"]["class_path"]
+    assert printed["trainer"]["max_epochs"] == shipped["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.startswith(("vit", "dino"))])
+def test_every_vit_config_runs_on_a_small_vit(config, tiny_fit, tmp_path):
+    words = tiny_fit("--trainer.max_epochs", "1")
+    words[2] = config
+    if config == "vit_large.yaml":  # whose 12 groups divide its 24 layers, and those of the small one into single ones
+        words[words.index(json.dumps(TINY_VIT))] = json.dumps(TINY_VIT | {"depth": 24})
+    assert main(words) == 0
+    trained = json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"]
+    expected = {"vit_attention.yaml": 48, "vit_all.yaml": 144, "vit_large.yaml": 192}
+    assert trained == expected.get(config, 96)
+
+
+def test_the_resnet_config_runs(tiny_fit, tmp_path):
+    words = tiny_fit("--trainer.max_epochs", "1")
+    words[2] = "resnet34.yaml"
+    at = words.index("--model.backbone.name")
+    words[at + 1] = "torchvision/resnet34"
+    at = words.index("--model.backbone.args")
+    del words[at : at + 2]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"] == 168
+
+
+def test_the_resnet_mimicry_config_runs(tmp_path):
+    run = ["fit", "--config", "mimicry_resnet34.yaml", "--run_dir", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
+    small = ["--model.backbone.name", "torchvision/resnet18", "--model.backbone.weights", "random"]
+    assert main([*run, *small, "--model.image_size", "32", "--trainer.enable_progress_bar", "false"]) == 0
+    assert (tmp_path / "run" / "decomposition.safetensors").exists()
+
+
+def test_the_quickstart_learns_real_images_with_real_weights(tmp_path):
+    run = tmp_path / "run"
+    few = ["--trainer.max_epochs", "1", "--data.image_size", "64", "--trainer.enable_progress_bar", "false"]
+    task = ["--data.tasks", json.dumps([{"name": "signs", "path": "data/clipart/signs"}])]
+    assert main(["fit", "--config", "quickstart.yaml", "--run_dir", str(run), *few, *task]) == 0
+    (row,) = json.loads((run / "summary.json").read_text())["tasks"]
+    assert row["probe_accuracy"] > 50  # of 5 classes: the weights are the pretrained ones, in their places
+    assert row["accuracy"] > 50
+    assert row["task_parameters"] == 69
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data.tasks", '[{"name": "flowrs"}]'], ["'flowrs'", "path"]),
+        (["--data.tasks", '[{"name": "x", "path": "/no/such/folder"}]'], ["/no/such/folder", "path"]),
+        (["--data.tasks", "[]"], ["data.tasks", "list at least one"]),
+        (["--data.tasks", '[{"nam": "x"}]'], ["nam"]),
+        (["--data.batch_size", "0"], ["batch_size=0", "at least 1"]),
+        (["--data.batch_size", "many"], ["data.batch_size", "many"]),
+        (["--data.image_size", "4"], ["'vit_tiny_patch16_224'"]),
+        (["--model.backbone.name", "vit_smal_patch16_224"], ["'vit_smal_patch16_224'", "vit_small_patch16_224"]),
+        (["--model.backbone.name", "no.such.factory"], ["no.such.factory"]),
+        (["--model.backbone.weights", "/no/such/file.pth"], ["/no/such/file.pth", "hub"]),
+        (["--model.pieces", '[{"class_path": "Nope"}]'], ["Nope"]),
+        (
+            ["--model.pieces", '[{"class_path": "Recast", "init_args": {"layout": {"targets": ["fc9"]}}}]'],
+            ["'fc9'", "correct the pattern"],
+        ),
+        (
+            [
+                "--model.pieces",
+                '[{"class_path": "Recast", "init_args": {"layout": {"targets": ["fc1"], "groups": 5}}}]',
+            ],
+            ["groups=5", "1, 2, 3, 4, 6, 12"],
+        ),
+        (
+            ["--model.pieces", '[{"class_path": "Recast", "init_args": {"decomposition": "/no/file"}}]'],
+            ["/no/file", "does not exist"],
+        ),
+        (["--config", "nope.yaml"], ["nope.yaml", "quickstart.yaml"]),
+        (["--trainer.max_epoch", "3"], ["max_epoch"]),
+        (["--no_such_option", "3"], ["no_such_option"]),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_status_2(words, named, tiny_fit, capsys, tmp_path):
+    assert main(tiny_fit(*words)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = lines[-1]
+    assert message.startswith("recast_pl: error: ")
+    assert all(name in message for name in named), message
+    assert not (tmp_path / "run").exists()  # so that the corrected command can be given as it is
+
+
+def test_an_existing_run_folder_is_not_touched(tiny_fit, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("work")
+    assert main(tiny_fit()) == 2
+    assert "--resume true" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "other"])
+def test_wrong_weights_are_one_line(damage, tiny_fit, tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes({"empty": b"", "text": b"not weights at all", "other": b""}[damage])
+    if damage == "other":
+        save_file({"some.weight": torch.zeros(3)}, path)
+    assert main(tiny_fit("--model.backbone.weights", path)) == 2
+    err = capsys.readouterr().err.strip()
+    assert str(path) in err
+    assert "\n" not in err
+
+
+@pytest.mark.parametrize("command", [["test"], ["predict", "--task", "t", "--images", "i", "--output", "o"]])
+def test_commands_on_a_folder_that_is_no_run(command, tmp_path, capsys):
+    assert main([*command, "--run_dir", str(tmp_path)]) == 2
+    assert "config.yaml" in capsys.readouterr().err
+
+
+def test_predict_of_an_unknown_task_or_an_unreadable_image(tiny_fit, tmp_path, capsys):
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    predict = ["predict", "--run_dir", str(tmp_path / "run"), "--output", str(tmp_path / "o.csv")]
+    assert main([*predict, "--task", "third", "--images", "i.png"]) == 2
+    assert "learnt are first, second" in capsys.readouterr().err
+    (tmp_path / "text.jpg").write_text("no image")
+    assert main([*predict, "--task", "first", "--images", str(tmp_path / "text.jpg")]) == 2
+    assert "text.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "o.csv").exists()
+
+
+def test_an_overriding_list_of_tasks_inherits_nothing_from_the_one_before(tiny_fit, capsys):
+    # both lists have two tasks: nothing of `flip` and `path` may pass from one to the other
+    words = tiny_fit("--data.tasks", '[{"name": "digits"}, {"name": "second"}]')
+    words[words.index("--data.tasks") + 1] = '[{"name": "a", "path": "p", "flip": false}, {"name": "b", "path": "p"}]'
+    assert main(words) == 2
+    assert "unknown task 'second'" in capsys.readouterr().err
+
+
+def test_a_config_in_the_working_folder_comes_first(tiny_fit, tmp_path, monkeypatch, capsys):
+    (tmp_path / "vit.yaml").write_text("seed_everything: 7\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "vit.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["seed_everything"] == 7
+
+
+def test_help_shows_the_commands_and_their_options(capsys):
+    def help_of(*words):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    assert all(command in help_of() for command in ("fit", "test", "predict"))
+    fit = help_of("fit")
+    for option in ("--run_dir", "--resume", "--seed_everything", "--data.tasks", "--data.image_size", "--model"):
+        assert option in fit
+    assert "--images" in help_of("predict")
+
+
+def test_python_m_is_the_same_command():
+    command = [sys.executable, "-m", "recast_pl", "test", "--run_dir", "/no/such/run"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 2
+    assert process.stderr.startswith("recast_pl: error: /no/such/run is no run folder")

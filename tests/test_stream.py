@@ -1,0 +1,264 @@
+"""A stream from the command line: what it writes, how it goes on, and what it says again later."""
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recast_pl import BackboneConfig, LinearProbe, SequentialTaskDataModule, TaskConfig, TaskPatch, TILModule
+from recast_pl.cli import main
+from recast_pl.metrics import average_accuracy, backward_transfer, forgetting
+from recast_pl.stream import Stream
+from recast_pl.training import TrainerFactory
+
+TIMES = ("seconds", "wall_seconds")
+
+
+def read_summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def patches(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "patches").iterdir())}
+
+
+@pytest.fixture
+def run(tiny_fit, tmp_path):
+    assert main(tiny_fit()) == 0
+    return tmp_path / "run"
+
+
+def test_a_run_folder_holds_what_was_promised(run):
+    assert {"config.yaml", "decomposition.safetensors", "summary.json", "accuracy_matrix.csv"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
+    summary = read_summary(run)
+    assert set(summary) == {
+        *("method", "backbone", "seed", "tasks", "accuracy_matrix", "average_accuracy"),
+        *("backward_transfer", "forgetting", "wall_seconds"),
+    }
+    first, second = summary["tasks"]
+    assert set(first) == {
+        *("name", "classes", "accuracy", "probe_accuracy", "task_parameters", "head_parameters"),
+        *("patch_bytes", "train_images", "test_images", "epochs", "seconds"),
+    }
+    assert (first["name"], first["classes"], second["classes"]) == ("first", 3, 2)
+    assert first["task_parameters"] == 96  # vit.yaml: 24 weights, n 2, K 2
+    assert first["head_parameters"] == 3 * (32 + 1)
+    assert (first["train_images"], first["test_images"]) == (3 * 6, 3)  # 15 % of 8 images is 1
+    assert first["epochs"] == 3
+    assert first["patch_bytes"] == len(patches(run)["00_first.safetensors"])
+    patch = TaskPatch.load(run / "patches" / "00_first.safetensors")
+    assert patch.classes == ["class0", "class1", "class2"]
+    assert patch.metrics["accuracy"] == first["accuracy"]
+    assert (patch.image_size, patch.mean) == (32, [0.5, 0.5, 0.5])
+
+
+def test_the_accuracy_matrix_and_its_measures(run):
+    summary = read_summary(run)
+    matrix = summary["accuracy_matrix"]
+    assert matrix[0][1] is None
+    assert matrix[1][0] == matrix[0][0]  # RECAST forgets nothing
+    assert summary["forgetting"] == summary["backward_transfer"] == 0
+    assert summary["average_accuracy"] == (matrix[1][0] + matrix[1][1]) / 2
+    rows = list(csv.reader(io.StringIO((run / "accuracy_matrix.csv").read_text())))
+    assert rows[0] == ["after", "first", "second"]
+    assert rows[1] == ["first", str(matrix[0][0]), ""]
+
+
+def test_measures_by_hand():
+    matrix = [[90.0, None, None], [70.0, 80.0, None], [75.0, 60.0, 50.0]]
+    assert average_accuracy(matrix) == pytest.approx((75 + 60 + 50) / 3)
+    assert backward_transfer(matrix) == pytest.approx(((75 - 90) + (60 - 80)) / 2)
+    assert forgetting(matrix) == pytest.approx(((90 - 75) + (80 - 60)) / 2)
+    assert forgetting([[70.0, None], [80.0, 60.0]]) == -10
+    assert (forgetting([[50.0]]), backward_transfer([[50.0]]), average_accuracy([[50.0]])) == (0, 0, 50)
+
+
+def test_tensorboard_shows_each_task_and_the_stream(run):
+    def events(name):
+        return EventAccumulator(str(run / "tensorboard" / name)).Reload()
+
+    task = events("00_first")
+    assert {"train/loss_epoch", "train/accuracy", "val/accuracy", "val/loss", "lr-AdamW/head"} <= set(
+        task.Tags()["scalars"]
+    )
+    assert len(task.Scalars("val/accuracy")) == 3
+    assert task.Tags()["histograms"] == ["coefficients/Recast"]
+    stream = events("stream")
+    assert {"stream/average_accuracy", "stream/forgetting", "accuracy/first"} <= set(stream.Tags()["scalars"])
+    assert stream.Tags()["images"] == ["accuracy_matrix"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(run, tiny_fit, tmp_path):
+    assert main(tiny_fit(run_dir=tmp_path / "again")) == 0
+    assert patches(tmp_path / "again") == patches(run)
+    assert main(tiny_fit("--seed_everything", "1", run_dir=tmp_path / "other")) == 0
+    assert patches(tmp_path / "other") != patches(run)
+
+
+def test_test_measures_again_and_finds_a_difference(run, capsys):
+    assert main(["test", "--run_dir", str(run)]) == 0
+    assert capsys.readouterr().out.count("equal") == 2
+    summary = read_summary(run)
+    summary["tasks"][1]["accuracy"] += 1
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert main(["test", "--run_dir", str(run)]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_test_uses_the_stored_templates(run):
+    # the same network could be decomposed to other bits on another machine: only the file counts
+    path = run / "decomposition.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert main(["test", "--run_dir", str(run)]) == 2
+
+
+def test_predict_writes_a_label_and_a_probability_for_each_image(run, tmp_path):
+    images = sorted((tmp_path / "second").rglob("*.png"))
+    output = tmp_path / "out" / "predictions.csv"
+    words = ["predict", "--run_dir", str(run), "--task", "second", "--output", str(output)]
+    assert main([*words, "--images", *map(str, images)]) == 0
+    rows = list(csv.DictReader(io.StringIO(output.read_text())))
+    assert [row["path"] for row in rows] == list(map(str, images))
+    assert {row["label"] for row in rows} <= {"class0", "class1"}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_finished_run_resumes_to_itself(run, capsys):
+    before = (run / "summary.json").read_bytes(), patches(run)
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    assert ((run / "summary.json").read_bytes(), patches(run)) == before
+    assert "second" in capsys.readouterr().out
+
+
+def test_a_task_whose_patch_is_missing_is_learnt_again(run):
+    # the state in which a kill between the writing of results and of the patch leaves a run
+    before = without_times(read_summary(run)), patches(run)
+    (run / "patches" / "01_second.safetensors").unlink()
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    assert (without_times(read_summary(run)), patches(run)) == before
+
+
+def kill_and_resume(words, run):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    process = subprocess.run(
+        [sys.executable, "-m", "recast_pl", *words], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+
+
+def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit, tmp_path):
+    killed = tmp_path / "killed"
+    moments = [
+        ("on_train_batch_start", "first", 1),  # in mid-epoch, with one checkpoint written
+        ("on_validation_end", "second", 1),  # the best epoch is taken, the checkpoint is not yet
+        ("on_train_end", "second", 3),  # all epochs done, the patch not written
+    ]
+    resume = []
+    for hook, task, epoch in moments:
+        callback = {"class_path": "kill.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
+        kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback]), *resume, run_dir=killed), killed)
+        resume = ["--resume", "true"]
+    assert main(tiny_fit("--resume", "true", run_dir=killed)) == 0
+    assert patches(killed) == patches(run)
+    assert without_times(read_summary(killed)) == without_times(read_summary(run))
+    assert not list((killed / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, tiny_fit, tmp_path):
+    killed, generator = tmp_path / "killed", random.Random(0)
+    words = tiny_fit("--resume", "true", run_dir=killed)
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-m", "recast_pl", *words], cwd=ROOT)
+        time.sleep(generator.uniform(6, 14))
+        process.kill()
+        process.wait()
+    assert main(words) == 0
+    assert patches(killed) == patches(run)
+
+
+def test_warm_starts_and_schedules_survive_a_kill(tiny_fit, tmp_path):
+    more = ("--model.warm_start", "true", "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR")
+    more += ("--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5")
+    assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
+    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_validation_end", "task": "first", "epoch": 2}}
+    killed = tmp_path / "killed"
+    kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
+    assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
+    assert patches(killed) == patches(tmp_path / "whole")
+
+
+def test_two_processes_learn_the_stream_together(tiny_fit, tmp_path):
+    run = tmp_path / "ddp"
+    words = tiny_fit("--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
+    process = subprocess.run([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, capture_output=True, timeout=120)
+    assert process.returncode == 0, process.stderr.decode()[-2000:]
+    assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
+    assert main(["test", "--run_dir", str(run)]) == 0  # one process and two measure the same
+    assert process.stdout.decode().count("average") == 1
+
+
+def test_early_stopping_and_callbacks_of_ones_own_start_anew_for_each_task(tiny_fit, tmp_path):
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    stopping["init_args"] = {"monitor": "val/accuracy", "mode": "max", "patience": 1, "min_delta": 2}
+    run = tmp_path / "stopped"
+    assert main(tiny_fit("--trainer.callbacks", json.dumps([stopping]), "--trainer.max_epochs", "9", run_dir=run)) == 0
+    assert [task["epochs"] for task in read_summary(run)["tasks"]] == [2, 2]
+
+
+def test_a_notebook_needs_no_command_line(image_folder, tmp_path):
+    tasks = [TaskConfig("first", str(image_folder("first"))), TaskConfig("digits", flip=False)]
+    data = SequentialTaskDataModule(tasks, image_size=32, batch_size=64)
+    module = TILModule(BackboneConfig("resnet10t", "random"), [LinearProbe()])
+    settings = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    text = io.StringIO()
+    summary = Stream(module, data, tmp_path / "run", TrainerFactory(settings), console=Console(file=text)).run()
+    assert [task["task_parameters"] for task in summary["tasks"]] == [0, 0]
+    assert "digits" in text.getvalue()
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_the_users_own_logger_is_used(tiny_fit, tmp_path):
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
+    assert main(tiny_fit("--trainer.logger", json.dumps(logger))) == 0
+    assert list((tmp_path / "csv").rglob("metrics.csv"))
+
+
+def test_nothing_of_the_frozen_network_goes_into_checkpoints(tiny_fit, tmp_path):
+    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3}}
+    run = tmp_path / "run"
+    kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback])), run)
+    checkpoint = torch.load(run / "checkpoints" / "00_first" / "last.ckpt", weights_only=True)
+    assert sum(t.numel() for t in checkpoint["state_dict"].values()) == 96 + 3 * 33
+    shutil.rmtree(run)
+
+
+def test_another_methods_run_is_not_resumed(run, tiny_fit, capsys):
+    words = tiny_fit("--resume", "true", "--model.pieces", '[{"class_path": "LinearProbe"}]')
+    assert main(words) == 2
+    assert "model differs" in capsys.readouterr().err
+    assert Path(run / "summary.json").exists()
