@@ -1,5 +1,7 @@
 """Pictures of a stream."""
 
+import io
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -30,3 +32,10 @@ def plot_accuracy_matrix(matrix: Matrix, tasks: list[str]) -> Figure:
     axes.set_ylabel("after learning")
     figure.colorbar(image, label="accuracy (%)")
     return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The content of a PNG file of a figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()

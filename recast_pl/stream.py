@@ -11,6 +11,7 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_json, write_atomic, write_json
 from recast_pl.metrics import average_accuracy, backward_transfer, forgetting
-from recast_pl.plots import plot_accuracy_matrix
+from recast_pl.plots import plot_accuracy_matrix, to_png
 from recast_pl.report import matrix_csv, stream_table
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import TaskPatch
@@ -167,9 +168,11 @@ class Stream:
         summary = self._summary()
         names = [row["name"] for row in self.rows]
         write_atomic(self.run_dir / "accuracy_matrix.csv", matrix_csv(self.matrix, names))
+        figure = plot_accuracy_matrix(self.matrix, names)
+        write_atomic(self.run_dir / "accuracy_matrix.png", to_png(figure))
         write_json(self.run_dir / "summary.json", summary)
         if self.trainers.settings.get("logger") in (None, True):
-            _log_stream(tensorboard(self.run_dir, "stream"), summary, len(self.rows))
+            _log_stream(tensorboard(self.run_dir, "stream"), summary, figure)
 
     def _summary(self) -> dict[str, Any]:
         return {
@@ -325,13 +328,13 @@ def _restore_shared(module: TILModule, run_dir: Path, image_size: int) -> None:
     module.build(image_size)
 
 
-def _log_stream(logger: Logger, summary: Mapping[str, Any], step: int) -> None:
+def _log_stream(logger: Logger, summary: Mapping[str, Any], figure: Figure) -> None:
     """Writes the accuracy matrix as a picture and the stream's measures, as they stand after a task."""
     assert isinstance(logger, TensorBoardLogger)
     measures = {f"stream/{key}": summary[key] for key in ("average_accuracy", "backward_transfer", "forgetting")}
     names = [task["name"] for task in summary["tasks"]]
+    step = len(names)
     final = {f"accuracy/{name}": value for name, value in zip(names, summary["accuracy_matrix"][-1], strict=True)}
     logger.log_metrics(measures | final, step=step)
-    figure = plot_accuracy_matrix(summary["accuracy_matrix"], names)
     logger.experiment.add_figure("accuracy_matrix", figure, step)
     logger.finalize("success")
