@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
@@ -36,6 +36,9 @@ class TrainerFactory:
             settings["logger"] = tensorboard(folder, version)
         if settings["logger"] is False:
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+        bar = settings.get("enable_progress_bar") in (None, True)
+        if bar and not any(isinstance(callback, ProgressBar) for callback in own):
+            callbacks = [*callbacks, TaskProgressBar()]
         settings["callbacks"] = [*copy.deepcopy(own), *callbacks]
         return Trainer(**{"default_root_dir": folder, **settings})
 
@@ -47,6 +50,16 @@ class TrainerFactory:
         """A trainer that only tests or predicts, and says nothing."""
         quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
         return Trainer(**{**self.settings, **quiet})
+
+
+class TaskProgressBar(RichProgressBar):
+    """Lightning's bar, less the number of the logger's version."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What stands right of the bar."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class BestEpoch(Callback):

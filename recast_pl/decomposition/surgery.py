@@ -15,25 +15,30 @@ class Mixture(nn.Module):
     Args:
         bank: The group's templates.
         coefficient_sets: K.
+        owner: Whether the bank is registered here. One layer of each group owns it and the others refer to it, so
+            that it appears once in the module tree and the state dict, and no container gets a child it would call.
     """
 
-    def __init__(self, bank: TemplateBank, coefficient_sets: int) -> None:
+    bank: TemplateBank
+
+    def __init__(self, bank: TemplateBank, coefficient_sets: int, owner: bool) -> None:
         super().__init__()
-        # referred to without being registered: the bank appears once in the module tree, not in every layer
-        self.__dict__["bank"] = bank
         self.coefficient_sets = coefficient_sets
+        if owner:
+            self.bank = bank
+        else:
+            self.__dict__["bank"] = bank
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """The weight (*shape) that coefficients (K, n) stand for."""
-        bank: TemplateBank = self.__dict__["bank"]
-        return bank.mix(coefficients)
+        return self.bank.mix(coefficients)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
         """The coefficients (K, n) nearest to a dense weight, in all sets the same.
 
         They come as a 1-tuple: a bare tensor would be written into the pretrained parameter in place.
         """
-        coefficients = project(weight, self.__dict__["bank"].templates)
+        coefficients = project(weight, self.bank.templates)
         return (coefficients.repeat(self.coefficient_sets, 1),)
 
 
@@ -53,13 +58,12 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
     for bank in decomposition.banks:
         for name in bank.group.targets:
             _check_target(model, name, bank.group.shape)
-    banks = nn.ModuleList(TemplateBank(bank.templates.clone()) for bank in decomposition.banks)
     installed: dict[str, nn.Parameter] = {}
-    for bank, module in zip(decomposition.banks, banks, strict=True):
-        assert isinstance(module, TemplateBank)
+    for bank in decomposition.banks:
+        templates = TemplateBank(bank.templates.clone())
         for name, values in zip(bank.group.targets, bank.coefficients, strict=True):
-            installed[name] = _parametrize(model, name, module, values)
-    model.add_module("template_banks", banks)
+            mixture = Mixture(templates, len(values), owner=name == bank.group.targets[0])
+            installed[name] = _parametrize(model, name, mixture, values)
     return installed
 
 
@@ -77,10 +81,10 @@ def _check_target(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _parametrize(model: nn.Module, name: str, bank: TemplateBank, values: Tensor) -> nn.Parameter:
+def _parametrize(model: nn.Module, name: str, mixture: Mixture, values: Tensor) -> nn.Parameter:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    parametrize.register_parametrization(module, attribute, Mixture(bank, len(values)))
+    parametrize.register_parametrization(module, attribute, mixture)
     original = getattr(module.parametrizations, attribute).original0
     assert isinstance(original, nn.Parameter)
     with torch.no_grad():

@@ -222,7 +222,8 @@ class TILModule(LightningModule):
         step = Step(images, labels, features, logits)
         for term in (piece.loss(step) for piece in self.pieces):
             loss = loss if term is None else loss + term
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
         self._log_accuracy("fit", "train/accuracy", logits, labels)
         return loss
 
@@ -296,4 +297,4 @@ class TILModule(LightningModule):
         metric = self.accuracies[stage]
         assert isinstance(metric, MeanMetric)
         metric.update((logits.argmax(1) == labels).float())
-        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=stage != "test", batch_size=len(labels))
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))

@@ -1,0 +1,191 @@
+"""The gradient fit: equation 3 against autograd in float64, its start, its end, and its command line."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import TINY_VIT
+from recast_pl import BackboneConfig, BankLayout, Decomposition, MimicryModule
+from recast_pl.cli import main
+from recast_pl.decomposition import module as mimicry
+from recast_pl.errors import DecompositionError
+
+VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT | {"depth": 4})
+MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=2, templates=2, coefficient_sets=2)
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+RATE = 1024.0  # steps are differences of numbers near 1: large ones keep the digits of the gradient
+
+
+def started(layout=MLP, seed=0, **settings):
+    torch.manual_seed(seed)
+    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=RATE), "noise_std": 0, "gradient_clip": 0}
+    module = MimicryModule(VIT, layout, image_size=32, **sgd | settings)
+    module.configure_model()
+    return module
+
+
+def fit(module, epochs=1):
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", **QUIET)
+    trainer.fit(module)
+    return trainer
+
+
+def values(module):
+    return [p.detach().clone() for p in (*module.templates, *module.coefficients)]
+
+
+def steps(module):
+    """What one epoch subtracts from templates and coefficients, in units of the learning rate."""
+    before = values(module)
+    trainer = fit(module)
+    return [(b - a) / RATE for b, a in zip(before, values(module), strict=True)], trainer
+
+
+def equation_3(module, loss, scale):
+    """Loss and gradients with all K weights of every layer written out, in float64."""
+    teachers = {name.replace("/", "."): w.detach().double() for name, w in module.teacher.items()}
+    templates = [t.detach().double().requires_grad_() for t in module.templates]
+    coefficients = [c.detach().double().requires_grad_() for c in module.coefficients]
+    total = 0.0
+    for group, bank, layers in zip(module.groups, templates, coefficients, strict=True):
+        for name, sets in zip(group.targets, layers, strict=True):
+            weights = [sum(c * t for c, t in zip(one, bank, strict=True)) for one in sets]
+            total = total + scale * loss(torch.stack(weights).mean(0), teachers[name])
+    return float(total), torch.autograd.grad(total, [*templates, *coefficients])
+
+
+@pytest.mark.parametrize("name", ["smooth_l1", "mse"])
+@pytest.mark.parametrize("block", [1 << 18, 100], ids=["whole", "blocks"])
+@pytest.mark.parametrize("layout", [MLP, BankLayout([r"mlp\.fc[12]\.weight"], coefficient_sets=3)], ids=["2x2", "1x4"])
+def test_one_step_follows_the_gradient_of_equation_3(monkeypatch, name, block, layout):
+    monkeypatch.setattr(mimicry, "_BLOCK", block)  # 100 does not divide the 4096 columns
+    module = started(layout, loss=name, loss_scale=3.0)
+    with torch.no_grad():
+        for weight in module.teacher.values():
+            weight.mul_(100)  # so that both branches of the smooth loss are taken
+            assert 0.1 < (weight.abs() > 1).float().mean() < 0.9
+    wanted_loss, wanted = equation_3(module, {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[name], 3.0)
+    found, trainer = steps(module)
+    for step, gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(step.double(), gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+    assert float(trainer.callback_metrics["mimicry/loss"]) == pytest.approx(wanted_loss, rel=1e-5)
+
+
+def test_the_gradient_of_each_group_is_clipped_by_its_norm():
+    module = started(gradient_clip=1e-3)
+    _, wanted = equation_3(module, F.smooth_l1_loss, 2.0)
+    found, _ = steps(module)
+    groups = len(module.groups)
+    for i in range(groups):
+        step, gradient = (torch.cat([part[i].flatten(), part[groups + i].flatten()]) for part in (found, wanted))
+        assert float(gradient.norm()) > 1e-3
+        torch.testing.assert_close(step.double(), gradient * (1e-3 / gradient.norm()), rtol=1e-3, atol=1e-8)
+
+
+def test_noise_is_felt_by_the_loss_and_never_stored():
+    # a rate of 0, so that noise is all that changes
+    losses = []
+    for std in (0.0, 0.5):
+        module = started(noise_std=std, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        before = module.decomposition().fingerprint
+        losses.append(float(fit(module).callback_metrics["mimicry/loss"]))
+        assert module.decomposition().fingerprint == before
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_the_start_is_orthogonal_and_of_kaiming_scale():
+    module = started()
+    assert len(module.groups) == 4
+    for coefficients in module.coefficients:
+        for sets in coefficients:  # (K, n)
+            torch.testing.assert_close(sets @ sets.T, torch.eye(2))
+            assert not torch.allclose(sets[0], sets[1])
+        assert not torch.allclose(coefficients[0], coefficients[1])
+    for group, templates in zip(module.groups, module.templates, strict=True):
+        for template in templates:
+            assert float(template.std()) == pytest.approx(math.sqrt(2 / group.shape[1]), rel=0.1)
+        assert not torch.allclose(templates[0], templates[1])
+
+
+def test_the_start_depends_on_the_seed():
+    fingerprints = [started(seed=seed).decomposition().fingerprint for seed in (0, 0, 1)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_the_teacher_is_neither_trained_nor_changed():
+    module = started()
+    before = {name: weight.detach().clone() for name, weight in module.teacher.items()}
+    fit(module, 2)
+    assert all(torch.equal(before[name], weight) for name, weight in module.teacher.items())
+
+
+def test_a_fit_finds_the_weights():
+    layout = BankLayout([r"mlp\.fc[12]\.weight"], groups=2)
+    adam = {"optimizer": lambda p: torch.optim.Adam(p, lr=0.05), "gradient_clip": 1.0, "noise_std": 1e-4}
+    module = started(layout, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 100, 0.1), **adam)
+    start, _ = equation_3(module, F.smooth_l1_loss, 2.0)
+    assert max(module.similarities().values()) < 0.5
+    trainer = fit(module, 200)
+    end, _ = equation_3(module, F.smooth_l1_loss, 2.0)
+    assert end < 1e-3 * start
+    assert min(module.similarities().values()) > 0.99
+    assert float(trainer.callback_metrics["mimicry/similarity"]) > 0.99
+
+
+def test_similarity_is_the_cosine_of_the_weights_of_the_decomposition():
+    module = started()
+    weights = module.decomposition().reconstruct()
+    for name, similarity in module.similarities().items():
+        ours, theirs = (
+            w.detach().double().numpy().ravel() for w in (weights[name], module.teacher[name.replace(".", "/")])
+        )
+        cosine = ours @ theirs / math.sqrt((ours @ ours) * (theirs @ theirs))
+        assert similarity == pytest.approx(cosine, abs=1e-5)
+
+
+def test_the_schedule_is_stepped_every_epoch():
+    module = started(lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=2, gamma=0.5))
+    trainer = fit(module, 5)
+    assert {o.param_groups[0]["lr"] for o in trainer.optimizers} == {RATE / 4}
+    assert float(trainer.callback_metrics["mimicry/lr"]) == RATE / 4
+
+
+def test_before_training_there_is_no_decomposition():
+    with pytest.raises(DecompositionError, match=r"Trainer\.fit"):
+        MimicryModule(VIT, MLP).decomposition()
+
+
+def test_a_layout_that_does_not_fit_the_teacher_is_refused():
+    module = MimicryModule(VIT, BankLayout([r"mlp\.fc[12]\.weight"], groups=3), image_size=32)
+    with pytest.raises(DecompositionError, match="groups=3"):
+        fit(module)
+
+
+def test_the_command_line_writes_a_decomposition_that_recast_takes(tmp_path, image_folder):
+    run_dir, tiny = tmp_path / "mimicry", ["--model.backbone.name", "vit_tiny_patch16_224"]
+    tiny += ["--model.backbone.weights", "random", "--model.backbone.args", json.dumps(TINY_VIT)]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "3"]
+    words = ["fit", "--config", "mimicry_vit.yaml", *tiny, "--model.image_size", "32", "--run_dir", str(run_dir)]
+    assert main([*words, *quiet]) == 0
+    assert (run_dir / "config.yaml").is_file()
+    decomposition = Decomposition.load(run_dir / "decomposition.safetensors")
+    assert sum(bank.coefficients.numel() for bank in decomposition.banks) == 96
+    (events,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*")}
+    log = EventAccumulator(str(events)).Reload()
+    tags = log.Tags()["scalars"]
+    layers = {f"similarity/blocks.{i}.mlp.fc{j}.weight" for i in range(12) for j in (1, 2)}
+    assert {"mimicry/loss", "mimicry/lr", "mimicry/similarity"} | layers <= set(tags)
+    assert {event.step for event in log.Scalars(min(layers))} == {0, 2}  # the first epoch and the last
+
+    piece = {"class_path": "Recast", "init_args": {"decomposition": str(run_dir / "decomposition.safetensors")}}
+    tasks = [{"name": "colours", "path": str(image_folder("colours", images=6))}]
+    data = ["--data.tasks", json.dumps(tasks), "--data.image_size", "32", "--data.batch_size", "8"]
+    words = ["fit", "--config", "vit.yaml", *tiny, "--model.pieces", json.dumps([piece]), *data]
+    assert main([*words, "--run_dir", str(tmp_path / "run"), *quiet]) == 0
+    used = Decomposition.load(tmp_path / "run" / "decomposition.safetensors")
+    assert used.fingerprint == decomposition.fingerprint

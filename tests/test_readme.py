@@ -1,0 +1,62 @@
+"""Every command of the README does what it says, in a folder of its own."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.partition("uv run python ")[2]
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if "uv run python " in line
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("readme")
+    (path / "data").symlink_to(ROOT / "data")
+    return path
+
+
+def run(words, folder):
+    process = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, folder):
+    run(shlex.split(command), folder)
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_with_a_table_of_five_tasks(folder):
+    (run_dir,) = (folder / "logs" / "quickstart").iterdir()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
+    assert summary["forgetting"] == 0
+    assert summary["average_accuracy"] > 75
+
+
+@pytest.mark.slow
+def test_the_python_example(folder):
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    run(["-c", code], folder)
+    assert (folder / "signs.safetensors").stat().st_size > 0
+
+
+def test_the_readme_names_every_config():
+    assert len(COMMANDS) == 5
+    for config in (ROOT / "configs").glob("*.yaml"):
+        assert f"`{config.name}`" in README
