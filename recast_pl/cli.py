@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from recast_pl import stream
@@ -46,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
         config = parser.parse_args(_with_resumed_config(_with_config_paths(argv)))
         command = config.pop("command")
         return commands[command](config[command])
-    except (RecastError, ArgumentError) as error:
+    except (RecastError, ArgumentError, MisconfigurationException) as error:
         print(f"recast_pl: error: {_one_line(error)}", file=sys.stderr)
         return 2
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
@@ -34,8 +34,10 @@ class TrainerFactory:
         own = list(own) if isinstance(own, Sequence) else [own]
         if settings.get("logger") in (None, True):
             settings["logger"] = tensorboard(folder, version)
-        if settings["logger"] is False:
-            callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+        off: list[type[Callback]] = []
+        off += [LearningRateMonitor] if settings["logger"] is False else []
+        off += [ModelCheckpoint] if settings.get("enable_checkpointing") is False else []
+        callbacks = [callback for callback in callbacks if not isinstance(callback, tuple(off))]
         bar = settings.get("enable_progress_bar") in (None, True)
         if bar and not any(isinstance(callback, ProgressBar) for callback in own):
             callbacks = [*callbacks, TaskProgressBar()]

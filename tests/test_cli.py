@@ -93,6 +93,7 @@ def test_the_quickstart_learns_real_images_with_real_weights(tmp_path):
             ["--model.pieces", '[{"class_path": "Recast", "init_args": {"decomposition": "/no/file"}}]'],
             ["/no/file", "does not exist"],
         ),
+        (["--trainer.accelerator", "cuda"], ["CUDAAccelerator", "cpu"]),
         (["--config", "nope.yaml"], ["nope.yaml", "quickstart.yaml"]),
         (["--trainer.max_epoch", "3"], ["max_epoch"]),
         (["--no_such_option", "3"], ["no_such_option"]),

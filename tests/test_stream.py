@@ -257,6 +257,11 @@ def test_nothing_of_the_frozen_network_goes_into_checkpoints(tiny_fit, tmp_path)
     shutil.rmtree(run)
 
 
+def test_checkpoints_can_be_left_out(tiny_fit, tmp_path):
+    assert main(tiny_fit("--trainer.enable_checkpointing", "false", "--trainer.logger", "false")) == 0
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
 def test_another_methods_run_is_not_resumed(run, tiny_fit, capsys):
     words = tiny_fit("--resume", "true", "--model.pieces", '[{"class_path": "LinearProbe"}]')
     assert main(words) == 2

@@ -138,7 +138,10 @@ class SequentialTaskDataModule(LightningDataModule):
         return self._streams[task.name]
 
     def _split(self, split: str, augment: bool = False) -> "TaskSplit":
-        return TaskSplit(self._images, split, self._task_seed if augment else None)
+        images = self._images
+        labels = torch.from_numpy(images.source.labels)
+        seed = self._task_seed if augment else None
+        return TaskSplit(images.pixels, labels, images.splits[split], images.task, seed)
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -178,40 +181,40 @@ class TaskSplit(Dataset[RawBatch]):
     """A split of a task, read in whole batches.
 
     Args:
-        images: The task's images.
-        split: `train`, `val` or `test`.
+        pixels: All images of the task (N, 3, H, W), uint8.
+        labels: Their class indices (N,).
+        indices: Which of them the split has.
+        task: How to augment.
         seed: Seed of the augmentation; None for none.
     """
 
-    def __init__(self, images: _TaskImages, split: str, seed: int | None) -> None:
-        self.images, self.seed = images, seed
-        self.indices: NDArray[np.int64] = images.splits[split]
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
+    ) -> None:
+        self.pixels, self.labels, self.indices, self.seed = pixels, labels, indices, seed
+        self.flip, self.transforms = task.flip, tuple(task.transforms)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> RawBatch:
         """The batch of samples (epoch, position)."""
-        positions = np.array([position for _, position in keys])
-        indices = self.indices[positions]
-        pixels = self.images.pixels[indices]
-        labels = torch.from_numpy(self.images.source.labels[indices])
+        positions = [position for _, position in keys]
+        which = torch.from_numpy(self.indices[positions])
+        pixels, labels = self.pixels[which], self.labels[which]
         if self.seed is None:
             return pixels, labels, torch.zeros(len(keys), dtype=torch.bool)
-        flips = self._flips(keys[0][0])[positions] & self.images.task.flip
-        return self._transform(pixels, keys), labels, torch.from_numpy(flips)
+        flips = _coin_tosses(self.seed, keys[0][0], len(self))[positions] & self.flip
+        return self._transform(pixels, keys, self.seed), labels, torch.from_numpy(flips)
 
-    def _flips(self, epoch: int) -> NDArray[np.bool_]:
-        return _coin_tosses(self.seed or 0, epoch, len(self))
-
-    def _transform(self, pixels: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
-        if not self.images.task.transforms:
+    def _transform(self, pixels: Tensor, keys: Sequence[tuple[int, int]], seed: int) -> Tensor:
+        if not self.transforms:
             return pixels
         results = []
         with torch.random.fork_rng(devices=[]):
             for image, (epoch, position) in zip(pixels, keys, strict=True):
-                torch.manual_seed(derive_seed(self.seed or 0, epoch, position))
-                for transform in self.images.task.transforms:
+                torch.manual_seed(derive_seed(seed, epoch, position))
+                for transform in self.transforms:
                     image = transform(image)  # noqa: PLW2901
                 results.append(image)
         return torch.stack(results)
