@@ -12,8 +12,8 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recast_pl import stream

@@ -120,7 +120,7 @@ def decode_file(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:
         raise DataError(f"cannot read image {str(path)!r} ({cause}); repair or remove it") from cause
     fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
@@ -157,11 +157,19 @@ def _decode_files(files: Sequence[Path], which: NDArray[np.int64], size: int) ->
     return images
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit image scaled to 8 bits, where Pillow's own conversion would clip it; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+
+
 def _subfolders(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
 
 
 def _images(folder: Path) -> list[Path]:
     """Image files below a class folder, in an order that does not depend on the machine."""
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")]
-    return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
+    inside = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    shown = (p for p in inside if not any(part.startswith(".") for part in p.parts))
+    return [folder / p for p in sorted(shown, key=Path.as_posix)]

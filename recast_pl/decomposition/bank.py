@@ -125,7 +125,7 @@ class Decomposition:
 
     def table(self) -> Table:
         """Kinds of layers, their groups, templates, coefficients and numbers saved, for the terminal."""
-        table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left", pad_edge=False)
+        table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left", padding=0)
         table.add_column("weights", no_wrap=True)
         for column in ("shape", "layers", "groups", "templates", "coeffs", "saved"):
             table.add_column(column, justify="right", no_wrap=True)
