@@ -43,6 +43,12 @@ class BackboneConfig:
     mean: Statistics | None = None
     std: Statistics | None = None
 
+    def __post_init__(self) -> None:
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
+                raise BackboneError(f"backbone.{key}={values} must be 3 numbers, of which std has no zero")
+
     def build(self, image_size: int) -> "Backbone":
         """Creates the model and loads its weights.
 
@@ -186,7 +192,7 @@ def _from_function(config: BackboneConfig, image_size: int) -> Built:
     module_name, _, attribute = config.name.rpartition(".")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as cause:
+    except (ImportError, AttributeError, ValueError) as cause:
         raise BackboneError(f"cannot import backbone {config.name!r} ({cause}); check its dotted path") from cause
     takes_size = "image_size" in inspect.signature(function).parameters
     try:

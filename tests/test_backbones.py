@@ -302,3 +302,14 @@ def test_the_packaged_weights_are_those_of_efficientnet_lite0():
     }.items():
         assert torch.equal(state[ours], source[theirs]), ours
     assert net(images()).shape == (2, 1280)
+
+
+@pytest.mark.parametrize("wrong", [{"mean": (0.5,)}, {"std": (1.0, 0.0, 1.0)}])
+def test_a_normalisation_that_cannot_be_is_refused(wrong):
+    with pytest.raises(BackboneError, match="must be 3 numbers"):
+        BackboneConfig("resnet10t", "random", **wrong)
+
+
+def test_a_path_that_begins_with_a_dot_is_refused():
+    with pytest.raises(BackboneError, match=r"'\.foo'"):
+        BackboneConfig(".foo").build(32)

@@ -419,3 +419,8 @@ def test_a_stream_that_cannot_be_learnt_names_the_task(tasks, named):
 def test_sizes_below_one_are_refused(name, value):
     with pytest.raises(DataError, match=f"data.{name}={value}"):
         SequentialTaskDataModule(**{name: value})
+
+
+def test_names_that_differ_only_in_case_are_the_same():
+    with pytest.raises(DataError, match="listed twice"):
+        SequentialTaskDataModule([TaskConfig("digits"), TaskConfig("Digits")]).check()

@@ -121,7 +121,7 @@ def decode_file(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as cause:
         raise DataError(f"cannot read image {str(path)!r} ({cause}); repair or remove it") from cause
     fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)

@@ -44,7 +44,7 @@ def check_names(tasks: Sequence[TaskConfig]) -> None:
     for task in tasks:
         if not re.fullmatch(r"\w[\w.\- ]*", task.name):
             raise DataError(f"task name {task.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
-    names = [task.name for task in tasks]
+    names = [task.name.casefold() for task in tasks]  # file systems may not tell cases apart
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"task {twice[0]!r} is listed twice in data.tasks; give each its own name")

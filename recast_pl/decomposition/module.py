@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torch.utils.data import DataLoader
@@ -64,8 +65,8 @@ class MimicryModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.automatic_optimization = False
         self.groups: list[Group] = []
-        self.teacher = nn.ParameterDict()
-        self.templates, self.coefficients = nn.ParameterList(), nn.ParameterList()
+        self._scratch = torch.empty(0)  # the gradient of one group's templates at a time
+        self.teacher, self.templates, self.coefficients = (nn.ParameterList() for _ in range(3))  # of each group
 
     def configure_model(self) -> None:
         """Loads the teacher and draws the start: templates Kaiming normal, coefficients orthogonal."""
@@ -73,9 +74,9 @@ class MimicryModule(LightningModule):
             return
         weights = find_targets(self.backbone.build(self.image_size).net, self.layout.targets)
         self.groups = group_targets({name: tuple(w.shape) for name, w in weights.items()}, self.layout)
-        for name, weight in weights.items():
-            self.teacher[_key(name)] = weight.requires_grad_(False)
         for group in self.groups:
+            dense = torch.stack([weights[name].detach() for name in group.targets])  # (L, *shape)
+            self.teacher.append(nn.Parameter(dense, requires_grad=False))
             templates = torch.empty(group.templates, *group.shape)
             for template in templates:
                 nn.init.kaiming_normal_(template)
@@ -99,11 +100,10 @@ class MimicryModule(LightningModule):
         total = torch.zeros((), device=self.device)
         for i, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
             total += self.set_gradients(i)
-            if self.gradient_clip:
-                self.clip_gradients(optimizer.optimizer, self.gradient_clip, "norm")
+            self.limit_gradients(i)
             optimizer.step()
             optimizer.zero_grad()
-        self.log("mimicry/loss", total, prog_bar=True)
+        self.log("mimicry/loss", total, on_step=False, on_epoch=True, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
         """Steps the schedules; now and then records how similar each layer has become."""
@@ -128,11 +128,12 @@ class MimicryModule(LightningModule):
     @torch.no_grad()
     def similarities(self) -> dict[str, float]:
         """Cosine similarity of each reconstructed weight to the teacher's, by target."""
-        result = {}
-        for group, templates, coefficients in zip(self.groups, self.templates, self.coefficients, strict=True):
+        result: dict[str, float] = {}
+        parts = zip(self.groups, self.teacher, self.templates, self.coefficients, strict=True)
+        for group, teacher, templates, coefficients in parts:
             weights = coefficients.mean(1) @ templates.flatten(1)  # (L, D)
-            for name, weight in zip(group.targets, weights, strict=True):
-                result[name] = float(F.cosine_similarity(weight, self.teacher[_key(name)].flatten(), dim=0))
+            found = F.cosine_similarity(weights, teacher.flatten(1), dim=1)
+            result |= dict(zip(group.targets, found.tolist(), strict=True))
         return result
 
     def set_gradients(self, index: int) -> Tensor:
@@ -147,25 +148,31 @@ class MimicryModule(LightningModule):
             The group's term of equation 3, a scalar.
         """
         templates, coefficients = self.templates[index], self.coefficients[index]
-        targets = self.groups[index].targets
-        teacher = [self.teacher[_key(name)].flatten() for name in targets]
         noise = self.noise_std * torch.randn_like(coefficients)
         mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, of equation 3's noisy sets
-        leaf, flat = mixed.detach().requires_grad_(), templates.detach().flatten(1)  # (n, D)
-        templates.grad = torch.empty_like(templates)
-        gradients, leaf_gradient = templates.grad.flatten(1), torch.zeros_like(leaf)
+        flat, teacher, leaf = templates.detach().flatten(1), self.teacher[index].flatten(1), mixed.detach()
+        if self._scratch.numel() < templates.numel() or self._scratch.device != templates.device:
+            self._scratch = torch.empty_like(templates).flatten()
+        templates.grad = self._scratch[: templates.numel()].view_as(templates)
+        gradient, leaf_gradient = templates.grad.flatten(1), torch.zeros_like(leaf)
         total = torch.zeros((), device=self.device)
         for start in range(0, flat.shape[1], _BLOCK):
             columns = slice(start, start + _BLOCK)
-            block = flat[:, columns].requires_grad_()
-            pairs = zip(leaf @ block, teacher, strict=True)
-            losses = [self.loss(w, dense[columns], reduction="sum") for w, dense in pairs]
-            loss = torch.stack(losses).sum() * (self.loss_scale / flat.shape[1])
-            gradients[:, columns], of_leaf = torch.autograd.grad(loss, (block, leaf))
-            leaf_gradient += of_leaf
+            weights = (leaf @ flat[:, columns]).requires_grad_()  # (L, columns)
+            loss = self.loss(weights, teacher[:, columns], reduction="sum") * (self.loss_scale / flat.shape[1])
+            (slope,) = torch.autograd.grad(loss, weights)
+            torch.mm(leaf.T, slope, out=gradient[:, columns])
+            leaf_gradient += slope @ flat[:, columns].T
             total += loss.detach()
         mixed.backward(leaf_gradient)
         return total
+
+    def limit_gradients(self, index: int) -> None:
+        """Scales the gradients of a group down to the largest norm; where they are below, reads them only once."""
+        pair = [self.templates[index], self.coefficients[index]]
+        norm = get_total_norm([p.grad for p in pair if p.grad is not None])
+        if 0 < self.gradient_clip < norm:
+            clip_grads_with_norm_(pair, self.gradient_clip, norm)
 
     def _log_similarity(self) -> None:
         similarities = self.similarities()
@@ -174,8 +181,3 @@ class MimicryModule(LightningModule):
             if isinstance(logger, TensorBoardLogger):
                 tagged = {f"similarity/{name}": value for name, value in similarities.items()}
                 logger.log_metrics(tagged, step=self.current_epoch)
-
-
-def _key(name: str) -> str:
-    """A parameter's name as a key of `nn.ParameterDict`, where dots are not allowed."""
-    return name.replace(".", "/")
