@@ -45,7 +45,7 @@ def test_the_quickstart_ends_with_a_table_of_five_tasks(folder):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
-    assert summary["average_accuracy"] > 75
+    assert summary["average_accuracy"] > 75  # 82.65 on the machine of the README
 
 
 @pytest.mark.slow

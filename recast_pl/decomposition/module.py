@@ -19,7 +19,7 @@ from recast_pl.decomposition.targets import BankLayout, Group, find_targets, gro
 from recast_pl.errors import DecompositionError
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
-_BLOCK = 1 << 18  # columns whose loss is differentiated at a time, so that they stay in the cache
+_BLOCK = 1 << 17  # columns whose loss is differentiated at a time, so that they stay in the cache
 
 
 class MimicryModule(LightningModule):
