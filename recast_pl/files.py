@@ -19,13 +19,14 @@ from recast_pl.errors import RecastError
 _METADATA_KEY = "recast_pl"  # one key, because safetensors keeps several in no fixed order
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: str | Path, content: bytes | str) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     Args:
         path: The file; its folder is created.
         content: Bytes, or text to be encoded as UTF-8.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -70,7 +71,7 @@ def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> 
     return save(contiguous, metadata={_METADATA_KEY: text})
 
 
-def read_tensors(path: Path, error: type[RecastError]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | Path, error: type[RecastError]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a file of `pack_tensors`.
 
     Args:
@@ -83,6 +84,7 @@ def read_tensors(path: Path, error: type[RecastError]) -> tuple[dict[str, Tensor
     Raises:
         RecastError: (as `error`) if the file is missing, damaged or from another program.
     """
+    path = Path(path)
     if not path.is_file():
         raise error(f"{path} does not exist; check the path")
     try:

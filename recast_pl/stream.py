@@ -51,13 +51,13 @@ class Stream:
         self,
         module: TILModule,
         data: SequentialTaskDataModule,
-        run_dir: Path,
+        run_dir: str | Path,
         trainers: TrainerFactory,
         seed: int = 42,
         config: str | None = None,
         console: Console | None = None,
     ) -> None:
-        self.module, self.data, self.run_dir, self.trainers, self.seed = module, data, run_dir, trainers, seed
+        self.module, self.data, self.run_dir, self.trainers, self.seed = module, data, Path(run_dir), trainers, seed
         self.config, self.console = config, console or Console()
         self.evaluator = trainers.for_evaluation()
         self.rows: list[dict[str, Any]] = []

@@ -223,8 +223,8 @@ def test_a_damaged_patch_file_is_refused(tmp_path, damage):
 def test_equal_patches_are_equal_files(tmp_path):
     patch = _patch(TILModule(VIT, [Recast(VIT_MLP)]))
     assert len({patch.to_bytes() for _ in range(5)}) == 1
-    patch.save(tmp_path / "a")
-    assert TaskPatch.load(tmp_path / "a").to_bytes() == patch.to_bytes()
+    patch.save(str(tmp_path / "a"))
+    assert TaskPatch.load(str(tmp_path / "a")).to_bytes() == patch.to_bytes()
 
 
 def test_recast_wants_a_layout_or_a_file():

@@ -98,14 +98,14 @@ class Decomposition:
         dense = {name: model.get_parameter(name) for name in self.reconstruct()}
         return {name: float((w - dense[name]).norm() / dense[name].norm()) for name, w in self.reconstruct().items()}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
         groups = [asdict(bank.group) for bank in self.banks]
         facts = {"format": _FORMAT, "kind": "decomposition", "groups": groups}
         write_atomic(path, pack_tensors(self._tensors(), facts))
 
     @classmethod
-    def load(cls, path: Path) -> "Decomposition":
+    def load(cls, path: str | Path) -> "Decomposition":
         """Reads what `save` wrote.
 
         Raises:

@@ -39,7 +39,7 @@ class TaskPatch:
     base: str
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
         write_atomic(path, self.to_bytes())
 
@@ -53,7 +53,7 @@ class TaskPatch:
         return pack_tensors(tensors, facts)
 
     @classmethod
-    def load(cls, path: Path) -> "TaskPatch":
+    def load(cls, path: str | Path) -> "TaskPatch":
         """Reads what `save` wrote.
 
         Raises:
