@@ -17,11 +17,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recast_pl import stream
-from recast_pl.data.module import SequentialTaskDataModule
+from recast_pl.data.catalogue import CATALOGUE, PAPER, source_faults
+from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data_root
+from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import RecastError, RunError
 from recast_pl.files import write_atomic
-from recast_pl.report import evaluation_table, table_csv
+from recast_pl.report import catalogue_table, evaluation_table, table_csv
 from recast_pl.til.module import TILModule
 from recast_pl.training import TrainerFactory
 
@@ -41,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _quieten_lightning()
     argv = list(sys.argv[1:] if args is None else args)
-    commands = {"fit": fit, "test": test, "predict": predict}
+    commands = {"fit": fit, "test": test, "predict": predict, "data": data}
     try:
         parser = command_parser()
         config = parser.parse_args(_with_resumed_config(_with_config_paths(argv)))
@@ -59,6 +61,9 @@ def command_parser() -> ArgumentParser:
     commands.add_subcommand("fit", fit_parser(), help="Learn a stream of tasks, or fit templates by gradient.")
     commands.add_subcommand("test", test_parser(), help="Evaluate every learnt task of a run again.")
     commands.add_subcommand("predict", predict_parser(), help="Classify images with a learnt task.")
+    data_parser = ArgumentParser(description="List, download and verify data sets.", **_STRICT)
+    commands.add_subcommand("data", data_parser, help="List, download and verify data sets.")
+    _add_data_actions(data_parser)  # jsonargparse wants the outer level first
     return parser
 
 
@@ -100,6 +105,23 @@ def predict_parser() -> ArgumentParser:
     return parser
 
 
+def _add_data_actions(parser: ArgumentParser) -> None:
+    actions = parser.add_subcommands(dest="action")
+    for name, text in (
+        ("list", "Show which data sets there are, and which are on disk."),
+        ("prepare", "Download data sets and decode their images; by default the paper's six."),
+        ("verify", "Count and decode every image of data sets; by default of those on disk."),
+    ):
+        action = ArgumentParser(description=text, **_STRICT)
+        if name != "list":
+            action.add_argument("names", type=str, nargs="*", help="Names, as 'list' shows; or torchvision/CLASS.")
+        action.add_argument("--root", type=str | None, help="Folder of data sets (default: $RECAST_PL_DATA or data).")
+        if name == "prepare":
+            action.add_argument("--image_size", type=int, default=224, help="Height and width to decode to, in pixels.")
+            action.add_argument("--on_bad_image", type=BadImagePolicy, default="error", help="As --data.on_bad_image.")
+        actions.add_subcommand(name, action, help=text)
+
+
 def fit(config: Namespace) -> int:
     """Learns the stream, or fits templates by gradient where the model is a `MimicryModule`."""
     run_dir = _run_dir(config)
@@ -139,6 +161,40 @@ def predict(config: Namespace) -> int:
     lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
     write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
     return 0
+
+
+def data(config: Namespace) -> int:
+    """Lists, prepares or verifies data sets."""
+    action = config.pop("action")
+    return {"list": _list_data, "prepare": _prepare_data, "verify": _verify_data}[action](config[action])
+
+
+def _list_data(options: Namespace) -> int:
+    Console().print(catalogue_table(CATALOGUE, data_root(options.root)))
+    return 0
+
+
+def _prepare_data(options: Namespace) -> int:
+    for name in options.names or PAPER:
+        task = TaskConfig("prepared", dataset=name)
+        one = SequentialTaskDataModule(
+            (task,), options.image_size, root=options.root, on_bad_image=options.on_bad_image
+        )
+        one.prepare_data()
+        Console().print(f"{name}: {len(one.classes)} classes, {one.sizes}, in {one.root}", soft_wrap=True)
+    return 0
+
+
+def _verify_data(options: Namespace) -> int:
+    """1 if a data set is not what its authors published, or has images that cannot be read."""
+    root = data_root(options.root)
+    names = options.names or [name for name, row in CATALOGUE.items() if row.is_present(root)]
+    good = True
+    for name in names:
+        faults = source_faults(name, root)
+        good &= not faults
+        Console().print(f"{name}: {'; '.join(faults) or 'whole'}", soft_wrap=True, highlight=False)
+    return int(not good)
 
 
 def _open_run(folder: str) -> tuple[Path, Namespace]:
@@ -189,11 +245,14 @@ def _config_text(config: Namespace) -> str:
 
 
 def _check_same_run(path: Path, text: str) -> None:
-    """A resumed run must have the config it began with, but for the trainer."""
+    """A resumed run must have the config it began with, but for what decides no result."""
     if not path.exists():
         return
     parser = fit_parser()  # dumped defaults inside of lists depend on how they were given: compare them parsed
     before, after = parser.parse_path(path), parser.parse_string(text)
+    for config in (before, after):
+        for key in ("root", "cache", "num_workers"):  # where and how images are read decides no result
+            config.data.pop(key, None)
     changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
     if changed:
         raise RunError(

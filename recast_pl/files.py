@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -93,6 +96,30 @@ def read_tensors(path: str | Path, error: type[RecastError]) -> tuple[dict[str, 
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as cause:
         raise error(f"{path} is damaged or was not written by recast_pl ({cause}); write it anew") from cause
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Lets one process in at a time; others are told what they wait for.
+
+    Args:
+        path: The lock file.
+        what: What is being done, for the message.
+
+    Raises:
+        OSError: If the lock file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        Console(stderr=True).print(f"waiting for another process: {what}", highlight=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -3,12 +3,14 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from recast_pl.data.catalogue import DataSet
 from recast_pl.metrics import Matrix
 
 
@@ -59,6 +61,27 @@ def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
         verdict = "equal" if recorded == measured else "[bold red]DIFFERENT[/]"
         table.add_row(task, f"{recorded:.4f}", f"{measured:.4f}", verdict)
     return table
+
+
+def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableType:
+    """The data sets known by name, for the terminal.
+
+    Args:
+        catalogue: Data sets by name.
+        root: Folder in which they are looked for.
+    """
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("name", "classes", "images", "pixels", "on disk", "what it is"):
+        right = heading in ("classes", "images", "pixels")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for name, row in catalogue.items():
+        size = f"{row.native}×{row.native}" if row.native else "various"
+        on_disk = "yes" if row.is_present(root) else "no"
+        table.add_row(name, str(row.classes), f"{sum(row.images.values()):,}", size, on_disk, row.title)
+    notes = [f"{name}: {row.note}" for name, row in catalogue.items() if row.note]
+    return Group(
+        table, *notes, f"looked for in {root}; any classification set of torchvision too, as torchvision/CLASS"
+    )
 
 
 def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from recast_pl.data.datasets import ImageFiles
+from recast_pl.data.images import FileDataset
 from recast_pl.data.module import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.decomposition.bank import Decomposition
@@ -71,7 +71,7 @@ class Stream:
         Returns:
             The content of `summary.json`.
         """
-        self.data.check()
+        self.data.prepare_data()
         self._build()
         self._take_finished()
         for index in range(len(self.patches), len(self.data.tasks)):
@@ -153,6 +153,7 @@ class Stream:
             "patch_bytes": len(content),
             "train_images": sizes["train"],
             "test_images": sizes["test"],
+            "split": self.data.split_digest,
             "epochs": epochs,
             "seconds": round(seconds, 2),
         }
@@ -227,7 +228,7 @@ def evaluate_run(
     Raises:
         RunError: If nothing has been learnt.
     """
-    data.check()
+    data.prepare_data()
     evaluator = trainers.for_evaluation()
     _restore_shared(module, run_dir, data.image_size)
     patches = load_patches(run_dir)
@@ -263,7 +264,7 @@ def predict_images(
     patch = patches[task]
     _restore_shared(module, run_dir, patch.image_size)
     module.activate(patch)
-    loader = DataLoader(ImageFiles(images, patch.image_size), batch_size=64)
+    loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
     batches = trainers.for_evaluation().predict(module, loader)
     probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
     best, labels = probabilities.max(1)

@@ -22,6 +22,12 @@ def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)  # configs name data by paths relative to it
 
 
+@pytest.fixture(autouse=True)
+def _data_root(monkeypatch, tmp_path_factory):
+    """Data sets and caches of all tests lie in one temporary folder, which commands started by tests use too."""
+    monkeypatch.setenv("RECAST_PL_DATA", str(tmp_path_factory.getbasetemp() / "data"))
+
+
 @pytest.fixture(scope="session")
 def shared():
     if not SHARED.is_dir():

@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
-from recast_pl.data.datasets import decode_file, open_folder
+from recast_pl.data.datasets import open_folder
+from recast_pl.data.images import decode_file
 from recast_pl.data.module import TaskSampler
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
@@ -104,14 +105,14 @@ def test_the_split_of_real_images_is_the_same_on_every_machine():
 def test_the_order_in_which_the_system_lists_files_does_not_matter(image_folder, monkeypatch):
     folder = image_folder("colours")
     before = open_folder(folder)
-    pixels = before.decode(np.arange(len(before.labels)), 8)
+    pixels = [before.images.decode(index, 8) for index in range(len(before.labels))]
     for method in ("iterdir", "rglob"):
         listing = getattr(Path, method)
         monkeypatch.setattr(Path, method, lambda *args, listing=listing: reversed(list(listing(*args))))
     after = open_folder(folder)
     assert after.classes == before.classes
     assert after.labels.tolist() == before.labels.tolist()
-    assert torch.equal(after.decode(np.arange(len(after.labels)), 8), pixels)
+    assert all(torch.equal(after.images.decode(index, 8), image) for index, image in enumerate(pixels))
 
 
 # folders
@@ -405,7 +406,7 @@ def test_selecting_changes_the_current_task(image_folder):
     [
         ([], "data.tasks is empty"),
         ([TaskConfig("digits"), TaskConfig("digits")], "'digits' is listed twice"),
-        ([TaskConfig("digist")], "'digist'; known by name: digits"),
+        ([TaskConfig("digist")], "'digist'; known by name: flowers"),
         *(([TaskConfig(name)], repr(name)) for name in ("", "../up", "a/b", ".hidden", "new\nline")),
     ],
 )

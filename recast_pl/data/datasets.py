@@ -1,24 +1,24 @@
-"""Sources of labelled images: folders, and data sets known by name."""
+"""Sources of labelled images: folders, manifests, and torchvision's data sets."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import csv
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import torch
+import torchvision.datasets
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as tv
+from torch.utils.data import ConcatDataset
 
-from recast_pl.data.tasks import SPLITS, TaskConfig
+from recast_pl.data.images import SUFFIXES, ImageFiles, ImageItems, Images, stat_digest
+from recast_pl.data.tasks import SPLITS
 from recast_pl.errors import DataError
 
-_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
-)
+_TORCHVISION_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -28,32 +28,16 @@ class ImageSource:
     Args:
         classes: Class names, in order of label.
         labels: Class index of each image (N,).
-        splits: `train`, `val` or `test` for each image, or an empty string where the source has no splits.
-        decode: Turns (images, size) into uint8 (len(images), 3, S, S); S may be smaller than size, where the
-            source's own resolution is.
+        splits: `train`, `val` or `test` for each image; an empty string for an image in no official split.
+        images: The images (N).
+        location: Where they come from; tells sources apart.
     """
 
-    classes: list[str]
+    classes: Sequence[str]
     labels: NDArray[np.int64]
-    splits: list[str]
-    decode: Callable[[NDArray[np.int64], int], Tensor]
-
-
-def open_source(task: TaskConfig) -> ImageSource:
-    """Finds the images of a task without decoding them.
-
-    Raises:
-        DataError: If the task, a folder or a class has no images.
-    """
-    if task.path is not None:
-        return open_folder(Path(task.path).expanduser())
-    if task.name not in CATALOGUE:
-        known = ", ".join(sorted(CATALOGUE))
-        raise DataError(
-            f"unknown task {task.name!r}; known by name: {known}. For images of your own give a path: "
-            f"{{name: {task.name}, path: FOLDER}} with FOLDER/CLASS/IMAGE"
-        )
-    return CATALOGUE[task.name]()
+    splits: Sequence[str]
+    images: Images
+    location: str
 
 
 def open_folder(root: Path) -> ImageSource:
@@ -84,84 +68,232 @@ def open_folder(root: Path) -> ImageSource:
         splits += [split for split, _ in found]
         files += [file for _, file in found]
         labels += [label] * len(found)
-    return ImageSource(classes, np.array(labels), splits, lambda which, size: _decode_files(files, which, size))
+    return ImageSource(classes, np.array(labels), splits, ImageFiles(files), str(root.resolve()))
 
 
-def open_digits() -> ImageSource:
-    """scikit-learn's 1,797 handwritten digits (UCI ML, 1998), at their own 8×8 pixels.
+def open_manifest(path: Path) -> ImageSource:
+    """Images listed in a CSV or Parquet file with columns `path`, `label` and perhaps `split`.
 
-    Raises:
-        DataError: If scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415
-    except ImportError as cause:
-        raise DataError("task 'digits' is scikit-learn's data set: pip install scikit-learn") from cause
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # (N, 8, 8)
-    labels = bunch.target.astype(np.int64)
-    return ImageSource(
-        [str(name) for name in bunch.target_names],
-        labels,
-        [""] * len(labels),
-        lambda which, size: images[which][:, None].expand(-1, 3, -1, -1),  # (n, 3, 8, 8)
-    )
-
-
-CATALOGUE: dict[str, Callable[[], ImageSource]] = {"digits": open_digits}
-"""Data sets known by name."""
-
-
-def decode_file(path: Path, size: int) -> Tensor:
-    """One image as uint8 (3, size, size): upright, RGB, its shorter side resized, its centre cropped.
+    Paths are relative to the manifest's folder, or absolute. Classes are the labels, as text, in sorted order.
 
     Raises:
-        DataError: If the file is no image that can be read.
+        DataError: If the file cannot be read or a row is wrong; with the first row that is.
     """
-    try:
-        with Image.open(path) as image:
-            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as cause:
-        raise DataError(f"cannot read image {str(path)!r} ({cause}); repair or remove it") from cause
-    fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+    if not path.is_file():
+        raise DataError(f"manifest {str(path)!r} does not exist (from {Path.cwd()}); correct the task's path")
+    rows = list(_read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path))
+    for number, (file, label, split) in enumerate(rows, 1):
+        if not file or not label or split not in ("", *SPLITS):
+            raise DataError(
+                f"manifest {path}, row {number}: path {file!r}, label {label!r}, split {split!r}; "
+                "give each row a path, a label, and a split of train, val or test, or no row a split"
+            )
+    files, labels, splits = ([row[column] for row in rows] for column in range(3))
+    if any(splits) and not all(splits):
+        raise DataError(
+            f"manifest {path}, row {splits.index('') + 1} has no split and others have; give all one, or none"
+        )
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise DataError(f"manifest {path} lists {twice[0]!r} more than once; an image may be in one split only")
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise DataError(f"manifest {path} has {len(classes)} different labels and needs at least 2")
+    index = {name: label for label, name in enumerate(classes)}
+    images = ImageFiles([path.parent / file for file in files])
+    return ImageSource(classes, np.array([index[label] for label in labels]), splits, images, str(path.resolve()))
 
 
-class ImageFiles(Dataset[tuple[Tensor, str]]):
-    """Image files as (image (3, size, size) in [0, 1], path).
+def open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: bool = False) -> ImageSource:
+    """A classification data set of torchvision, with its official splits where it has them.
+
+    One without a test split is tested on its validation split, as its users do.
 
     Args:
-        paths: The files.
-        size: Height and width in pixels.
+        name: Name of the class in `torchvision.datasets`.
+        root: Folder of its files.
+        args: Further arguments of the class.
+        download: Whether torchvision may download it.
+
+    Raises:
+        DataError: If there is no such data set, or it is not in the folder, or has no labels.
     """
-
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        image = decode_file(self.paths[index], self.size)
-        return tv.to_dtype(image, torch.float32, scale=True), str(self.paths[index])
-
-
-def _decode_files(files: Sequence[Path], which: NDArray[np.int64], size: int) -> Tensor:
-    images = torch.empty(len(which), 3, size, size, dtype=torch.uint8)
-
-    def fill(position: int) -> None:
-        images[position] = decode_file(files[which[position]], size)
-
-    with ThreadPoolExecutor() as pool:  # Pillow releases the lock while it decodes and resizes
-        list(pool.map(fill, range(len(which))))
-    return images
+    parts = _torchvision_parts(name, root, args, download)
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+    labels = [np.asarray(_labels(name, part)) for part in parts.values()]
+    classes = _class_names(next(iter(parts.values())), 1 + max(int(part.max()) for part in labels))
+    files = [_files(part) for part in parts.values()]
+    images: Images
+    if all(found is not None for found in files):
+        images = ImageFiles([file for found in files for file in found or ()])
+    else:
+        every = list(parts.values())
+        images = ImageItems(name, ConcatDataset(every), _native_side(every), lambda: _fingerprint(every, root))
+    splits = [split for split, part in parts.items() for _ in range(len(part))]
+    settings = "".join(f" {key}={args[key]}" for key in sorted(args))
+    return ImageSource(classes, np.concatenate(labels), splits, images, f"{root.resolve()}/{name}{settings}")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit image scaled to 8 bits, where Pillow's own conversion would clip it; others as they are."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+def torchvision_class(name: str, args: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """A data set's class, and the arguments it takes.
+
+    Raises:
+        DataError: If there is no such class, or it does not take the arguments given.
+    """
+    cls = getattr(torchvision.datasets, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, torchvision.datasets.VisionDataset)):
+        known = ", ".join(n for n in torchvision.datasets.__all__ if n[0].isupper())
+        raise DataError(f"torchvision has no data set {name!r}; it has {known}")
+    parameters = {p for base in cls.__mro__[:-1] for p in inspect.signature(base).parameters}  # but for object's
+    unknown = sorted(set(args) - parameters)
+    if unknown:
+        raise DataError(
+            f"torchvision's {name} takes no argument {unknown[0]!r}; it takes {', '.join(sorted(parameters))}"
+        )
+    return cls, parameters
+
+
+class _Dataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+
+
+def _torchvision_parts(name: str, root: Path, args: Mapping[str, Any], download: bool) -> dict[str, Any]:
+    """The data set once for each split it has, or once under an empty string."""
+    cls, parameters = torchvision_class(name, args)
+    settings = dict(args) | ({"download": download} if "download" in parameters else {})
+    if download:
+        root.mkdir(parents=True, exist_ok=True)
+    try:
+        if "train" in parameters and "train" not in args:
+            return {split: cls(str(root), train=split == "train", **settings) for split in ("train", "test")}
+        if "split" not in parameters or "split" in args:
+            return {"": cls(str(root), **settings)}
+        found = {split: _first_known(cls, root, names, settings) for split, names in _TORCHVISION_SPLITS.items()}
+        return {split: part for split, part in found.items() if part is not None}
+    except (RuntimeError, OSError, TypeError, ValueError, ImportError) as cause:
+        raise DataError(
+            f"torchvision's {name} cannot be opened in {str(root)!r} ({' '.join(str(cause).split())}); "
+            "get it with 'python -m recast_pl data prepare', or put its files there"
+        ) from cause
+
+
+def _first_known(cls: Any, root: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Any:
+    """The first of the splits that the class knows; None if it knows none of them."""
+    for name in names:
+        try:
+            return cls(str(root), split=name, **settings)
+        except ValueError as refusal:
+            if "value" not in str(refusal).lower():  # torchvision: "Unknown value 'val' for argument split"
+                raise
+    return None
+
+
+def _labels(name: str, dataset: _Dataset) -> list[int]:
+    """Labels from wherever the class keeps them, or else, slowly, from its items."""
+    for candidate in _kept_labels(dataset):
+        if len(candidate) == len(dataset) and _agrees(dataset, candidate):
+            return [int(label) for label in candidate]
+    labels = [dataset[i][1] for i in range(len(dataset))]
+    if not all(isinstance(label, int | np.integer) for label in labels):
+        raise DataError(f"torchvision's {name} has no label for each image, so that it is no classification task")
+    return [int(label) for label in labels]
+
+
+def _kept_labels(dataset: Any) -> Iterator[Sequence[Any]]:
+    for attribute in ("targets", "_labels", "labels", "y"):
+        values = getattr(dataset, attribute, None)
+        if values is not None and len(values):
+            yield values
+    for attribute in ("_samples", "samples", "imgs"):
+        pairs = getattr(dataset, attribute, None)
+        if pairs is not None and len(pairs):
+            yield [pair[1] for pair in pairs]
+
+
+def _agrees(dataset: _Dataset, labels: Sequence[Any]) -> bool:
+    """Whether what a class keeps is what it hands out: its arguments may ask for other labels."""
+    some = np.linspace(0, len(dataset) - 1, min(8, len(dataset)), dtype=int).tolist()
+    try:
+        return all(isinstance(dataset[i][1], int | np.integer) and dataset[i][1] == int(labels[i]) for i in some)
+    except (TypeError, ValueError):
+        return False
+
+
+def _files(dataset: Any) -> list[Path] | None:
+    """The files of a data set; None if it has no list of them."""
+    for attribute in ("_image_files", "_images", "data", "_samples", "samples", "imgs"):
+        values = getattr(dataset, attribute, None)
+        if values is None or len(values) != len(dataset):
+            continue
+        if attribute in ("_samples", "samples", "imgs"):
+            values = [pair[0] for pair in values]
+        if isinstance(values[0], str | Path):
+            return [Path(value) for value in values]
+    return None
+
+
+def _class_names(dataset: Any, count: int) -> list[str]:
+    for attribute in ("classes", "categories"):
+        names = getattr(dataset, attribute, None)
+        if names is not None and len(names) == count:
+            return [str(name) for name in names]
+    return [str(label) for label in range(count)]
+
+
+def _native_side(parts: Sequence[Any]) -> int | None:
+    """Height and width of square images kept in one array; None for others."""
+    if any(getattr(part, "data", None) is None for part in parts):
+        return None
+    sides = {side for part in parts for side in part[0][0].size}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _fingerprint(parts: Sequence[Any], root: Path) -> str:
+    """Of the arrays that hold the images, or else of all files of the data set."""
+    arrays = [getattr(part, "data", None) for part in parts]
+    if any(array is None for array in arrays):
+        return stat_digest(sorted(path for path in root.rglob("*") if path.is_file()))
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            _check_columns(path, reader.fieldnames or ())
+            for row in reader:
+                yield row["path"] or "", row["label"] or "", row.get("split") or ""
+    except (UnicodeDecodeError, csv.Error) as cause:
+        raise DataError(f"manifest {path} is no CSV file in UTF-8 ({cause}); save it as one") from cause
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError as cause:
+        raise DataError("a Parquet manifest needs pyarrow: pip install pyarrow, or save it as CSV") from cause
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as cause:
+        raise DataError(f"manifest {path} is no Parquet file ({cause}); save it anew") from cause
+    _check_columns(path, table.column_names)
+    names = [name for name in ("path", "label", "split") if name in table.column_names]
+    for row in table.select(names).to_pylist():
+        yield tuple("" if row.get(name) is None else str(row[name]) for name in ("path", "label", "split"))  # type: ignore[misc]
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    lacking = [name for name in ("path", "label") if name not in columns]
+    if lacking:
+        raise DataError(
+            f"manifest {path} has columns {list(columns)} and lacks {lacking[0]!r}; name its columns path,label,split"
+        )
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -170,6 +302,6 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[Path]:
     """Image files below a class folder, in an order that does not depend on the machine."""
-    inside = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    inside = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     shown = (p for p in inside if not any(part.startswith(".") for part in p.parts))
     return [folder / p for p in sorted(shown, key=Path.as_posix)]

@@ -1,24 +1,32 @@
 """The stream of tasks as a LightningDataModule: decoded once, augmented on the device."""
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.v2 import functional as tv
 
-from recast_pl.data.datasets import ImageSource, open_source
-from recast_pl.data.tasks import SPLITS, TaskConfig, check_names, derive_seed, split_images
+from recast_pl.data.cache import CacheMode, DecodedImages, Pixels, bad_images_message, decode_images
+from recast_pl.data.catalogue import dataset_name, open_source, prepare_source
+from recast_pl.data.datasets import ImageSource
+from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, derive_seed, split_digest, split_images
 from recast_pl.errors import DataError
 
 RawBatch = tuple[Tensor, Tensor, Tensor]
 """Images uint8 (B, 3, H, W), labels (B,), and which images to mirror (B,)."""
+
+BadImagePolicy = Literal["error", "skip"]
+_ROOT = "RECAST_PL_DATA"
 
 
 class SequentialTaskDataModule(LightningDataModule):
@@ -31,11 +39,18 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks: The tasks, in order (any sequence).
         image_size: S, height and width in pixels.
         batch_size: Images of a batch, on each process.
-        num_workers: Processes that load; 0 is best as long as no task has `transforms`, as images are in memory.
+        num_workers: Processes that load; 0 for none. None: one for each core, but at most 8, where images are
+            decoded or transformed while training; none elsewhere, as reading decoded images is a mere copy.
         seed: Seed of splits, order and augmentation.
+        root: Folder of data sets known by name, and of caches; None for $RECAST_PL_DATA, or else `data`.
+        split: `official` keeps the splits of a source that has them; `ratio` divides all images 70-15-15.
+        cache: Where images are kept when decoded: `disk`, a file mapped by all processes; `ram`, the memory of each
+            process; `off`, nowhere.
+        on_bad_image: What to do about images that cannot be read: `error` to stop before training, `skip` to
+            train without them.
 
     Raises:
-        DataError: If names of tasks are missing or not distinct.
+        DataError: If a size is below 1.
     """
 
     def __init__(
@@ -44,8 +59,12 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks: tuple[TaskConfig, ...] = (),
         image_size: int = 224,
         batch_size: int = 128,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 42,
+        root: str | None = None,
+        split: SplitPolicy = "official",
+        cache: CacheMode = "disk",
+        on_bad_image: BadImagePolicy = "error",
     ) -> None:
         super().__init__()
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
@@ -53,8 +72,11 @@ class SequentialTaskDataModule(LightningDataModule):
                 raise DataError(f"data.{name}={value} must be at least 1")
         self.tasks = list(tasks)
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
+        self.root = data_root(root)
+        self.split, self.cache, self.on_bad_image = split, cache, on_bad_image
         self._streams: dict[str, _TaskImages] = {}
         self._current = 0
+        self._prepared = False
 
     def select(self, index: int) -> None:
         """Makes a task the current one.
@@ -65,14 +87,34 @@ class SequentialTaskDataModule(LightningDataModule):
         self._current = index
 
     def check(self) -> None:
-        """Finds the images of all tasks without decoding them, so that no task fails after hours.
+        """Refuses a stream that cannot be learnt, before anything is downloaded.
 
         Raises:
-            DataError: If a task cannot be found.
+            DataError: Naming the task.
         """
         check_names(self.tasks)
         for task in self.tasks:
-            self._open(task)
+            if task.path is not None and task.dataset is None:
+                self._open(task)
+            else:
+                dataset_name(task)
+
+    def prepare_data(self) -> None:
+        """Downloads and decodes the images of all tasks, so that no task fails after hours.
+
+        Processes that come second wait for the first, and find its work done.
+
+        Raises:
+            DataError: If images of a task cannot be had or, unless they are to be skipped, cannot be read.
+        """
+        if self._prepared:  # the trainer asks anew for each fit and test
+            return
+        self.check()
+        for task in self.tasks:
+            prepare_source(task, self.root)
+        for task in self.tasks:
+            _ = self._open(task).decoded
+        self._prepared = True
 
     @property
     def task_name(self) -> str:
@@ -82,17 +124,22 @@ class SequentialTaskDataModule(LightningDataModule):
     @property
     def classes(self) -> list[str]:
         """Class names of the current task, in order of label."""
-        return self._images.source.classes
+        return list(self._images.source.classes)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Images of the current task by split."""
         return {split: len(indices) for split, indices in self._images.splits.items()}
 
+    @property
+    def split_digest(self) -> str:
+        """Equal on two machines whose splits of the current task are equal, image by image."""
+        return split_digest(self._images.splits)
+
     def setup(self, stage: str) -> None:
-        """Finds the images of all tasks and decodes those of the current one."""
-        self.check()
-        _ = self._images.pixels
+        """Finds the images of the current task."""
+        check_names(self.tasks)
+        _ = self._images.decoded
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Training images of the current task, shuffled anew in each epoch, augmented."""
@@ -134,54 +181,78 @@ class SequentialTaskDataModule(LightningDataModule):
     def _open(self, task: TaskConfig) -> "_TaskImages":
         if task.name not in self._streams:
             seed = derive_seed(self.seed, task.name)
-            self._streams[task.name] = _TaskImages(task, open_source(task), self.image_size, seed)
+            self._streams[task.name] = _TaskImages(task, open_source(task, self.root), self, seed)
         return self._streams[task.name]
 
     def _split(self, split: str, augment: bool = False) -> "TaskSplit":
         images = self._images
         labels = torch.from_numpy(images.source.labels)
         seed = self._task_seed if augment else None
-        return TaskSplit(images.pixels, labels, images.splits[split], images.task, seed)
+        return TaskSplit(images.decoded.pixels, labels, images.splits[split], images.task, seed)
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader(self, sampler: "TaskSampler") -> DataLoader[RawBatch]:
+        dataset = sampler.dataset
+        assert isinstance(dataset, TaskSplit)
+        workers = self.num_workers
+        if workers is None:
+            workers = min(8, os.cpu_count() or 1) if self.cache == "off" or dataset.transforms else 0
         return DataLoader(
-            sampler.dataset,
+            dataset,
             self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
         )
 
 
 class _TaskImages:
-    """The images of a task: found, split, and decoded once when first needed."""
+    """The images of a task: found, split, and decoded when first needed."""
 
-    def __init__(self, task: TaskConfig, source: ImageSource, size: int, seed: int) -> None:
-        self.task, self.source, self.size = task, source, size
-        self.splits = split_images(source.labels, source.splits, seed)
-        empty = [name for name in SPLITS if not len(self.splits[name])]
-        if empty:
-            raise DataError(
-                f"task {task.name!r} has no {empty[0]} image; give each class at least 3 images, "
-                "or images for every split"
-            )
+    def __init__(self, task: TaskConfig, source: ImageSource, data: SequentialTaskDataModule, seed: int) -> None:
+        self.task, self.source, self.data = task, source, data
+        self.splits = split_images(source.labels, source.splits, seed, data.split)
+        self._check_splits("give each class at least 3 images, or images for every split")
 
     @cached_property
-    def pixels(self) -> Tensor:
-        """All images (N, 3, H, W), uint8."""
-        return self.source.decode(np.arange(len(self.source.labels)), self.size)
+    def decoded(self) -> DecodedImages:
+        """All images; those that cannot be read leave the splits, or stop the run."""
+        data, count = self.data, len(self.source.labels)
+        decoded = decode_images(self.source, data.image_size, data.cache, data.root / "cache")
+        if decoded.bad:
+            message = bad_images_message(self.task.name, decoded.bad, count)
+            if data.on_bad_image == "error":
+                raise DataError(f"{message}; mend them, or go without them with --data.on_bad_image skip")
+            rank_zero_warn(f"{message}; they are skipped")
+            # after the split, so that one bad image does not move the others
+            self.splits = {name: np.setdiff1d(split, list(decoded.bad)) for name, split in self.splits.items()}
+            self._check_splits("mend the images that cannot be read")
+        return decoded
+
+    def _check_splits(self, remedy: str) -> None:
+        empty = [name for name in SPLITS if not len(self.splits[name])]
+        if empty:
+            raise DataError(f"task {self.task.name!r} has no {empty[0]} image; {remedy}")
+
+
+def data_root(root: str | None) -> Path:
+    """Folder of data sets and caches.
+
+    Args:
+        root: As given by the user; None for $RECAST_PL_DATA, or else `data`.
+    """
+    return Path(root or os.environ.get(_ROOT) or "data").expanduser()
 
 
 class TaskSplit(Dataset[RawBatch]):
     """A split of a task, read in whole batches.
 
     Args:
-        pixels: All images of the task (N, 3, H, W), uint8.
+        pixels: All images of the task (N, 3, H, W), uint8; read only as `pixels[which]`.
         labels: Their class indices (N,).
         indices: Which of them the split has.
         task: How to augment.
@@ -189,10 +260,10 @@ class TaskSplit(Dataset[RawBatch]):
     """
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
+        self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
     ) -> None:
         self.pixels, self.labels, self.indices, self.seed = pixels, labels, indices, seed
-        self.flip, self.transforms = task.flip, tuple(task.transforms)
+        self.flip, self.transforms = task.flip, tuple(task.transforms) if seed is not None else ()
 
     def __len__(self) -> int:
         return len(self.indices)

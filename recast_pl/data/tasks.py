@@ -1,9 +1,11 @@
 """A task as a user names it, and how its images are split."""
 
+import hashlib
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from torch import nn
 from recast_pl.errors import DataError
 
 SPLITS = ("train", "val", "test")
+SplitPolicy = Literal["official", "ratio"]
 _HELD_OUT = 0.15  # of each class, for validation and again for test: the paper's ratio, made to add up
 
 
@@ -20,8 +23,13 @@ class TaskConfig:
     """One task of the stream.
 
     Args:
-        name: Its name; without a path, that of a known data set.
-        path: A folder of `CLASS/IMAGE`, or of `train|val|test/CLASS/IMAGE`; None for a known data set.
+        name: Its name; without `dataset` and `path`, that of a data set of `recast_pl data list` too.
+        path: A folder of `CLASS/IMAGE` or of `train|val|test/CLASS/IMAGE`, or a `.csv` or `.parquet` file with
+            columns path, label and perhaps split. With `dataset`, where that data set lies. None for a data set
+            known by name, below the datamodule's root.
+        dataset: A data set of `recast_pl data list`, or `torchvision/CLASS`; None for that of the task's name, or
+            for the images in `path`.
+        args: Further arguments of the data set's torchvision class, such as `{annotation_level: family}`.
         flip: Whether training images are mirrored at random; wrong for digits and text.
         transforms: Further transforms (of `torchvision.transforms.v2`) for training images, each applied to one
             uint8 image (3, H, W) and seeded by (seed, task, epoch, image).
@@ -29,6 +37,8 @@ class TaskConfig:
 
     name: str
     path: str | None = None
+    dataset: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
     flip: bool = True
     transforms: Sequence[nn.Module] = ()
 
@@ -55,20 +65,25 @@ def derive_seed(*parts: int | str) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def split_images(labels: NDArray[np.int64], given: Sequence[str], seed: int) -> dict[str, NDArray[np.int64]]:
+def split_images(
+    labels: NDArray[np.int64], given: Sequence[str], seed: int, policy: SplitPolicy = "official"
+) -> dict[str, NDArray[np.int64]]:
     """Divides images into train, validation and test, stratified by class.
 
     Args:
         labels: Class index of each image (N,).
-        given: Split of each image where its source has one, else an empty string.
-        seed: Decides the division of the images that have no split.
+        given: Official split of each image, or an empty string where it has none (N).
+        seed: Decides the division of images that no official split decides.
+        policy: `official` keeps the source's splits, and leaves out images that are in none of them; a source
+            without any is divided by ratio. `ratio` divides all images anew: the paper's 75-15-15 adds up to
+            105 %, and is taken as 70-15-15.
 
     Returns:
         Image indices by split, ascending. A split that the source lacks is 15 % of each class of the training
         images, but at least one image of a class that has three.
     """
-    split = np.array(given, dtype="<U5")
-    split[split == ""] = "train"
+    official = policy == "official" and any(given)
+    split = np.array(given if official else ["train"] * len(labels), dtype="<U5")
     generator = np.random.default_rng(seed)
     missing = [name for name in ("val", "test") if not (split == name).any()]
     for label in np.unique(labels):
@@ -77,3 +92,13 @@ def split_images(labels: NDArray[np.int64], given: Sequence[str], seed: int) -> 
         for position, name in enumerate(missing):
             split[members[position * share : (position + 1) * share]] = name
     return {name: np.flatnonzero(split == name) for name in SPLITS}
+
+
+def split_digest(splits: Mapping[str, NDArray[np.int64]]) -> str:
+    """Sixteen hexadecimal digits that are equal where splits are, on every machine.
+
+    Args:
+        splits: Image indices by split.
+    """
+    text = ";".join(f"{name}:{','.join(map(str, splits[name]))}" for name in SPLITS)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,479 @@
+"""Data sets known by name: where each comes from, what it must hold, and how it is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from recast_pl.data.cache import bad_images_message, find_bad_images
+from recast_pl.data.datasets import ImageSource, open_folder, open_manifest, open_torchvision, torchvision_class
+from recast_pl.data.download import extract, fetch, is_archive
+from recast_pl.data.images import ImageFiles, ImageItems
+from recast_pl.data.tasks import SPLITS, TaskConfig
+from recast_pl.errors import DataError
+from recast_pl.files import exclusive
+
+_OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+_TORCHVISION = "torchvision/"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a data set on the network.
+
+    Args:
+        url: Its address.
+        md5: Its MD5 checksum as published; None if none is.
+        provides: What exists, below the root, once it is in place (and unpacked, if it is an archive).
+        folder: Where it is put, and unpacked, below the root.
+    """
+
+    url: str
+    md5: str | None
+    provides: str
+    folder: str = ""
+
+    def is_present(self, root: Path) -> bool:
+        """Whether it is in place."""
+        return (root / self.provides).exists()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A row of the catalogue.
+
+    Args:
+        title: What it is, in a few words.
+        classes: Number of classes, as its authors split them.
+        images: Images of the official splits train, val and test, and, under an empty string, of none of them.
+        reader: Name of its class in `torchvision.datasets`, or what finds its images below a root.
+        files: Where it comes from; empty if it cannot be downloaded, or need not be.
+        folder: What its torchvision class takes for the root, below the root.
+        native: Height and width of its images in pixels; None if they differ.
+        present: What exists below the root when it is on disk, where `files` do not say.
+        note: What a user should know.
+    """
+
+    title: str
+    classes: int
+    images: Mapping[str, int]
+    reader: str | Callable[[Path], ImageSource]
+    files: tuple[RemoteFile, ...] = ()
+    folder: str = ""
+    native: int | None = None
+    present: str = ""
+    note: str = ""
+
+    def is_present(self, root: Path) -> bool:
+        """Whether all of it is on disk."""
+        return all(file.is_present(root) for file in self.files) and (
+            not self.present or (root / self.present).exists()
+        )
+
+    def open(self, root: Path, args: Mapping[str, Any]) -> ImageSource:
+        """Finds its images.
+
+        Args:
+            root: Folder of data sets.
+            args: Further arguments of its torchvision class.
+
+        Raises:
+            DataError: If it is damaged.
+        """
+        if isinstance(self.reader, str):
+            return open_torchvision(self.reader, root / self.folder, args)
+        return self.reader(root)
+
+    def check_args(self, args: Mapping[str, Any]) -> None:
+        """Refuses arguments that its class does not take.
+
+        Raises:
+            DataError: Naming the argument.
+        """
+        if isinstance(self.reader, str):
+            torchvision_class(self.reader, args)
+        elif args:
+            raise DataError(f"{self.title} takes no args; remove {dict(args)}")
+
+
+def open_source(task: TaskConfig, root: Path) -> ImageSource:
+    """Finds the images of a task, without downloading or decoding any.
+
+    Args:
+        task: The task.
+        root: Folder of data sets known by name.
+
+    Raises:
+        DataError: If the task, a folder or a class has no images.
+    """
+    path = None if task.path is None else Path(task.path).expanduser()
+    if path is not None and task.dataset is None:
+        return open_manifest(path) if path.suffix.lower() in (".csv", ".parquet") else open_folder(path)
+    name, root = dataset_name(task), path or root
+    if name.startswith(_TORCHVISION):
+        return open_torchvision(name.removeprefix(_TORCHVISION), path or _own_folder(root, name), task.args)
+    if not CATALOGUE[name].is_present(root):
+        raise DataError(
+            f"data set {name!r} is not in {str(root)!r}; get it with 'python -m recast_pl data prepare {name}'"
+        )
+    return CATALOGUE[name].open(root, task.args)
+
+
+def prepare_source(task: TaskConfig, root: Path) -> None:
+    """Downloads what a task needs and what is not on disk; one process at a time, others wait for it.
+
+    Args:
+        task: The task.
+        root: Folder of data sets known by name.
+
+    Raises:
+        DataError: If it cannot be had.
+    """
+    if task.path is not None and task.dataset is None:
+        return
+    name = dataset_name(task)
+    root = root if task.path is None else Path(task.path).expanduser()
+    try:
+        if name.startswith(_TORCHVISION):
+            _prepare_torchvision(name, root if task.path is not None else _own_folder(root, name), task.args)
+        elif not CATALOGUE[name].is_present(root):
+            with exclusive(root / f".{name}.lock", f"preparing {name}"):
+                _download(name, CATALOGUE[name], root)
+    except OSError as cause:
+        raise DataError(f"cannot write to {root} ({cause}); set data.root to a folder with room and rights") from cause
+
+
+def dataset_name(task: TaskConfig) -> str:
+    """The data set that a task names.
+
+    Raises:
+        DataError: If there is none of that name, or it does not take the task's arguments.
+    """
+    name = task.dataset or task.name
+    if name.startswith(_TORCHVISION):
+        torchvision_class(name.removeprefix(_TORCHVISION), task.args)
+    elif name in CATALOGUE:
+        CATALOGUE[name].check_args(task.args)
+    else:
+        raise DataError(
+            f"unknown task {name!r}; known by name: {', '.join(CATALOGUE)}, torchvision/CLASS. For images of your own "
+            f"give a path: {{name: {task.name}, path: FOLDER}} with FOLDER/CLASS/IMAGE"
+        )
+    return name
+
+
+def source_faults(name: str, root: Path) -> list[str]:
+    """What is wrong with a data set on disk: counts that differ from the published ones, images that cannot be read.
+
+    Args:
+        name: A data set of the catalogue, or `torchvision/CLASS`.
+        root: Folder of data sets.
+
+    Returns:
+        A line for each fault; none if it is whole.
+
+    Raises:
+        DataError: If it is not on disk.
+    """
+    source = open_source(TaskConfig("verified", dataset=name), root)
+    faults = _count_faults(CATALOGUE[name], source) if name in CATALOGUE else []
+    bad = find_bad_images(source)
+    return faults + ([bad_images_message(name, bad, len(source.labels))] if bad else [])
+
+
+def _count_faults(row: DataSet, source: ImageSource) -> list[str]:
+    found = {"classes": len(source.classes)} | {split: list(source.splits).count(split) for split in ("", *SPLITS)}
+    wanted = {"classes": row.classes} | dict.fromkeys(("", *SPLITS), 0) | dict(row.images)
+    names = {"": "images in no split"} | {split: f"{split} images" for split in SPLITS}
+    return [
+        f"{found[key]:,} {names.get(key, key)} rather than {count:,}"
+        for key, count in wanted.items()
+        if found[key] != count
+    ]
+
+
+def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
+    cls = name.removeprefix(_TORCHVISION)
+    try:
+        open_torchvision(cls, root, args)
+    except DataError:
+        with exclusive(root.parent / f".{root.name}.lock", f"preparing {name}"):
+            open_torchvision(cls, root, args, download=True)
+
+
+def _own_folder(root: Path, name: str) -> Path:
+    """Below which torchvision may keep files as it likes."""
+    return root / name.removeprefix(_TORCHVISION)
+
+
+def _download(name: str, row: DataSet, root: Path) -> None:
+    if not row.files and not row.is_present(root):
+        raise DataError(
+            f"data set {name!r} cannot be downloaded: {row.note}; its files are expected in {root / row.present}"
+        )
+    for file in row.files:
+        if not file.is_present(root):
+            _place(file, root)
+    faults = _count_faults(row, row.open(root, {}))
+    if faults:
+        raise DataError(
+            f"data set {name!r} in {root} is not whole: {', '.join(faults)}; remove it and prepare it again"
+        )
+
+
+def _place(file: RemoteFile, root: Path) -> None:
+    folder = root / file.folder
+    target = folder / file.url.rpartition("/")[2].partition("?")[0]
+    was_there = target.exists()
+    fetch(file.url, target, file.md5)
+    if is_archive(target.name):
+        try:
+            extract(target, folder)
+        finally:
+            if not was_there:
+                target.unlink()  # unpacked, or of no use; what the user put there stays
+    if not file.is_present(root):
+        raise DataError(
+            f"{file.url} did not bring {root / file.provides}; the archive has changed, put the files there"
+        )
+
+
+def _open_digits(root: Path) -> ImageSource:
+    """scikit-learn's 1,797 handwritten digits, at their own 8×8 pixels."""
+    try:
+        from sklearn.datasets import load_digits  # noqa: PLC0415
+    except ImportError as cause:
+        raise DataError("task 'digits' is scikit-learn's data set: pip install scikit-learn") from cause
+    bunch = load_digits()
+    arrays = (bunch.images * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
+    items = [(Image.fromarray(array), label) for array, label in zip(arrays, bunch.target, strict=True)]
+    labels = bunch.target.astype(np.int64)
+    images = ImageItems("digits", items, 8, lambda: f"{arrays.sum()}")
+    return ImageSource([str(name) for name in bunch.target_names], labels, [""] * len(labels), images, "digits")
+
+
+def _open_birds(root: Path) -> ImageSource:
+    """CUB-200-2011, from its lists of images, labels, splits and classes, each `ID VALUE` a line."""
+    folder = root / "CUB_200_2011"
+    files, labels, training, names = (
+        _read_pairs(folder / f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split", "classes")
+    )
+    if not files.keys() == labels.keys() == training.keys():
+        raise DataError(f"the lists in {folder} do not name the same images; remove the folder and prepare it again")
+    classes = {key: position for position, key in enumerate(names)}
+    return ImageSource(
+        [name.partition(".")[2].replace("_", " ") for name in names.values()],
+        np.array([classes[labels[key]] for key in files]),
+        ["train" if training[key] == "1" else "test" for key in files],
+        ImageFiles([folder / "images" / name for name in files.values()]),
+        str(folder.resolve()),
+    )
+
+
+def _open_scenes(root: Path) -> ImageSource:
+    """MIT Indoor-67: folders of classes, of which two lists name 80 training and 20 test images each."""
+    folder = root / "indoor-67"
+    whole = open_folder(folder / "Images")
+    assert isinstance(whole.images, ImageFiles)
+    names = {path.relative_to(folder / "Images").as_posix(): i for i, path in enumerate(whole.images.paths)}
+    splits = [""] * len(names)
+    for split, file in (("train", "TrainImages.txt"), ("test", "TestImages.txt")):
+        for line in filter(None, map(str.strip, _read_lines(folder / file))):
+            if line not in names:
+                raise DataError(
+                    f"{folder / file} names {line!r}, which is not in {folder / 'Images'}; prepare it again"
+                )
+            splits[names[line]] = split
+    classes = [name.replace("_", " ") for name in whole.classes]
+    return ImageSource(classes, whole.labels, splits, whole.images, whole.location)
+
+
+def _read_pairs(path: Path) -> dict[str, str]:
+    pairs = (line.strip().split(" ", 1) for line in _read_lines(path) if line.strip())
+    return {pair[0]: pair[-1] for pair in pairs}
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise DataError(f"cannot read {path} ({cause}); remove its folder and prepare the data set again") from cause
+
+
+CATALOGUE: dict[str, DataSet] = {
+    "flowers": DataSet(
+        "Oxford Flowers-102",
+        102,
+        {"train": 1020, "val": 1020, "test": 6149},
+        "Flowers102",
+        (
+            RemoteFile(
+                f"{_OXFORD}/flowers/102/102flowers.tgz",
+                "52808999861908f626f3c1f4e79d11fa",
+                "flowers-102/jpg",
+                "flowers-102",
+            ),
+            RemoteFile(
+                f"{_OXFORD}/flowers/102/imagelabels.mat",
+                "e0620be6f572b9609742df49c70aed4d",
+                "flowers-102/imagelabels.mat",
+                "flowers-102",
+            ),
+            RemoteFile(
+                f"{_OXFORD}/flowers/102/setid.mat",
+                "a5357ecc9cb78c4bef273ce3793fc85c",
+                "flowers-102/setid.mat",
+                "flowers-102",
+            ),
+        ),
+    ),
+    "aircraft": DataSet(
+        "FGVC-Aircraft 2013b",
+        100,
+        {"train": 3334, "val": 3333, "test": 3333},
+        "FGVCAircraft",
+        (
+            RemoteFile(
+                f"{_OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+                "d4acdd33327262359767eeaa97a4f732",
+                "fgvc-aircraft-2013b",
+            ),
+        ),
+        note="annotation_level variant has 100 classes, family 70, manufacturer 41 (torchvision: 30); the paper, 55",
+    ),
+    "scenes": DataSet(
+        "MIT Indoor-67",
+        67,
+        {"train": 5360, "test": 1340, "": 8920},
+        _open_scenes,
+        (
+            RemoteFile(
+                "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
+                None,
+                "indoor-67/Images",
+                "indoor-67",
+            ),
+            RemoteFile(
+                "http://web.mit.edu/torralba/www/TrainImages.txt", None, "indoor-67/TrainImages.txt", "indoor-67"
+            ),
+            RemoteFile("http://web.mit.edu/torralba/www/TestImages.txt", None, "indoor-67/TestImages.txt", "indoor-67"),
+        ),
+        note="no checksum is published: images are counted; 8,920 of 15,620 are in no official split",
+    ),
+    "cifar100": DataSet(
+        "CIFAR-100",
+        100,
+        {"train": 50000, "test": 10000},
+        "CIFAR100",
+        (
+            RemoteFile(
+                "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+                "eb9058c3a382ffc7106e4002c42a8d85",
+                "cifar-100-python",
+            ),
+        ),
+        native=32,
+    ),
+    "cifar10": DataSet(
+        "CIFAR-10",
+        10,
+        {"train": 50000, "test": 10000},
+        "CIFAR10",
+        (
+            RemoteFile(
+                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                "c58f30108f718f92721af3b95e74349a",
+                "cifar-10-batches-py",
+            ),
+        ),
+        native=32,
+    ),
+    "birds": DataSet(
+        "Caltech-UCSD Birds 200-2011",
+        200,
+        {"train": 5994, "test": 5794},
+        _open_birds,
+        (
+            RemoteFile(
+                "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+                "97eceeb196236b17998738112f37df78",
+                "CUB_200_2011",
+            ),
+        ),
+    ),
+    "cars": DataSet(
+        "Stanford Cars",
+        196,
+        {"train": 8144, "test": 8041},
+        "StanfordCars",
+        present="stanford_cars",
+        note="its site is gone; copies exist elsewhere",
+    ),
+    "pets": DataSet(
+        "Oxford-IIIT Pet",
+        37,
+        {"train": 3680, "test": 3669},
+        "OxfordIIITPet",
+        tuple(
+            RemoteFile(f"{_OXFORD}/pets/data/{name}.tar.gz", md5, f"oxford-iiit-pet/{name}", "oxford-iiit-pet")
+            for name, md5 in (
+                ("images", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
+                ("annotations", "95a8c909bbe2e81eed6a22bccdf3f68f"),
+            )
+        ),
+    ),
+    "food101": DataSet(
+        "Food-101",
+        101,
+        {"train": 75750, "test": 25250},
+        "Food101",
+        (
+            RemoteFile(
+                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87", "food-101"
+            ),
+        ),
+    ),
+    "dtd": DataSet(
+        "Describable Textures",
+        47,
+        {"train": 1880, "val": 1880, "test": 1880},
+        "DTD",
+        (
+            RemoteFile(
+                f"{_OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd/dtd", "dtd"
+            ),
+        ),
+    ),
+    "svhn": DataSet(
+        "Street View House Numbers",
+        10,
+        {"train": 73257, "test": 26032},
+        "SVHN",
+        tuple(
+            RemoteFile(
+                f"http://ufldl.stanford.edu/housenumbers/{split}_32x32.mat", md5, f"svhn/{split}_32x32.mat", "svhn"
+            )
+            for split, md5 in (
+                ("train", "e26dedcc434d2e4c54c9b2d4a06d8373"),
+                ("test", "eb5a983be6a315427106f1b164d9cef3"),
+            )
+        ),
+        folder="svhn",
+        native=32,
+    ),
+    "digits": DataSet(
+        "handwritten digits",
+        10,
+        {"": 1797},
+        _open_digits,
+        native=8,
+        note="part of scikit-learn",
+    ),
+}
+"""Data sets known by name."""
+
+PAPER = ("flowers", "aircraft", "scenes", "cifar100", "cifar10", "birds")
+"""The paper's six, in its order."""
