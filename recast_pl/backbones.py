@@ -92,7 +92,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, S, S) with values in [0, 1]."""
-        features: Tensor = self.net((images - self.mean) / self.std)
+        features: Tensor = self.net((images - self.mean).div_(self.std))
         return features
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 if `test` finds a difference, 2 if the user has something to mend.
     """
-    _quieten_lightning()
+    _quieten_libraries()
     argv = list(sys.argv[1:] if args is None else args)
     commands = {"fit": fit, "test": test, "predict": predict, "data": data}
     try:
@@ -296,8 +296,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _quieten_lightning() -> None:
-    """Silences what Lightning would say anew for each task's trainer; warnings about results stay."""
+def _quieten_libraries() -> None:
+    """Silences what Lightning would say anew for each task, and Pillow for each image; what matters stays."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -309,3 +309,4 @@ def _quieten_lightning() -> None:
         ".*`Trainer.predict` .*",
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags; an image that cannot be read is reported

@@ -150,7 +150,7 @@ class _Entry:
             if self.with_pixels and list(np.load(self.pixels, mmap_mode="r").shape) != self.state["shape"]:
                 return None
             return index if {key: index[key] for key in self.state} == self.state else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             return None
 
     def build(self) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks: The tasks, in order (any sequence).
         image_size: S, height and width in pixels.
         batch_size: Images of a batch, on each process.
-        num_workers: Processes that load; 0 for none. None: one for each core, but at most 8, where images are
-            decoded or transformed while training; none elsewhere, as reading decoded images is a mere copy.
+        num_workers: Processes that decode and transform; None for one for each core, but at most 8. Used where
+            there is anything to decode or transform while training: reading decoded images is a mere copy, which
+            sending them to another process would make slower.
         seed: Seed of splits, order and augmentation.
         root: Folder of data sets known by name, and of caches; None for $RECAST_PL_DATA, or else `data`.
         split: `official` keeps the splits of a source that has them; `ratio` divides all images 70-15-15.
@@ -161,8 +162,8 @@ class SequentialTaskDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """On the device: to [0, 1], mirrored where asked, resized up where the source is smaller."""
         images, labels, flip = batch
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)  # while they are small
         images = tv.to_dtype(images, torch.float32, scale=True)
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)  # (B, 3, S, S)
@@ -196,9 +197,9 @@ class SequentialTaskDataModule(LightningDataModule):
     def _loader(self, sampler: "TaskSampler") -> DataLoader[RawBatch]:
         dataset = sampler.dataset
         assert isinstance(dataset, TaskSplit)
-        workers = self.num_workers
-        if workers is None:
-            workers = min(8, os.cpu_count() or 1) if self.cache == "off" or dataset.transforms else 0
+        workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
+        if self.cache != "off" and not dataset.transforms:
+            workers = 0
         return DataLoader(
             dataset,
             self.batch_size,

@@ -1,0 +1,540 @@
+"""Images are decoded once, wherever they are kept, and what cannot be read is found before training."""
+
+import csv
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from recast_pl import SequentialTaskDataModule, TaskConfig
+from recast_pl.cli import main
+from recast_pl.data import images as images_module
+from recast_pl.data.datasets import open_manifest
+from recast_pl.data.images import decode_file
+from recast_pl.errors import DataError
+
+MODES = ("disk", "ram", "off")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECAST_PL_DATA", str(tmp_path / "root"))
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of files decoded so far."""
+    names, decode = [], images_module.decode_file
+
+    def counting(path, size):
+        names.append(path.name)
+        return decode(path, size)
+
+    monkeypatch.setattr(images_module, "decode_file", counting)
+    return names
+
+
+def stream(folder, name="colours", **settings):
+    task = TaskConfig(name, str(folder))
+    data = SequentialTaskDataModule((task,), **{"image_size": 16, "batch_size": 4, "num_workers": 0} | settings)
+    data.prepare_data()
+    return data
+
+
+def everything(data):
+    return [torch.cat([batch[0] for batch in data.plain_dataloader(split)]) for split in ("train", "val", "test")]
+
+
+def entries(root):
+    return sorted(path.name for path in (root / "cache").iterdir() if not path.name.endswith(".lock"))
+
+
+# where images are kept
+
+
+def test_images_are_the_same_wherever_they_are_kept(image_folder, root):
+    folder = image_folder("colours")
+    disk, ram, off = (everything(stream(folder, cache=mode)) for mode in MODES)
+    for a, b, c in zip(disk, ram, off, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_how_often_an_image_is_decoded(image_folder, root, decoded, mode):
+    folder = image_folder("colours")
+    data = stream(folder, cache=mode)
+    assert len(decoded) == 24
+    for _ in range(2):
+        everything(data)
+    everything(stream(folder, cache=mode))
+    # off: once to find what is bad, which the second run remembers, then for each of three readings
+    assert len(decoded) == {"disk": 24, "ram": 48, "off": 24 * 4}[mode]
+    assert len(entries(root)) == (0 if mode == "ram" else 1) if (root / "cache").exists() else mode == "ram"
+
+
+def test_another_size_is_another_entry_and_the_first_stays(image_folder, root, decoded):
+    folder = image_folder("colours")
+    for size in (16, 24, 16, 24):
+        assert everything(stream(folder, image_size=size))[0].shape[1:] == (3, size, size)
+    assert len(decoded) == 48
+    assert len(entries(root)) == 2
+
+
+def changed(folder):
+    (folder / "class0" / "000.png").write_bytes((folder / "class1" / "000.png").read_bytes())
+
+
+def changed_keeping_size_and_time(folder):
+    path, other = folder / "class0" / "000.png", folder / "class1" / "000.png"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    Image.open(other).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: before.st_size] + b"\0" * max(0, before.st_size - len(content)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def added(folder):
+    (folder / "class0" / "100.png").write_bytes((folder / "class1" / "000.png").read_bytes())
+
+
+def removed(folder):
+    (folder / "class0" / "007.png").unlink()
+
+
+@pytest.mark.parametrize("change", [changed, changed_keeping_size_and_time, added, removed])
+def test_a_changed_source_is_decoded_anew_and_the_old_entry_goes(image_folder, root, change):
+    folder = image_folder("colours")
+    before = everything(stream(folder))
+    time.sleep(0.02)  # file systems keep time in steps
+    change(folder)
+    after = everything(stream(folder))
+    fresh = everything(stream(folder, cache="ram"))
+    assert all(torch.equal(a, b) for a, b in zip(after, fresh, strict=True))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert len(entries(root)) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: os.truncate(entry / "images.npy", 1000),
+        lambda entry: os.truncate(entry / "images.npy", 0),
+        lambda entry: (entry / "images.npy").unlink(),
+        lambda entry: (entry / "index.json").write_text("{"),
+        lambda entry: (entry / "index.json").write_text('{"bad": {}}'),
+        lambda entry: (entry / "index.json").write_text("[]"),
+        lambda entry: (entry / "index.json").unlink(),
+    ],
+)
+def test_a_damaged_entry_is_built_anew(image_folder, root, decoded, damage):
+    folder = image_folder("colours")
+    before = everything(stream(folder))
+    damage(root / "cache" / entries(root)[0])
+    assert all(torch.equal(a, b) for a, b in zip(everything(stream(folder)), before, strict=True))
+    assert len(decoded) == 48
+
+
+def test_equally_named_folders_do_not_share_an_entry(image_folder, root):
+    first, second = image_folder("a/colours", seed=0), image_folder("b/colours", seed=1)
+    assert not torch.equal(everything(stream(first))[0], everything(stream(second))[0])
+    assert len(entries(root)) == 2
+
+
+def test_two_tasks_on_one_folder_share_its_entry(image_folder, root, decoded):
+    folder = image_folder("colours")
+    stream(folder, "one")
+    stream(folder, "two")
+    assert len(decoded) == 24
+
+
+PREPARE = textwrap.dedent("""
+    import os, signal, sys, time
+    from pathlib import Path
+    from recast_pl import SequentialTaskDataModule, TaskConfig
+    from recast_pl.data import images
+    count, decode = 0, images.decode_file
+    def slow(path, size):
+        global count
+        count += 1
+        if count == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        return decode(path, size)
+    images.decode_file = slow
+    if len(sys.argv) > 3:  # a rendezvous, as imports take seconds
+        Path(sys.argv[3]).touch()
+        while not all(Path(other).exists() for other in sys.argv[3:]):
+            time.sleep(0.001)
+    SequentialTaskDataModule((TaskConfig("colours", sys.argv[1]),), 16).prepare_data()
+    print("decoded", count)
+""")
+
+
+def test_of_two_processes_that_start_at_once_one_decodes(image_folder, root, tmp_path):
+    folder = image_folder("colours", images=20)
+    flags = [str(tmp_path / name) for name in "ab"]
+    commands = [[sys.executable, "-c", PREPARE, folder, "0", *order] for order in (flags, flags[::-1])]
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert sorted(out.split("decoded ")[1].strip() for out, _ in outputs) == ["0", "60"], outputs
+    assert sum("waiting for another process" in err for _, err in outputs) == 1
+
+
+def test_a_process_killed_while_it_decodes_leaves_nothing_that_is_taken_for_whole(image_folder, root, decoded):
+    folder = image_folder("colours")
+    killed = subprocess.run([sys.executable, "-c", PREPARE, folder, "10"], capture_output=True)
+    assert killed.returncode == -9
+    assert all(name.endswith(".part") for name in entries(root))
+    everything(stream(folder))
+    assert len(decoded) == 24
+    assert len(entries(root)) == 1
+    assert not entries(root)[0].endswith(".part")
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(image_folder, root):
+    folder = image_folder("colours")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # no file may grow beyond
+    try:
+        with pytest.raises(DataError, match=r"cannot write decoded images to .*cache.*data\.root.*data\.cache to ram"):
+            stream(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert entries(root) == []
+    stream(folder)
+
+
+def test_a_root_that_cannot_be_written_is_an_error_and_ram_is_the_way_out(image_folder, tmp_path):
+    folder = image_folder("colours")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data\.root"):
+        stream(folder, root=str(tmp_path / "file"))
+    everything(stream(folder, root=str(tmp_path / "file"), cache="ram"))
+
+
+def test_mapped_images_are_sent_to_workers_by_name(image_folder, root):
+    data = stream(image_folder("colours", images=40), image_size=64)
+    dataset = data.train_dataloader().dataset
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 10_000
+    assert torch.equal(pickle.loads(sent).pixels[torch.arange(3)], dataset.pixels[torch.arange(3)])
+
+
+def test_workers_are_used_where_there_is_work_for_them(image_folder, root):
+    folder = str(image_folder("colours"))
+    plain, shaken = TaskConfig("plain", folder), TaskConfig("shaken", folder, transforms=[v2.ColorJitter(0.4)])
+    for task, mode, training, evaluating in (
+        (plain, "disk", 0, 0),
+        (plain, "ram", 0, 0),
+        (plain, "off", 3, 3),
+        (shaken, "disk", 3, 0),
+    ):
+        data = SequentialTaskDataModule((task,), 16, num_workers=3, cache=mode)
+        assert (data.train_dataloader().num_workers, data.val_dataloader().num_workers) == (training, evaluating)
+        assert data.train_dataloader().persistent_workers == (training > 0)
+
+
+def test_epochs_do_not_make_memory_grow(image_folder, root):
+    data = stream(image_folder("colours", images=60), image_size=96, batch_size=32)
+
+    def anonymous():
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    for _ in range(20):
+        everything(data)
+    before = anonymous()
+    for _ in range(100):
+        everything(data)
+    assert anonymous() - before < 5  # MB, where the images have 5 MB
+
+
+# images that cannot be read
+
+
+def spoil(folder):
+    """Puts every kind of unreadable file into a folder of classes; returns their names."""
+    place = folder / "class0"
+    whole = (place / "000.png").read_bytes()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(place / "whole.jpeg")
+    (place / "truncated.jpg").write_bytes((place / "whole.jpeg").read_bytes()[:1500])
+    (place / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (place / "empty.png").touch()
+    (place / "text.jpg").write_text("<html>404 Not Found</html>")
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (30000).to_bytes(4) + (20000).to_bytes(4) + b"\x08\x02\0\0\0"
+    (place / "600 megapixels.png").write_bytes(
+        header + zlib.crc32(header[12:]).to_bytes(4) + b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4)
+    )
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(place / "float.tif")
+    (place / "dangling.png").symlink_to(place / "nowhere.png")
+    (place / "folder.png").mkdir()
+    return sorted(
+        ["truncated.jpg", "truncated.png", "empty.png", "text.jpg", "600 megapixels.png", "float.tif", "folder.png"]
+    )
+
+
+def handled(folder):
+    """Puts unusual images into a folder of classes, all of which can be read."""
+    place = folder / "class1"
+    rgb = Image.fromarray(np.full((20, 30, 3), (200, 30, 90), np.uint8))
+    rgb.convert("CMYK").save(place / "cmyk.jpg")
+    rgb.convert("P").save(place / "palette.png")
+    rgb.convert("L").save(place / "grey.jpg")
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(place / "sixteen bits.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(place / "turned.jpg", exif=exif)
+    for name in ("été 日本 🌸.png", " blank .png", "new\nline.png", "a'b\"c.png", "[brackets].png"):
+        rgb.save(place / name)
+    return 10
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unusual_images_are_read_and_unreadable_ones_are_named(image_folder, root, mode):
+    folder = image_folder("colours", classes=2, images=10)
+    good = handled(folder)
+    assert sum(stream(folder, cache=mode).sizes.values()) == 20 + good
+    names = spoil(folder)
+    (folder / "class0" / "dangling.png").unlink()
+    with pytest.raises(DataError) as error:
+        stream(folder, cache=mode)
+    message = str(error.value)
+    assert f"{len(names)} of {21 + good + len(names)} images of 'colours' cannot be used" in message
+    assert all(f"/{name}'" in message for name in names)
+    assert "--data.on_bad_image skip" in message
+    with pytest.warns(UserWarning, match=f"{len(names)} of .*they are skipped") as warned:
+        data = stream(folder, cache=mode, on_bad_image="skip")
+    assert len([w for w in warned if "skipped" in str(w.message)]) == 1
+    assert sum(data.sizes.values()) == 21 + good
+    assert [split.float().mean((1, 2, 3)).min() > 0 for split in everything(data)]  # a black image would be a bad one
+
+
+def test_a_file_that_is_gone_is_named(image_folder, root):
+    folder = image_folder("colours", classes=2, images=10)
+    spoil(folder)
+    with pytest.raises(DataError, match=r"1 of \d+ image files are missing, the first is .*dangling\.png"):
+        stream(folder)
+
+
+def test_skipped_images_do_not_move_the_others(image_folder, root):
+    folder = image_folder("colours", classes=2, images=40)
+    before = stream(folder)
+    indices = {split: set(before.plain_dataloader(split).dataset.indices) for split in ("train", "val", "test")}
+    os.truncate(folder / "class0" / "003.png", 40)
+    with pytest.warns(UserWarning, match=r"003\.png"):
+        after = stream(folder, on_bad_image="skip")
+    for split, wanted in indices.items():
+        assert set(after.plain_dataloader(split).dataset.indices) == wanted - {3}
+    assert after.split_digest != before.split_digest
+
+
+def test_a_split_of_which_nothing_can_be_read_is_an_error(image_folder, root):
+    for split in ("train", "val", "test"):
+        image_folder(f"given/{split}", classes=2, images=2)
+    folder = image_folder("given/more").parent
+    for path in (folder / "val").rglob("*.png"):
+        path.write_text("")
+    with pytest.raises(DataError, match="'given' has no val image; mend"), pytest.warns(UserWarning, match="skipped"):
+        stream(folder, "given", on_bad_image="skip")
+
+
+def test_fit_stops_before_training_with_one_line_and_goes_on_without_them(tiny_fit, tmp_path, capsys):
+    bad = tmp_path / "second" / "class1" / "005.png"
+    bad.write_text("no image")
+    assert main(tiny_fit()) == 2
+    error = capsys.readouterr().err
+    assert "1 of 16 images of 'second' cannot be used" in error
+    assert str(bad) in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "run").rglob("*.safetensors"))  # the first task has not been trained either
+    with pytest.warns(UserWarning, match="they are skipped"):
+        assert main(tiny_fit("--data.on_bad_image", "skip", run_dir=tmp_path / "other")) == 0
+    tasks = json.loads((tmp_path / "other" / "summary.json").read_text())["tasks"]
+    assert [len(task["split"]) for task in tasks] == [16, 16]
+
+
+def test_a_repaired_image_is_read_again(image_folder, root):
+    folder = image_folder("colours")
+    content = (folder / "class0" / "000.png").read_bytes()
+    (folder / "class0" / "000.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"000\.png"):
+        stream(folder)
+    (folder / "class0" / "000.png").write_bytes(content)
+    stream(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged tags
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+def test_damaged_files_are_images_or_errors_of_our_own(tmp_path, suffix):
+    generator = np.random.default_rng(7)
+    picture = Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = tmp_path / f"whole.{suffix}"
+    picture.save(whole, **({"exif": exif} if suffix in ("jpg", "png", "webp", "tif") else {}))
+    content = np.frombuffer(whole.read_bytes(), np.uint8)
+    path, errors = tmp_path / f"damaged.{suffix}", []
+    for _ in range(150):
+        damaged = content.copy()
+        places = generator.integers(0, min(len(damaged), 600), generator.integers(1, 8))  # most of it headers
+        damaged[places] = generator.integers(0, 256, len(places))
+        path.write_bytes(damaged[: generator.integers(1, len(damaged) + 1)].tobytes())
+        try:
+            assert decode_file(path, 8).shape == (3, 8, 8)
+        except DataError as error:
+            errors.append(str(error))
+    assert errors
+    assert all(str(path) in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("mode", "clear", "solid"),
+    [("RGBA", (200, 30, 90, 0), (200, 30, 90, 255)), ("LA", (0, 0), (0, 255))],
+)
+def test_transparent_pixels_are_white(tmp_path, mode, clear, solid):
+    image = Image.new(mode, (8, 4), clear)
+    image.paste(solid, (4, 0, 8, 4))
+    image.save(tmp_path / "image.png")
+    pixels = decode_file(tmp_path / "image.png", 4)  # the centre: two columns of each
+    assert pixels[:, :, 0].tolist() == [[255] * 4] * 3
+    assert pixels[:, 0, 3].tolist() == ([200, 30, 90] if mode == "RGBA" else [0] * 3)
+
+
+def test_a_transparent_palette_entry_is_white(tmp_path):
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 30, 90])
+    image.paste(1, (2, 0, 4, 4))
+    image.save(tmp_path / "image.gif", transparency=0)
+    pixels = decode_file(tmp_path / "image.gif", 4)
+    assert pixels[:, 0, 0].tolist() == [255] * 3
+    assert pixels[:, 0, 3].tolist() == [200, 30, 90]
+
+
+def test_numbers_without_a_known_range_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "large.tif")
+    with pytest.raises(DataError, match="no known range"):
+        decode_file(tmp_path / "large.tif", 4)
+
+
+# manifests
+
+
+def write_manifest(path, rows, header=("path", "label", "split")):
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        columns = list(zip(*rows, strict=True)) if rows else [[] for _ in header]
+        table = pyarrow.table({name: list(column) for name, column in zip(header, columns, strict=True)})
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_manifest_names_images_labels_and_splits(image_folder, root, suffix, tmp_path, tiny_fit):
+    folder = image_folder("pictures", classes=2, images=9)
+    kinds = ["train"] * 4 + ["val"] * 2 + ["test"] * 3
+    rows = [
+        (f"pictures/class{label}/{i:03d}.png", ("weiß, blau", "7")[label], kinds[i])
+        for label in range(2)
+        for i in range(9)
+    ]
+    rows[0] = (str(tmp_path / rows[0][0]), *rows[0][1:])  # absolute
+    manifest = write_manifest(folder.parent / f"list.{suffix}", rows[::-1])
+    data = stream(manifest)
+    assert data.classes == ["7", "weiß, blau"]
+    assert data.sizes == {"train": 8, "val": 4, "test": 6}
+    pixels, labels, _ = (torch.cat(parts) for parts in zip(*data.plain_dataloader("test"), strict=True))
+    wanted = [
+        (decode_file(folder.parent / p, 16), int(label != "7")) for p, label, kind in rows[::-1] if kind == "test"
+    ]
+    assert torch.equal(pixels, torch.stack([image for image, _ in wanted]))
+    assert labels.tolist() == [label for _, label in wanted]
+    tasks = json.dumps([{"name": "listed", "path": str(manifest)}])
+    assert main(tiny_fit("--data.tasks", tasks, "--trainer.max_epochs", 1)) == 0
+
+
+def test_a_manifest_without_splits_is_divided(image_folder, root):
+    folder = image_folder("pictures", classes=2, images=20)
+    rows = [(str(path), path.parent.name) for path in sorted(folder.rglob("*.png"))]
+    assert stream(write_manifest(folder / "list.csv", rows, ("path", "label"))).sizes == {
+        "train": 28,
+        "val": 6,
+        "test": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "named"),
+    [
+        ([("a.png", "x", "train")], ("file", "label", "split"), "lacks 'path'"),
+        ([("a.png", "x", "train")], ("path", "class", "split"), "lacks 'label'"),
+        ([], ("path", "label", "split"), "0 different labels"),
+        ([("a.png", "x", ""), ("b.png", "x", "")], ("path", "label", "split"), "1 different labels"),
+        ([("a.png", "x", "train"), ("b.png", "", "test")], ("path", "label", "split"), "row 2: .*label ''"),
+        ([("a.png", "x", "train"), ("", "y", "test")], ("path", "label", "split"), "row 2: path ''"),
+        ([("a.png", "x", "train"), ("b.png", "y", "dev")], ("path", "label", "split"), "row 2: .*split 'dev'"),
+        ([("a.png", "x", "train"), ("b.png", "y", "")], ("path", "label", "split"), "row 2 has no split"),
+        ([("a.png", "x", "train"), ("a.png", "x", "test")], ("path", "label", "split"), "'a.png' more than once"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_wrong_manifest_names_the_row(tmp_path, rows, header, named, suffix):
+    with pytest.raises(DataError, match=named):
+        open_manifest(write_manifest(tmp_path / f"list.{suffix}", rows, header))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_manifest_that_is_none_is_refused(tmp_path, suffix):
+    path = tmp_path / f"list.{suffix}"
+    with pytest.raises(DataError, match="does not exist"):
+        open_manifest(path)
+    path.write_bytes(b"\xff\xfe\x00path,label\n\x80")
+    with pytest.raises(DataError, match=f"list.{suffix}"):
+        open_manifest(path)
+
+
+def test_missing_files_of_a_manifest_are_counted(tmp_path, root):
+    rows = [(f"{i}.png", "xy"[i % 2], "") for i in range(12)]
+    with pytest.raises(DataError, match=r"12 of 12 image files are missing, the first is .*0\.png"):
+        stream(write_manifest(tmp_path / "list.csv", rows))
+
+
+# splits
+
+
+def test_ratio_divides_all_images_whatever_their_official_split(image_folder, root):
+    for split in ("train", "val", "test"):
+        image_folder(f"given/{split}", classes=2, images=20)
+    folder = image_folder("given/train", classes=0).parent
+    official, ratio = stream(folder), stream(folder, split="ratio")
+    assert official.sizes == {"train": 40, "val": 40, "test": 40}
+    assert ratio.sizes == {"train": 84, "val": 18, "test": 18}
+
+
+# resuming
+
+
+def test_a_run_may_be_resumed_with_images_kept_elsewhere(tiny_fit, tmp_path, capsys):
+    assert main(tiny_fit("--trainer.max_epochs", 1)) == 0
+    assert main(tiny_fit("--resume", "true", "--data.cache", "ram", "--data.root", tmp_path / "other")) == 0
+    assert main(tiny_fit("--resume", "true", "--data.split", "ratio")) == 2
+    assert "data differs" in capsys.readouterr().err
