@@ -536,5 +536,5 @@ def test_ratio_divides_all_images_whatever_their_official_split(image_folder, ro
 def test_a_run_may_be_resumed_with_images_kept_elsewhere(tiny_fit, tmp_path, capsys):
     assert main(tiny_fit("--trainer.max_epochs", 1)) == 0
     assert main(tiny_fit("--resume", "true", "--data.cache", "ram", "--data.root", tmp_path / "other")) == 0
-    assert main(tiny_fit("--resume", "true", "--data.split", "ratio")) == 2
+    assert main(tiny_fit("--resume", "true", "--data.split", "official")) == 2
     assert "data differs" in capsys.readouterr().err

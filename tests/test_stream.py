@@ -60,7 +60,7 @@ def test_a_run_folder_holds_what_was_promised(run):
     first, second = summary["tasks"]
     assert set(first) == {
         *("name", "classes", "accuracy", "probe_accuracy", "task_parameters", "head_parameters"),
-        *("patch_bytes", "train_images", "test_images", "epochs", "seconds"),
+        *("patch_bytes", "train_images", "test_images", "split", "epochs", "seconds"),
     }
     assert (first["name"], first["classes"], second["classes"]) == ("first", 3, 2)
     assert first["task_parameters"] == 96  # vit.yaml: 24 weights, n 2, K 2
