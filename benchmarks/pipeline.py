@@ -107,9 +107,8 @@ def compare(name, folder, workers, epochs, cache):
     ready, done = (statistics.median(row[i] / row[0] for row in rates) for i in (1, 2))
     count = sum(data.sizes.values())
     print(f"{name}, {workers} workers, {len(data.train_dataloader().dataset)} training images:")
-    print(
-        f"  ImageFolder {plain:,.0f}, loaded {loaded:,.0f} ({ready:.1f}×), converted on {DEVICE.type} {converted:,.0f} ({done:.1f}×)"
-    )
+    print(f"  ImageFolder {plain:,.0f}, loaded {loaded:,.0f} ({ready:.1f}×)")
+    print(f"  converted on {DEVICE.type} {converted:,.0f} ({done:.1f}×)")
     print(f"  decoding once took {building:.1f} s for {count} images; {growth:+.1f} MB after {4 * epochs} epochs more")
 
 
@@ -127,7 +126,8 @@ def main():
             compare("the same at 500×375", large, workers, options.epochs, cache)
         images = np.zeros((BATCH, 3, 32, 32), np.uint8)
         print(
-            f"a batch of CIFAR-100 moves {images.nbytes:,} bytes, where {BATCH * 3 * SIZE * SIZE * 4:,} would be fp32 at {SIZE}"
+            f"a batch of CIFAR-100 moves {images.nbytes:,} bytes; "
+            f"in fp32 at {SIZE}×{SIZE} it would be {BATCH * 3 * SIZE * SIZE * 4:,}"
         )
 
 

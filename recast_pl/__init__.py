@@ -13,20 +13,28 @@ from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
 from recast_pl.til.module import TILModule
+from recast_pl.til.outputs import CLR, AdaptFormer
 from recast_pl.til.patch import TaskPatch
 from recast_pl.til.piece import LinearProbe, Piece
-from recast_pl.til.weights import Recast
+from recast_pl.til.weights import DoRA, FullFineTune, LoRA, Piggyback, Recast, RoSA
 
 __all__ = [
+    "CLR",
+    "AdaptFormer",
     "Backbone",
     "BackboneConfig",
     "BankLayout",
     "Decomposition",
+    "DoRA",
+    "FullFineTune",
     "LinearProbe",
+    "LoRA",
     "MimicryModule",
     "Piece",
+    "Piggyback",
     "Recast",
     "RecastError",
+    "RoSA",
     "SequentialTaskDataModule",
     "TILModule",
     "TaskConfig",

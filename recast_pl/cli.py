@@ -277,7 +277,7 @@ def _find_config(name: str) -> str:
     for folder in (Path(), *CONFIG_FOLDERS):
         if (folder / name).is_file():
             return str(folder / name)
-    shipped = sorted({p.name for folder in CONFIG_FOLDERS for p in folder.glob("*.yaml")})
+    shipped = sorted({p.relative_to(f).as_posix() for f in CONFIG_FOLDERS for p in f.rglob("*.yaml")})
     raise RunError(f"config {name!r} was not found here nor in configs/, which has {', '.join(shipped)}")
 
 

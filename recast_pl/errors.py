@@ -13,6 +13,10 @@ class DecompositionError(RecastError):
     """Weights cannot be shared as asked, or a decomposition file does not fit the backbone."""
 
 
+class MethodError(RecastError):
+    """A piece of a method does not fit the backbone, or its settings cannot be used."""
+
+
 class DataError(RecastError):
     """A task, an image or a split cannot be used."""
 

@@ -11,6 +11,8 @@ from conftest import ROOT, TINY_VIT
 from recast_pl.cli import main
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
+ON_RESNET = ("recast_clr", "recast_piggyback")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -21,6 +23,37 @@ def test_every_shipped_config_parses_and_prints_itself(config, capsys):
     printed, shipped = yaml.safe_load(capsys.readouterr().out), yaml.safe_load((ROOT / "configs" / config).read_text())
     assert printed["model"]["class_path"] == shipped["model"]["class_path"]
     assert printed["trainer"]["max_epochs"] == shipped["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_laid_over_a_config_and_keeps_the_rest_of_it(method, capsys):
+    base = "resnet34.yaml" if method in ON_RESNET else "vit.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", base, "--config", f"methods/{method}.yaml", "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    shipped = yaml.safe_load((ROOT / "configs" / "methods" / f"{method}.yaml").read_text())["model"]["init_args"]
+    classes = [[piece["class_path"] for piece in settings["pieces"]] for settings in (printed, shipped)]
+    assert classes[0] == classes[1]
+    whole = yaml.safe_load((ROOT / "configs" / base).read_text())["model"]["init_args"]
+    assert printed["backbone"]["name"] == whole["backbone"]["name"]
+    assert printed["optimizer"]["init_args"]["weight_decay"] == whole["optimizer"]["init_args"]["weight_decay"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_forgets_nothing(method, tiny_fit, tmp_path):
+    words = tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "2")
+    if method in ON_RESNET:
+        words[2] = "resnet34.yaml"
+        words[words.index("vit_tiny_patch16_224")] = "torchvision/resnet34"
+        words[words.index(json.dumps(TINY_VIT))] = "{}"
+    else:  # wide enough for one entry in a hundred thousand
+        wide = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 2}
+        words[words.index(json.dumps(TINY_VIT))] = json.dumps(wide)
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["forgetting"] == 0
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.startswith(("vit", "dino"))])

@@ -9,10 +9,17 @@ from conftest import TINY_VIT
 from torch import nn
 
 from recast_pl import (
+    CLR,
+    AdaptFormer,
     BackboneConfig,
     BankLayout,
+    DoRA,
+    FullFineTune,
     LinearProbe,
+    LoRA,
+    Piggyback,
     Recast,
+    RoSA,
     SequentialTaskDataModule,
     TaskConfig,
     TaskPatch,
@@ -21,6 +28,7 @@ from recast_pl import (
 from recast_pl.errors import DecompositionError, PatchError, RunError
 from recast_pl.til.piece import Piece
 from recast_pl.til.probe import Features, fit_probe
+from recast_pl.til.weights import ATTENTION, CONVOLUTIONS, MLP
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
 RESNET = BackboneConfig("resnet10t", "random", {"zero_init_last": False})  # else no gradient reaches its convolutions
@@ -32,6 +40,33 @@ METHODS = {
     "probe-resnet": lambda: (RESNET, [LinearProbe()]),
     "recast-vit": lambda: (VIT, [Recast(VIT_MLP, learning_rate=2e-2)]),
     "recast-resnet": lambda: (RESNET, [Recast(RESNET_CONV, learning_rate=2e-2)]),
+    **{
+        f"{name}-{backbone}": lambda method=method, config=config: (config, method())
+        for name, method in {
+            "melo": lambda: [LoRA()],
+            "lora-r2": lambda: [LoRA(rank=2, alpha=3, targets=[MLP, ATTENTION, CONVOLUTIONS], parts=["q", "k"])],
+            "dora": lambda: [DoRA()],
+            "rosa": lambda: [LoRA(parts="qkv"), RoSA(0.003, 2, [ATTENTION, CONVOLUTIONS])],
+            "rosa-sparse": lambda: [RoSA(0.001, warm_up=2)],
+            "piggyback": lambda: [Piggyback(learning_rate=1e-2)],
+            "adaptformer": lambda: [AdaptFormer(rank=4)],  # of one unit, a ReLU may be dead
+            "clr": lambda: [CLR()],
+            "finetune": lambda: [FullFineTune()],
+        }.items()
+        for backbone, config in (("vit", VIT), ("resnet", RESNET))
+    },
+    **{
+        f"recast+{name}-vit": lambda method=method: (VIT, [Recast(VIT_MLP, learning_rate=2e-2), *method()])
+        for name, method in {
+            "adaptformer": lambda: [AdaptFormer()],
+            "melo": lambda: [LoRA()],
+            "dora-mlp": lambda: [DoRA(targets=[MLP])],
+            "rosa": lambda: [LoRA(targets=[MLP]), RoSA(0.003, 2)],
+            "rosa-sparse": lambda: [RoSA(0.001, 2)],
+        }.items()
+    },
+    "recast+piggyback-resnet": lambda: (RESNET, [Recast(RESNET_CONV), Piggyback(learning_rate=1e-2)]),
+    "recast+clr-resnet": lambda: (RESNET, [Recast(RESNET_CONV), CLR()]),
     "lossy-vit": lambda: (VIT, [Recast(BankLayout([r"attn\.qkv"], groups=3, templates=2, coefficient_sets=3))]),
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -116,7 +151,25 @@ def test_a_task_starts_from_the_pretrained_features(module, data):
 
 def test_trains_in_bf16_mixed(module, data):
     patch = fit(module, data, precision="bf16-mixed")
-    assert all(t.dtype == torch.float32 and t.isfinite().all() for state in patch.pieces for t in state.values())
+    numbers = [t for state in patch.pieces for t in state.values() if t.is_floating_point()]
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in numbers)
+
+
+def test_compiles_into_one_graph(module, data):
+    torch._dynamo.reset()  # or graphs of the module before would be taken for those of this one
+    images = torch.rand(2, 3, 32, 32)
+    module.build(32)
+    module.begin_task("first", ["a", "b"])
+    trained = [p for piece in module.pieces for p in piece.parameters.values()]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(images), module(images), atol=1e-5)
+    parameters = [*trained, *module.head.parameters()]
+    gradients = [torch.autograd.grad(f(images).sum(), parameters, allow_unused=True) for f in (compiled, module)]
+    for ours, plain in zip(*gradients, strict=True):
+        assert (ours is None and plain is None) or torch.allclose(ours, plain, atol=1e-4)
 
 
 def test_averaging_many_sets_loses_no_bit_when_a_patch_returns(data):

@@ -114,14 +114,31 @@ def group_targets(shapes: Mapping[str, Shape], layout: BankLayout) -> list[Group
     return groups
 
 
+def weight_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The weights of linear, convolution and attention layers, whether they are parameters or generated.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        For the name of each weight its layer and the layer's attribute, in the order in which the model lists them.
+    """
+    sites: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for kind, attribute in _DECOMPOSABLE.items():
+            if isinstance(module, kind) and getattr(module, attribute) is not None:
+                assert isinstance(module, nn.Module)  # which the type checker forgets
+                sites[f"{path}.{attribute}".lstrip(".")] = (module, attribute)
+    return sites
+
+
 def _candidates(model: nn.Module) -> dict[str, nn.Parameter]:
     """All weights that can be decomposed; those generated already are no parameters of their layer any more."""
     found = {}
-    for path, module in model.named_modules():
-        for kind, attribute in _DECOMPOSABLE.items():
-            own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, kind) and attribute in own:
-                found[f"{path}.{attribute}".lstrip(".")] = own[attribute]
+    for name, (module, attribute) in weight_sites(model).items():
+        parameter = module._parameters.get(attribute)
+        if parameter is not None:
+            found[name] = parameter
     return found
 
 

@@ -216,6 +216,8 @@ class TILModule(LightningModule):
         """Cross-entropy of the task's head, and what the pieces add."""
         images, labels = batch
         backbone, head = self._ready()
+        for piece in self.pieces:
+            piece.begin_step()
         features = backbone(images)  # (B, D)
         logits = head(features)  # (B, classes)
         loss = F.cross_entropy(logits, labels)
@@ -243,6 +245,7 @@ class TILModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the task trains; the frozen network is the same for all."""
         checkpoint["state_dict"] = self.trainable_state()
+        checkpoint["pieces"] = [piece.training_state() for piece in self.pieces]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another task or method.
@@ -252,6 +255,8 @@ class TILModule(LightningModule):
         """
         if checkpoint["state_dict"].keys() != self.trainable_state().keys():
             raise RunError(f"the checkpoint is not of task {self.task_name!r} with {self.method}; begin a new run")
+        for piece, state in zip(self.pieces, checkpoint["pieces"], strict=True):
+            piece.load_training_state(state)
 
     # -- helpers -------------------------------------------------------------------------------------------
 

@@ -31,8 +31,9 @@ class Step:
 class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
-    Calls come in this order: `load_shared`, `attach`, `save_shared`, and for each task `begin_task`, `loss` at
-    every step, `task_state`; `load_task_state` may come at any time after `attach`.
+    Calls come in this order: `load_shared`, `attach`, `save_shared`, and for each task `begin_task`, then `begin_step`
+    and `loss` at every step, `task_state`; `load_task_state` may come at any time after `attach`. At the end of an
+    epoch a checkpoint takes `training_state`, which `load_training_state` gets when training is resumed.
 
     Args:
         learning_rate: Rate of this piece's parameters; None for that of the head.
@@ -51,6 +52,9 @@ class Piece:
 
     def begin_task(self) -> None:
         """Sets the parameters to where every task starts."""
+
+    def begin_step(self) -> None:
+        """Comes before the forward pass of each training step."""
 
     def loss(self, step: Step) -> Tensor | None:
         """A term of the loss (a scalar) beside cross-entropy, or None."""
@@ -71,6 +75,13 @@ class Piece:
         check_state(type(self).__name__, state, expected)
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What resuming in the middle of a task needs, beside the parameters."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Takes a training state back."""
 
     def describe(self) -> list[RenderableType]:
         """What to print once the piece is attached."""

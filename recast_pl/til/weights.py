@@ -1,16 +1,29 @@
 """Pieces that generate or change weights."""
 
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import RenderableType
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.surgery import install
-from recast_pl.decomposition.targets import BankLayout
-from recast_pl.errors import DecompositionError
+from recast_pl.decomposition.targets import BankLayout, weight_sites
+from recast_pl.errors import DecompositionError, MethodError, PatchError
 from recast_pl.til.piece import Piece, check_state
+
+Part = Literal["q", "k", "v"]
+
+ATTENTION = r"(attn\.qkv\.|self_attention\.in_proj_)weight$"
+MLP = r"mlp\.(fc[12]|0|3)\.weight$"
+CONVOLUTIONS = r"layer\d\.\d+\.conv\d\.weight$"
+"""Names of weights in timm's and torchvision's vision transformers and residual networks."""
 
 
 class Recast(Piece):
@@ -86,3 +99,451 @@ class Recast(Piece):
         path = folder / "decomposition.safetensors"
         if path.exists():
             self.path = path
+
+
+class Adaptation(nn.Module):
+    """A change of one weight, as a parametrization above whatever gives the weight: a parameter, or templates.
+
+    A parametrization has no say in what it gets, so that pieces on one weight work in the order of their list.
+    """
+
+    def reset(self, weight: Tensor) -> None:
+        """Sets the parameters to where every task starts.
+
+        Args:
+            weight: What the adaptation gets then (*shape).
+        """
+        raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The changed weight, of the same shape."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight, computed in its own precision under autocast, too."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.change(weight)
+
+
+class WeightPiece(Piece):
+    """A piece that puts an `Adaptation` on each of its targets.
+
+    Args:
+        targets: Regular expressions, searched in the names of weights (any sequence); of several, those that match
+            nothing are left out, so that they may name the weights of different backbones.
+        learning_rate: Rate of the parameters; None for that of the head.
+    """
+
+    def __init__(self, targets: Sequence[str], learning_rate: float | None) -> None:
+        super().__init__(learning_rate)
+        self.targets = tuple(targets)
+        self.adaptations: dict[str, Adaptation] = {}
+        self._sites: dict[str, tuple[nn.Module, str]] = {}
+
+    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+        """Makes the adaptation of one weight.
+
+        Args:
+            name: Name of the weight.
+            weight: Its present value (*shape).
+        """
+        raise NotImplementedError
+
+    def attach(self, network: nn.Module) -> None:
+        """Puts an adaptation on every target.
+
+        Raises:
+            MethodError: If no weight matches.
+        """
+        sites = weight_sites(network)
+        self._sites = {name: site for name, site in sites.items() if any(re.search(t, name) for t in self.targets)}
+        if not self._sites:
+            raise MethodError(
+                f"{type(self).__name__}: targets {list(self.targets)} match none of the {len(sites)} weights "
+                f"(such as {', '.join(list(sites)[:3])}); set targets to regular expressions that do"
+            )
+        for name, (module, attribute) in self._sites.items():
+            adaptation = self.adapt(name, getattr(module, attribute).detach())
+            parametrize.register_parametrization(module, attribute, adaptation)
+            self.adaptations[name] = adaptation
+            self.parameters |= {f"{name}:{key}": p for key, p in adaptation.named_parameters()}
+        self.begin_task()  # so that the network computes what it did
+
+    @torch.no_grad()
+    def begin_task(self) -> None:
+        """Resets every adaptation; pieces below have been reset before."""
+        for name, adaptation in self.adaptations.items():
+            adaptation.reset(_weight_below(*self._sites[name], adaptation))
+
+
+class LowRank(Adaptation):
+    """W + s·B·A, for the rows of a weight or for some of the three equal parts of a fused one.
+
+    Args:
+        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
+        rank: r.
+        scale: s.
+        parts: Which thirds of the rows; None for all rows as one.
+    """
+
+    blocks: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
+        super().__init__()
+        rows, columns = len(weight), weight[0].numel()
+        self.scale, self.thirds = scale, 1 if parts is None else 3
+        self.register_buffer("blocks", torch.tensor([0] if parts is None else list(parts)), persistent=False)
+        count = len(self.blocks)
+        self.A = nn.Parameter(weight.new_zeros(count, rank, columns))
+        self.B = nn.Parameter(weight.new_zeros(count, rows // self.thirds, rank))
+
+    def reset(self, weight: Tensor) -> None:
+        """A as LoRA's authors draw it, uniform in ±1/√columns; B = 0, so that nothing changes."""
+        nn.init.uniform_(self.A, -1 / math.sqrt(self.A.shape[-1]), 1 / math.sqrt(self.A.shape[-1]))
+        nn.init.zeros_(self.B)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + s·B·A."""
+        return self.add(weight).view_as(weight)
+
+    def add(self, weight: Tensor) -> Tensor:
+        """The same by parts (1 or 3, rows of a part, columns)."""
+        parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
+        return parts.index_add(0, self.blocks, self.scale * (self.B @ self.A))
+
+
+class LoRA(WeightPiece):
+    """Low-rank adaptation (Hu et al., 2022): W + (α/r)·B·A. With rank 1 on q and v it is MeLo (Zhu et al., 2024).
+
+    Args:
+        rank: r.
+        alpha: α; None for r, so that the scale is 1.
+        targets: Regular expressions for names of weights.
+        parts: Which parts of fused query-key-value weights (any sequence); other weights are adapted whole.
+        learning_rate: Rate of A and B; None for that of the head.
+
+    Raises:
+        MethodError: If the rank is below 1.
+    """
+
+    adaptation: type[LowRank] = LowRank
+
+    def __init__(
+        self,
+        rank: int = 1,
+        alpha: float | None = None,
+        targets: tuple[str, ...] = (ATTENTION, CONVOLUTIONS),
+        parts: tuple[Part, ...] = ("q", "v"),
+        learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(targets, learning_rate)
+        if rank < 1:
+            raise MethodError(f"{type(self).__name__}: rank={rank} must be at least 1")
+        self.rank, self.scale = rank, (rank if alpha is None else alpha) / rank
+        self.parts = sorted("qkv".index(part) for part in parts)
+
+    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+        """Low-rank factors for the weight, or for the parts of a fused one."""
+        fused = re.search(r"qkv|in_proj", name)
+        return self.adaptation(weight, self.rank, self.scale, self.parts if fused else None)
+
+
+class MagnitudeDirection(LowRank):
+    """m·V/‖V‖ with V = W + s·B·A, norms by row; in the gradient the norm is a constant (section 4.3 of DoRA)."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
+        super().__init__(weight, rank, scale, parts)
+        self.magnitude = nn.Parameter(weight.new_zeros(self.B.shape[:2]))  # (parts, rows of a part)
+
+    def reset(self, weight: Tensor) -> None:
+        """Magnitudes are the norms of the weight's rows, so that nothing changes."""
+        super().reset(weight)
+        self.magnitude.copy_(self._norms(self.add(weight)))
+
+    def change(self, weight: Tensor) -> Tensor:
+        """m·V/‖V‖."""
+        direction = self.add(weight)  # (1 or 3, rows of a part, columns)
+        scale = torch.ones_like(direction[..., 0])
+        scale = scale.index_copy(0, self.blocks, self.magnitude / self._norms(direction.detach()))
+        return (direction * scale[..., None]).view_as(weight)
+
+    def _norms(self, direction: Tensor) -> Tensor:
+        norms: Tensor = direction[self.blocks].norm(dim=-1)  # (parts, rows of a part)
+        return norms
+
+
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation (Liu et al., 2024): LoRA on directions, and a magnitude for each row.
+
+    Args:
+        rank: r.
+        alpha: α; None for r, so that the scale is 1.
+        targets: Regular expressions for names of weights.
+        parts: Which parts of fused query-key-value weights (any sequence); other weights are adapted whole.
+        learning_rate: Rate of all parameters; None for that of the head.
+
+    Raises:
+        MethodError: If the rank is below 1.
+    """
+
+    adaptation = MagnitudeDirection
+
+    def __init__(
+        self,
+        rank: int = 1,
+        alpha: float | None = None,
+        targets: tuple[str, ...] = (ATTENTION, CONVOLUTIONS),
+        parts: tuple[Part, ...] = ("q", "k", "v"),
+        learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(rank, alpha, targets, parts, learning_rate)
+
+
+class Sparse(Adaptation):
+    """W + S, where S is zero but for k entries, which are chosen by the gradients of all.
+
+    Args:
+        weight: What is changed.
+        count: k.
+    """
+
+    indices: Tensor
+
+    def __init__(self, weight: Tensor, count: int) -> None:
+        super().__init__()
+        self.register_buffer("indices", torch.zeros(count, dtype=torch.long, device=weight.device), persistent=False)
+        self.values, self.size = nn.Parameter(weight.new_zeros(count)), weight.numel()
+        self.chosen = False
+        self.squares: Tensor | None = None
+        """Sum over steps of the squared gradient of every entry (size,), while it is watched."""
+        self.dense: Tensor | None = None
+        """Zeros (*shape) that are added while gradients are watched, to receive them."""
+
+    def reset(self, weight: Tensor) -> None:
+        """No entry is chosen."""
+        nn.init.zeros_(self.values)
+        self.chosen, self.squares, self.dense = False, None, None
+
+    def watch(self, shape: Sequence[int]) -> None:
+        """Adds the gradients of the step before to the sums; to be called before each step that is watched."""
+        device = self.values.device
+        self.squares = torch.zeros(self.size, device=device) if self.squares is None else self.squares.to(device)
+        if self.dense is None:
+            self.dense = torch.zeros(*shape, device=device, requires_grad=True)
+        elif self.dense.grad is not None:
+            self.squares += self.dense.grad.flatten().square()
+            self.dense.grad = None
+
+    def choose(self) -> None:
+        """Chooses the entries of the largest mean squared gradient, over the processes, too."""
+        assert self.squares is not None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.squares)
+        self.indices = self.squares.topk(len(self.indices)).indices.sort().values
+        self.chosen, self.squares, self.dense = True, None, None
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + S; W as long as no entry is chosen."""
+        if self.chosen:
+            return weight.flatten().index_add(0, self.indices, self.values).view_as(weight)
+        changed = weight + 0 * self.values.sum()  # part of the graph, as DDP wants of all that is trained
+        return changed if self.dense is None else changed + self.dense
+
+
+class RoSA(WeightPiece):
+    """The sparse part of robust adaptation (Nikdan et al., 2024): W + S, S free on the entries that matter most.
+
+    The entries are those of the largest mean squared gradient over the first steps of the task, during which the rest
+    of the method warms up. After `LoRA` in the list of pieces it is RoSA in full; alone it is sparse adaptation.
+
+    Args:
+        density: Fraction of each weight's entries, rounded down.
+        warm_up: Steps before the entries are chosen.
+        targets: Regular expressions for names of weights.
+        learning_rate: Rate of the entries; None for that of the head.
+
+    Raises:
+        MethodError: If the density is not in (0, 1], or leaves a weight without an entry.
+    """
+
+    def __init__(
+        self,
+        density: float = 1e-5,
+        warm_up: int = 8,
+        targets: tuple[str, ...] = (MLP, CONVOLUTIONS),
+        learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(targets, learning_rate)
+        if not 0 < density <= 1 or warm_up < 1:
+            raise MethodError(f"RoSA: density={density} must be in (0, 1], and warm_up={warm_up} at least 1")
+        self.density, self.warm_up, self.steps = density, warm_up, 0
+
+    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+        """⌊density·numel⌋ entries."""
+        count = int(self.density * weight.numel())
+        if not count:
+            raise MethodError(
+                f"RoSA: density={self.density} leaves no entry of {name} with {weight.numel():,}; raise the density"
+            )
+        return Sparse(weight, count)
+
+    def begin_task(self) -> None:
+        """Forgets the entries chosen for the task before."""
+        super().begin_task()
+        self.steps = 0
+
+    def begin_step(self) -> None:
+        """Watches gradients, and chooses the entries when the warm-up is over."""
+        if self.steps <= self.warm_up:
+            self._watch()
+        if self.steps == self.warm_up:
+            for sparse in self._sparse():
+                sparse.choose()
+        self.steps += 1
+
+    def task_state(self) -> dict[str, Tensor]:
+        """Places and values of the entries, weight after weight (Σ k,)."""
+        values = torch.cat([sparse.values.detach() for sparse in self._sparse()]).cpu()
+        return {"indices": torch.cat([sparse.indices for sparse in self._sparse()]).int().cpu(), "values": values}
+
+    @torch.no_grad()
+    def load_task_state(self, state: dict[str, Tensor]) -> None:
+        """Takes places and values back."""
+        counts = [len(sparse.indices) for sparse in self._sparse()]
+        check_state("RoSA", state, {"indices": (sum(counts),), "values": (sum(counts),)})
+        parts = zip(state["indices"].split(counts), state["values"].split(counts), strict=True)
+        for (name, sparse), (indices, values) in zip(self._named_sparse(), parts, strict=True):
+            if int(indices.min()) < 0 or int(indices.max()) >= sparse.size:
+                raise PatchError(f"the patch has an entry outside of {name} with {sparse.size:,}; learn the task anew")
+            sparse.reset(values)
+            sparse.indices, sparse.chosen = indices.long().to(sparse.indices.device), True
+            sparse.values.copy_(values)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Steps done, and the entries or, before they are chosen, what they will be chosen by."""
+        if 0 < self.steps <= self.warm_up:
+            self._watch()
+        named = self._named_sparse()
+        entries = {f"indices:{name}": sparse.indices for name, sparse in named if sparse.chosen}
+        sums = {f"squares:{name}": sparse.squares for name, sparse in named if sparse.squares is not None}
+        return {"steps": torch.tensor(self.steps)} | entries | sums
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Takes the steps, and entries or sums, back."""
+        self.steps = int(state["steps"])
+        for name, sparse in self._named_sparse():
+            sparse.chosen, sparse.dense = f"indices:{name}" in state, None
+            sparse.squares = state.get(f"squares:{name}")
+            sparse.indices = state.get(f"indices:{name}", sparse.indices).to(sparse.values.device)
+
+    def _watch(self) -> None:
+        for name, sparse in self._named_sparse():
+            module, attribute = self._sites[name]
+            sparse.watch(getattr(module, attribute).shape)
+
+    def _named_sparse(self) -> list[tuple[str, Sparse]]:
+        return [(name, a) for name, a in self.adaptations.items() if isinstance(a, Sparse)]
+
+    def _sparse(self) -> list[Sparse]:
+        return [sparse for _, sparse in self._named_sparse()]
+
+
+class BinaryMask(Adaptation):
+    """W ⊙ [scores > threshold]; scores get the gradient that the mask would (a straight-through estimate).
+
+    Args:
+        weight: What is masked.
+        start: First value of the scores.
+        threshold: What a score must exceed.
+    """
+
+    def __init__(self, weight: Tensor, start: float, threshold: float) -> None:
+        super().__init__()
+        self.start, self.threshold = start, threshold
+        self.scores = nn.Parameter(torch.full_like(weight, start))
+
+    def reset(self, weight: Tensor) -> None:
+        """All scores the same."""
+        nn.init.constant_(self.scores, self.start)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The masked weight; the second term is zero, and has the gradient of the scores."""
+        return weight * (self.scores > self.threshold) + (self.scores - self.scores.detach()) * weight.detach()
+
+
+class Piggyback(WeightPiece):
+    """A binary mask on every weight (Mallya et al., 2018), learned through real-valued scores; on disk a bit each.
+
+    Args:
+        start: First value of the scores.
+        threshold: What a score must exceed for its weight to be kept; below `start`, so that nothing changes at first.
+        targets: Regular expressions for names of weights.
+        learning_rate: Rate of the scores; None for that of the head.
+    """
+
+    def __init__(
+        self,
+        start: float = 1e-2,
+        threshold: float = 5e-3,
+        targets: tuple[str, ...] = (r"weight$",),
+        learning_rate: float | None = 1e-4,
+    ) -> None:
+        super().__init__(targets, learning_rate)
+        if start <= threshold:
+            raise MethodError(f"Piggyback: start={start} must exceed threshold={threshold}, or every weight is masked")
+        self.start, self.threshold = start, threshold
+
+    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+        """Scores for the weight."""
+        return BinaryMask(weight, self.start, self.threshold)
+
+    def task_state(self) -> dict[str, Tensor]:
+        """The masks, weight after weight, eight to a byte."""
+        bits = [(scores.detach() > self.threshold).flatten() for scores in self.parameters.values()]
+        return {"mask": torch.from_numpy(np.packbits(torch.cat(bits).cpu().numpy()))}
+
+    @torch.no_grad()
+    def load_task_state(self, state: dict[str, Tensor]) -> None:
+        """Sets scores that give the masks; their own values are not kept."""
+        sizes = [scores.numel() for scores in self.parameters.values()]
+        check_state("Piggyback", state, {"mask": (-(-sum(sizes) // 8),)})
+        bits = torch.from_numpy(np.unpackbits(state["mask"].numpy(), count=sum(sizes))).bool()
+        for scores, part in zip(self.parameters.values(), bits.split(sizes), strict=True):
+            scores.copy_(torch.where(part.view_as(scores), self.start, 0.0).to(scores))
+
+
+class FullFineTune(Piece):
+    """All weights, one copy for each task: the upper bound, at the price of a network for each task.
+
+    Args:
+        learning_rate: Rate of the weights; None for that of the head, which is much for a whole network.
+    """
+
+    def __init__(self, learning_rate: float | None = 1e-4) -> None:
+        super().__init__(learning_rate)
+        self.start: dict[str, Tensor] = {}
+
+    def attach(self, network: nn.Module) -> None:
+        """Takes all parameters of the network."""
+        self.parameters = dict(network.requires_grad_().named_parameters())
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def begin_task(self) -> None:
+        """Every task starts from the pretrained weights."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.start[name])
+
+
+def _weight_below(module: nn.Module, attribute: str, adaptation: Adaptation) -> Tensor:
+    """What an adaptation gets: its weight as the parametrizations before it give it."""
+    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+    weight: Any = (
+        [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+    )
+    for parametrization in chain:
+        if parametrization is adaptation:
+            break
+        weight = [parametrization(*weight)]
+    result: Tensor = weight[0]
+    return result

@@ -1,0 +1,341 @@
+"""Formulas of the methods against PEFT, float64 and numbers worked out by hand; counts against the papers'."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from recast_pl import CLR, AdaptFormer, DoRA, FullFineTune, LoRA, Piggyback, RoSA
+from recast_pl.errors import MethodError
+from recast_pl.til.weights import ATTENTION, CONVOLUTIONS, MLP
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def attached(piece, network):
+    network.requires_grad_(False)
+    piece.attach(network)
+    piece.begin_task()
+    return piece
+
+
+def randomise(piece, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in piece.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+def gradients(output, upstream, parameters):
+    return torch.autograd.grad((output * upstream).sum(), parameters)
+
+
+# low-rank adaptation
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_lora_and_dora_are_those_of_peft(convolution, magnitudes):
+    torch.manual_seed(0)
+    plain = Small()
+    target, shape = ("conv", (2, 3, 5, 5)) if convolution else ("layer", (5, 6))
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[target], use_dora=magnitudes, lora_dropout=0.0)
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config)
+    layer = theirs.base_model.model.get_submodule(target)
+    cls = DoRA if magnitudes else LoRA
+    ours = attached(cls(rank=2, alpha=3, targets=[rf"{target}\.weight"]), plain)
+    randomise(ours)
+    parameters = {name.rpartition(":")[2]: p for name, p in ours.parameters.items()}
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(parameters["A"].view_as(layer.lora_A["default"].weight))
+        layer.lora_B["default"].weight.copy_(parameters["B"].view_as(layer.lora_B["default"].weight))
+        if magnitudes:
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            start = parameters["magnitude"].abs()  # of either sign in our draw; norms are not negative
+            parameters["magnitude"].copy_(start)
+            magnitude.copy_(start.view_as(magnitude))
+    x = torch.randn(shape)
+    mine, other = plain.get_submodule(target)(x), layer(x)
+    assert torch.allclose(mine, other, atol=1e-5)
+    upstream = torch.randn_like(mine)
+    names = ["A", "B"] + ["magnitude"] * magnitudes
+    wanted = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    wanted += [layer.lora_magnitude_vector["default"].weight] if magnitudes else []
+    for a, b in zip(
+        gradients(mine, upstream, [parameters[n] for n in names]), gradients(other, upstream, wanted), strict=True
+    ):
+        assert torch.allclose(a.flatten(), b.flatten(), atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [LoRA, DoRA])
+def test_parts_of_a_fused_weight_are_those_of_three_weights(cls):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(6, 12)
+
+    network = Fused()
+    before = network.qkv.weight.detach().clone()
+    piece = attached(cls(rank=2, targets=["qkv"], parts=["v", "q"]), network)
+    assert torch.equal(network.qkv.weight, before)
+    randomise(piece)
+    after = network.qkv.weight.detach()
+    a, b = piece.parameters["qkv.weight:A"].detach(), piece.parameters["qkv.weight:B"].detach()
+    for position, third in ((0, 0), (1, 2)):
+        rows = slice(4 * third, 4 * third + 4)
+        wanted = (before[rows] + b[position] @ a[position]).double()
+        if cls is DoRA:
+            magnitude = piece.parameters["qkv.weight:magnitude"].detach()[position].double()
+            wanted = magnitude[:, None] * wanted / wanted.norm(dim=1, keepdim=True)
+        assert torch.allclose(after[rows].double(), wanted, atol=1e-5)
+    assert torch.equal(after[4:8], before[4:8])
+
+
+def test_the_norm_of_dora_is_a_constant_in_the_gradient():
+    torch.manual_seed(1)
+    network = Small().double()
+    piece = attached(DoRA(rank=1, targets=[r"layer\.weight"]), network)
+    randomise(piece)
+    a, b, m = (piece.parameters[f"layer.weight:{key}"] for key in ("A", "B", "magnitude"))
+    upstream = torch.randn(8, 6, dtype=torch.float64)
+    ours = gradients(network.layer.weight, upstream, (a, b, m))
+    base = network.layer.parametrizations.weight.original
+    norm = (base + b[0] @ a[0]).norm(dim=1, keepdim=True).detach()
+    by_hand = gradients(m[0][:, None] * (base + b[0] @ a[0]) / norm, upstream, (a, b, m))
+    with_norm = m[0][:, None] * F.normalize(base + b[0] @ a[0], dim=1)
+    for x, y in zip(ours, by_hand, strict=True):
+        assert torch.allclose(x, y)
+    assert not torch.allclose(ours[1], gradients(with_norm, upstream, (a, b, m))[1])
+
+
+# sparse adaptation
+
+
+def test_rosa_chooses_the_entries_of_the_largest_mean_squared_gradient():
+    torch.manual_seed(2)
+    network = Small()
+    weight, bias = network.layer.weight.detach().clone(), network.layer.bias.detach()
+    piece = attached(RoSA(density=0.1, warm_up=3, targets=[r"layer\.weight"]), network)
+    (values,) = piece.parameters.values()
+    assert values.shape == (4,)  # 48 entries
+    squares = torch.zeros(8, 6, dtype=torch.float64)
+    for step in range(4):
+        piece.begin_step()
+        x, y = torch.randn(5, 6), torch.randn(5, 8)
+        loss = ((network(x) - y) ** 2).sum()
+        if step < 3:  # d/dW of the squared error: 2 (W x + b - y) xᵀ
+            residual = (x @ weight.T + bias - y).double()
+            squares += (2 * residual.T @ x.double()) ** 2
+            assert torch.equal(network.layer.weight, weight)
+        loss.backward()
+    chosen = set(squares.flatten().topk(4).indices.tolist())
+    state = piece.task_state()
+    assert set(state["indices"].tolist()) == chosen
+    residual = (x @ weight.T + bias - y).double()
+    dense = (2 * residual.T @ x.double()).flatten()[state["indices"].long()]
+    assert torch.allclose(values.grad.double(), dense, rtol=1e-4)
+    with torch.no_grad():
+        values.add_(torch.arange(1.0, 5.0))
+    change = (network.layer.weight - weight).flatten()
+    assert set(change.nonzero().flatten().tolist()) == chosen
+    assert torch.allclose(change[state["indices"].long()], torch.arange(1.0, 5.0), atol=1e-6)
+
+
+def test_rosa_goes_on_with_the_same_entries_when_interrupted_while_it_warms_up():
+    def run(interrupted):
+        torch.manual_seed(3)
+        network = Small()
+        piece = attached(RoSA(density=0.1, warm_up=4, targets=[r"layer\.weight"]), network)
+        for step in range(6):
+            if step == interrupted:
+                state = piece.training_state()
+                piece = attached(
+                    RoSA(density=0.1, warm_up=4, targets=[r"layer\.weight"]), copy.deepcopy(plain(network))
+                )
+                piece.load_training_state(state)
+            piece.begin_step()
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(5, 6, generator=generator)
+            module = next(iter(piece._sites.values()))[0]
+            module(x).square().sum().backward()
+        return piece.task_state()["indices"]
+
+    def plain(network):
+        fresh = Small()
+        fresh.layer.weight.data.copy_(network.layer.parametrizations.weight.original)
+        fresh.layer.bias.data.copy_(network.layer.bias)
+        return fresh
+
+    wanted = run(None)
+    assert len(set(wanted.tolist())) == 4
+    for interrupted in range(1, 6):
+        assert torch.equal(run(interrupted), wanted)
+
+
+# masks
+
+
+def test_piggyback_masks_weights_and_hands_gradients_straight_through():
+    network = Small().double()
+    weight = network.layer.weight.detach().clone()
+    piece = attached(Piggyback(targets=[r"layer\.weight"]), network)
+    (scores,) = piece.parameters.values()
+    assert torch.equal(network.layer.weight, weight)
+    with torch.no_grad():
+        scores[0, :3] = torch.tensor([0.005, -1.0, 0.0051])  # not above the threshold, below, above
+    masked = weight.clone()
+    masked[0, :2] = 0
+    assert torch.equal(network.layer.weight, masked)
+    upstream = torch.randn(8, 6, dtype=torch.float64)
+    (gradient,) = gradients(network.layer.weight, upstream, (scores,))
+    assert torch.allclose(gradient, upstream * weight)  # where the weight is masked, too
+    state = piece.task_state()
+    assert state["mask"].numel() == 6  # 48 bits
+    assert np.unpackbits(state["mask"].numpy())[:6].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+# activations
+
+
+def test_clr_reprograms_each_channel_by_its_own_kernel():
+    torch.manual_seed(4)
+    network = Small()
+    x = torch.randn(2, 3, 5, 5)
+    plain = network.conv(x)
+    piece = attached(CLR(), network)
+    assert torch.equal(network.conv(x), plain)
+    randomise(piece)
+    (kernels,) = piece.parameters.values()
+    by_hand = [F.conv2d(plain[:, c : c + 1], kernels[c : c + 1], padding=1) for c in range(4)]
+    assert torch.allclose(network.conv(x), torch.cat(by_hand, 1), atol=1e-5)
+
+
+def test_adaptformer_reads_what_the_mlp_reads_before_its_normalisation():
+    torch.manual_seed(5)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=1, num_classes=0)
+    network.eval()
+    block = network.blocks[0]
+    x = torch.randn(2, 5, 12)
+    middle = x + block.attn(block.norm1(x))
+    plain = block(x)
+    piece = attached(AdaptFormer(rank=3, scale=0.7), network)
+    assert torch.equal(block(x), plain)
+    randomise(piece)
+    down, down_bias, up, up_bias = (
+        piece.parameters[f"blocks.0:{key}"] for key in ("down.weight", "down.bias", "up.weight", "up.bias")
+    )
+    by_hand = plain + 0.7 * ((middle @ down.T + down_bias).clamp(min=0) @ up.T + up_bias)
+    assert torch.allclose(block(x), by_hand, atol=1e-5)
+
+
+# counts
+
+
+@pytest.fixture(scope="module")
+def vit_small():
+    return timm.create_model("vit_small_patch16_224", num_classes=0)
+
+
+@pytest.fixture(scope="module")
+def resnet34():
+    return timm.create_model("resnet34", num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("piece", "count"),
+    [
+        (lambda: LoRA(rank=1), 18_432),
+        (lambda: DoRA(rank=1), 41_472),
+        (lambda: AdaptFormer(rank=1), 13_836),
+        (lambda: RoSA(density=1e-5), 120),
+        (lambda: RoSA(density=0.003, targets=[ATTENTION]), 12 * int(0.003 * 384 * 1152)),
+    ],
+)
+def test_counts_on_vit_small(vit_small, piece, count):
+    piece = attached(piece(), copy.deepcopy(vit_small))
+    assert sum(p.numel() for p in piece.parameters.values()) == count
+
+
+@pytest.mark.parametrize(
+    ("piece", "count"), [(CLR, 76_608), (lambda: CLR(skip_pointwise=True), 68_544)], ids=["all", "reduced"]
+)
+def test_counts_on_resnet34(resnet34, piece, count):
+    piece = attached(piece(), copy.deepcopy(resnet34))
+    assert sum(p.numel() for p in piece.parameters.values()) == count
+
+
+def test_counts_on_vit_base():
+    network = timm.create_model("vit_base_patch16_224", num_classes=0)
+    assert sum(p.numel() for p in attached(LoRA(rank=4), network).parameters.values()) == 147_456
+
+
+def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_parameter(resnet34):
+    piece = attached(Piggyback(), copy.deepcopy(resnet34))
+    weights = [m.weight.numel() for m in resnet34.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert sum(p.numel() for p in piece.parameters.values()) == sum(weights)
+    piece = attached(FullFineTune(), copy.deepcopy(resnet34))
+    assert sum(p.numel() for p in piece.parameters.values()) == sum(p.numel() for p in resnet34.parameters())
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize(
+    ("piece", "named"),
+    [
+        (lambda: LoRA(rank=0), "rank=0"),
+        (lambda: DoRA(rank=-1), "DoRA: rank=-1"),
+        (lambda: RoSA(density=0), "density=0"),
+        (lambda: RoSA(density=1e-9, targets=["layer"]), "leaves no entry of layer.weight"),
+        (lambda: RoSA(warm_up=0), "warm_up at least 1|warm_up=0"),
+        (lambda: Piggyback(start=0.001), "start=0.001"),
+        (lambda: LoRA(targets=["nothing"]), "match none of the 2 weights"),
+        (AdaptFormer, "AdaptFormer fits none"),
+        (lambda: CLR(targets=["layer"]), "CLR fits none of the 1 modules"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(piece, named):
+    with pytest.raises(MethodError, match=named):
+        attached(piece(), Small())
+
+
+def test_pieces_on_one_weight_work_in_the_order_of_their_list():
+    network = Small()
+    weight = network.layer.weight.detach().clone()
+    lora, mask = LoRA(targets=[r"layer\.weight"]), Piggyback(targets=[r"layer\.weight"])
+    attached(lora, network)
+    attached(mask, network)
+    randomise(lora)
+    with torch.no_grad():
+        mask.parameters["layer.weight:scores"][0] = 0
+    assert (network.layer.weight[0] == 0).all()
+    assert not torch.equal(network.layer.weight[1:], weight[1:])
+    assert parametrize.is_parametrized(network.layer, "weight")
+
+
+def test_default_targets_name_the_weights_of_torchvision_too():
+    import torchvision
+
+    network = torchvision.models.VisionTransformer(32, 8, 12, 2, 8, 16)
+    assert len(attached(LoRA(), network).adaptations) == 12
+    for targets, count in (([MLP], 24), ([ATTENTION], 12)):
+        network = torchvision.models.VisionTransformer(32, 8, 12, 2, 8, 16)
+        assert len(attached(LoRA(targets=targets), network).adaptations) == count
+    network = torchvision.models.VisionTransformer(32, 8, 12, 2, 8, 16)
+    assert len(attached(AdaptFormer(), network).additions) == 12
+    network = torchvision.models.resnet18()
+    assert len(attached(LoRA(targets=[CONVOLUTIONS]), network).adaptations) == 16
