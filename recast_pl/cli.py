@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recast_pl import stream
+from recast_pl.comparison import Comparison
 from recast_pl.data.catalogue import CATALOGUE, PAPER, source_faults
 from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data_root
 from recast_pl.data.tasks import TaskConfig
@@ -43,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _quieten_libraries()
     argv = list(sys.argv[1:] if args is None else args)
-    commands = {"fit": fit, "test": test, "predict": predict, "data": data}
+    commands = {"fit": fit, "test": test, "predict": predict, "data": data, "compare": compare}
     try:
         parser = command_parser()
         config = parser.parse_args(_with_resumed_config(_with_config_paths(argv)))
@@ -61,6 +63,7 @@ def command_parser() -> ArgumentParser:
     commands.add_subcommand("fit", fit_parser(), help="Learn a stream of tasks, or fit templates by gradient.")
     commands.add_subcommand("test", test_parser(), help="Evaluate every learnt task of a run again.")
     commands.add_subcommand("predict", predict_parser(), help="Classify images with a learnt task.")
+    commands.add_subcommand("compare", compare_parser(), help="Learn by several methods and seeds; one table.")
     data_parser = ArgumentParser(description="List, download and verify data sets.", **_STRICT)
     commands.add_subcommand("data", data_parser, help="List, download and verify data sets.")
     _add_data_actions(data_parser)  # jsonargparse wants the outer level first
@@ -102,6 +105,18 @@ def predict_parser() -> ArgumentParser:
     parser.add_argument("--task", type=str, required=True, help="Name of a learnt task.")
     parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
     parser.add_argument("--output", type=str, required=True, help="CSV file: path,label,probability.")
+    return parser
+
+
+def compare_parser() -> ArgumentParser:
+    """The parser of `compare`."""
+    text = "Learn by several methods and seeds, and put the results into one table. The same command goes on."
+    parser = ArgumentParser(description=text, **_STRICT)
+    parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs that all methods share.")
+    parser.add_argument("--configs", type=str, nargs="+", required=True, help="A config for each method.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Default: the paper's.")
+    parser.add_argument("--output", type=str, required=True, help="Folder: METHOD/SEED for each run, and the table.")
+    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
     return parser
 
 
@@ -195,6 +210,16 @@ def _verify_data(options: Namespace) -> int:
         good &= not faults
         Console().print(f"{name}: {'; '.join(faults) or 'whole'}", soft_wrap=True, highlight=False)
     return int(not good)
+
+
+def compare(config: Namespace) -> int:
+    """Runs `fit` for each method and seed, and prints the table."""
+    options = shlex.split(config.options)
+    comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options)
+    status = comparison.run(main)
+    if not status:
+        Console().print(comparison.table(), f"table: {comparison.folder}/comparison.md", soft_wrap=True)
+    return status
 
 
 def _open_run(folder: str) -> tuple[Path, Namespace]:

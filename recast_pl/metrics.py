@@ -35,5 +35,26 @@ def forgetting(matrix: Matrix) -> float:
     return float((best - square[-1, :-1]).mean())
 
 
+def average_anytime_accuracy(matrix: Matrix) -> float:
+    """Mean, over the moments after each task, of the mean accuracy over the tasks learnt until then."""
+    return float(np.nanmean(_square(matrix), axis=1).mean())  # the upper triangle is NaN
+
+
+def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
+    """Mean over all tasks but the first of the accuracy just after learning it less that of learning it alone.
+
+    With a head for each task the original measure (Lopez-Paz and Ranzato, 2017), accuracy before learning, is chance.
+
+    Args:
+        matrix: Accuracies of the stream.
+        alone: Accuracy in percent of each task in an independent run that learns nothing else.
+
+    Returns:
+        The mean difference in points; 0 for a single task.
+    """
+    differences = _square(matrix).diagonal() - np.asarray(alone, dtype=float)
+    return float(differences[1:].mean()) if len(differences) > 1 else 0.0
+
+
 def _square(matrix: Matrix) -> np.ndarray:
     return np.array([[np.nan if value is None else value for value in row] for row in matrix], dtype=float)

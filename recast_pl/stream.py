@@ -23,7 +23,7 @@ from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_json, write_atomic, write_json
-from recast_pl.metrics import average_accuracy, backward_transfer, forgetting
+from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backward_transfer, forgetting
 from recast_pl.plots import plot_accuracy_matrix, to_png
 from recast_pl.report import matrix_csv, stream_table
 from recast_pl.til.module import TILModule
@@ -183,6 +183,7 @@ class Stream:
             "tasks": self.rows,
             "accuracy_matrix": self.matrix,
             "average_accuracy": average_accuracy(self.matrix),
+            "average_anytime_accuracy": average_anytime_accuracy(self.matrix),
             "backward_transfer": backward_transfer(self.matrix),
             "forgetting": forgetting(self.matrix),
             "wall_seconds": round(self.seconds_before + time.monotonic() - self.started, 2),
@@ -332,7 +333,8 @@ def _restore_shared(module: TILModule, run_dir: Path, image_size: int) -> None:
 def _log_stream(logger: Logger, summary: Mapping[str, Any], figure: Figure) -> None:
     """Writes the accuracy matrix as a picture and the stream's measures, as they stand after a task."""
     assert isinstance(logger, TensorBoardLogger)
-    measures = {f"stream/{key}": summary[key] for key in ("average_accuracy", "backward_transfer", "forgetting")}
+    keys = ("average_accuracy", "average_anytime_accuracy", "backward_transfer", "forgetting")
+    measures = {f"stream/{key}": summary[key] for key in keys}
     names = [task["name"] for task in summary["tasks"]]
     step = len(names)
     final = {f"accuracy/{name}": value for name, value in zip(names, summary["accuracy_matrix"][-1], strict=True)}

@@ -1,9 +1,12 @@
 """The command line as a user meets it: configs, help, and errors of one line with exit status 2."""
 
+import csv
 import json
+import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY_VIT
@@ -216,3 +219,39 @@ def test_python_m_is_the_same_command():
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 2
     assert process.stderr.startswith("recast_pl: error: /no/such/run is no run folder")
+
+
+# comparing
+
+
+def test_compare_learns_by_methods_and_seeds_and_goes_on_where_it_stopped(tiny_fit, tmp_path, capsys):
+    options = tiny_fit("--trainer.max_epochs", "1")[5:]  # less fit, config and run folder
+    words = ["compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "methods/melo.yaml"]
+    words += ["--output", str(tmp_path / "table"), "--options", shlex.join(options), "--seeds", "1"]
+    assert main(words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("*.safetensors")}
+    assert main([*words, "2"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("*.safetensors")}
+    assert len(before) == 4
+    assert len(after) == 8
+    assert before.items() <= after.items()  # nothing was learnt twice
+    assert "comparison.md" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
+    assert [row["method"] for row in rows] == ["probe", "melo"]
+    assert [row["numbers per task"] for row in rows] == ["0", f"{12 * 2 * (32 + 32):,}"]
+    for row in rows:
+        assert row["seeds"] == "2"
+        runs = [tmp_path / "table" / row["method"] / seed / "summary.json" for seed in "12"]
+        values = [json.loads(run.read_text())["average_accuracy"] for run in runs]
+        assert row["average accuracy %"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    table = (tmp_path / "table" / "comparison.md").read_text().splitlines()
+    assert len(table) == 4
+    assert {line.count("|") for line in table} == {8}
+
+
+def test_compare_says_what_is_wrong(tmp_path, capsys):
+    words = ["compare", "--output", str(tmp_path), "--configs"]
+    assert main([*words, "methods/probe.yaml", "probe.yaml"]) == 2
+    assert "two configurations are named 'probe'" in capsys.readouterr().err
+    assert main([*words, "methods/nothing.yaml", "--base", "vit.yaml"]) == 2
+    assert "methods/nothing.yaml" in capsys.readouterr().err

@@ -20,7 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recast_pl import BackboneConfig, LinearProbe, SequentialTaskDataModule, TaskConfig, TaskPatch, TILModule
 from recast_pl.cli import main
-from recast_pl.metrics import average_accuracy, backward_transfer, forgetting
+from recast_pl.metrics import (
+    average_accuracy,
+    average_anytime_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+)
 from recast_pl.stream import Stream
 from recast_pl.training import TrainerFactory
 
@@ -54,7 +60,7 @@ def test_a_run_folder_holds_what_was_promised(run):
     assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
     summary = read_summary(run)
     assert set(summary) == {
-        *("method", "backbone", "seed", "tasks", "accuracy_matrix", "average_accuracy"),
+        *("method", "backbone", "seed", "tasks", "accuracy_matrix", "average_accuracy", "average_anytime_accuracy"),
         *("backward_transfer", "forgetting", "wall_seconds"),
     }
     first, second = summary["tasks"]
@@ -92,7 +98,10 @@ def test_measures_by_hand():
     assert backward_transfer(matrix) == pytest.approx(((75 - 90) + (60 - 80)) / 2)
     assert forgetting(matrix) == pytest.approx(((90 - 75) + (80 - 60)) / 2)
     assert forgetting([[70.0, None], [80.0, 60.0]]) == -10
+    assert average_anytime_accuracy(matrix) == pytest.approx((90 + (70 + 80) / 2 + (75 + 60 + 50) / 3) / 3)
+    assert forward_transfer(matrix, [99, 70, 55]) == pytest.approx(((80 - 70) + (50 - 55)) / 2)
     assert (forgetting([[50.0]]), backward_transfer([[50.0]]), average_accuracy([[50.0]])) == (0, 0, 50)
+    assert (average_anytime_accuracy([[50.0]]), forward_transfer([[50.0]], [40])) == (50, 0)
 
 
 def test_tensorboard_shows_each_task_and_the_stream(run):

@@ -1,0 +1,124 @@
+"""Methods beside one another: several configurations, each with several seeds, and one table."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from recast_pl.errors import RunError
+from recast_pl.files import read_json, write_atomic
+from recast_pl.report import table_csv
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of methods × seeds below one folder, as `FOLDER/METHOD/SEED`.
+
+    Args:
+        folder: Of the comparison.
+        base: Configurations that all methods share, in order; empty for none.
+        configs: One configuration for each method, laid over the base.
+        seeds: Of the runs.
+        options: Further words of `fit`, for all runs.
+    """
+
+    folder: Path
+    base: Sequence[str]
+    configs: Sequence[str]
+    seeds: Sequence[int]
+    options: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        names = self.methods
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise RunError(f"two configurations are named {twice[0]!r}; rename one, as its runs are kept by that name")
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the configurations, less their folders."""
+        return [Path(config).stem for config in self.configs]
+
+    def words(self, method: int, seed: int) -> list[str]:
+        """The command line of `fit` for one run, which goes on with what is there.
+
+        Args:
+            method: Position of the configuration.
+            seed: Seed of the run.
+        """
+        configs = [word for config in (*self.base, self.configs[method]) for word in ("--config", config)]
+        run_dir = self.folder / self.methods[method] / str(seed)
+        own = ["--seed_everything", str(seed), "--run_dir", str(run_dir), "--resume", "true"]
+        return ["fit", *configs, *self.options, *own]
+
+    def run(self, fit: Callable[[list[str]], int]) -> int:
+        """Learns what is not learnt yet, and writes the table after every run.
+
+        Args:
+            fit: The command line; returns an exit status.
+
+        Returns:
+            0, or the status of the first run that failed.
+        """
+        for method, name in enumerate(self.methods):
+            for seed in self.seeds:
+                status = fit(self.words(method, seed))
+                if status:
+                    print(f"{name} with seed {seed} failed; the same command goes on from there")
+                    return status
+                self.write()
+        return 0
+
+    def write(self) -> None:
+        """Writes `comparison.csv` and `comparison.md` from the runs that are there."""
+        rows = [row for name in self.methods if (row := self._row(name)) is not None]
+        write_atomic(self.folder / "comparison.csv", table_csv(_HEADER, rows))
+        write_atomic(self.folder / "comparison.md", _markdown(_HEADER, rows))
+
+    def table(self) -> Table:
+        """The same table, for the terminal."""
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for heading in _HEADER:
+            table.add_column(heading, justify="left" if heading == "method" else "right")
+        for row in (row for name in self.methods if (row := self._row(name)) is not None):
+            table.add_row(*row)
+        return table
+
+    def _row(self, name: str) -> list[str] | None:
+        paths = [self.folder / name / str(seed) / "summary.json" for seed in self.seeds]
+        summaries: list[Summary] = [read_json(path, RunError) for path in paths if path.exists()]
+        if not summaries:
+            return None
+        tasks = [task for summary in summaries for task in summary["tasks"]]
+        return [
+            name,
+            str(len(summaries)),
+            f"{statistics.mean(task['task_parameters'] for task in tasks):,.0f}",
+            f"{statistics.mean(task['patch_bytes'] for task in tasks):,.0f}",
+            *(_spread([summary[key] for summary in summaries]) for key in _MEASURES.values()),
+        ]
+
+
+_MEASURES = {
+    "average accuracy %": "average_accuracy",
+    "anytime accuracy %": "average_anytime_accuracy",
+    "forgetting": "forgetting",
+}
+_HEADER = ["method", "seeds", "numbers per task", "bytes per task", *_MEASURES]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, the sample standard deviation."""
+    mean = f"{statistics.mean(values) + 0.0:.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
