@@ -2,12 +2,11 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import pickle
 import resource
-import subprocess
-import sys
-import textwrap
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -161,43 +160,45 @@ def test_two_tasks_on_one_folder_share_its_entry(image_folder, root, decoded):
     assert len(decoded) == 24
 
 
-PREPARE = textwrap.dedent("""
-    import os, signal, sys, time
-    from pathlib import Path
-    from recast_pl import SequentialTaskDataModule, TaskConfig
-    from recast_pl.data import images
-    count, decode = 0, images.decode_file
+def prepare_slowly(folder, fatal, barrier, counts):
+    """In a process of its own: decodes, counts, and dies at the image numbered `fatal`."""
+    count, decode = 0, images_module.decode_file
+
     def slow(path, size):
-        global count
+        nonlocal count
         count += 1
-        if count == int(sys.argv[2]):
+        if count == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
         return decode(path, size)
-    images.decode_file = slow
-    if len(sys.argv) > 3:  # a rendezvous, as imports take seconds
-        Path(sys.argv[3]).touch()
-        while not all(Path(other).exists() for other in sys.argv[3:]):
-            time.sleep(0.001)
-    SequentialTaskDataModule((TaskConfig("colours", sys.argv[1]),), 16).prepare_data()
-    print("decoded", count)
-""")
+
+    images_module.decode_file = slow
+    barrier.wait()
+    SequentialTaskDataModule((TaskConfig("colours", str(folder)),), 16).prepare_data()
+    counts.put(count)
 
 
-def test_of_two_processes_that_start_at_once_one_decodes(image_folder, root, tmp_path):
+def start(folder, fatal, barrier, counts):
+    process = multiprocessing.get_context("fork").Process(target=prepare_slowly, args=(folder, fatal, barrier, counts))
+    process.start()
+    return process
+
+
+def test_of_two_processes_that_start_at_once_one_decodes(image_folder, root, capfd):
     folder = image_folder("colours", images=20)
-    flags = [str(tmp_path / name) for name in "ab"]
-    commands = [[sys.executable, "-c", PREPARE, folder, "0", *order] for order in (flags, flags[::-1])]
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    outputs = [process.communicate(timeout=120) for process in running]
-    assert sorted(out.split("decoded ")[1].strip() for out, _ in outputs) == ["0", "60"], outputs
-    assert sum("waiting for another process" in err for _, err in outputs) == 1
+    barrier, counts = multiprocessing.Barrier(2), multiprocessing.Queue()
+    processes = [start(folder, None, barrier, counts) for _ in range(2)]
+    assert sorted(counts.get(timeout=60) for _ in processes) == [0, 60]
+    for process in processes:
+        process.join()
+    assert capfd.readouterr().err.count("waiting for another process") == 1
 
 
 def test_a_process_killed_while_it_decodes_leaves_nothing_that_is_taken_for_whole(image_folder, root, decoded):
     folder = image_folder("colours")
-    killed = subprocess.run([sys.executable, "-c", PREPARE, folder, "10"], capture_output=True)
-    assert killed.returncode == -9
+    process = start(folder, 10, multiprocessing.Barrier(1), None)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert all(name.endswith(".part") for name in entries(root))
     everything(stream(folder))
     assert len(decoded) == 24

@@ -1,5 +1,6 @@
 """Data sets known by name: where each comes from, what it must hold, and how it is read."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,12 @@ class DataSet:
         """
         if isinstance(self.reader, str):
             return open_torchvision(self.reader, root / self.folder, args)
-        return self.reader(root)
+        try:
+            return self.reader(root)
+        except (LookupError, ValueError) as cause:
+            raise DataError(
+                f"{self.title} in {root} is damaged ({cause!r}); remove its folder and prepare it again"
+            ) from cause
 
     def check_args(self, args: Mapping[str, Any]) -> None:
         """Refuses arguments that its class does not take.
@@ -178,7 +184,12 @@ def source_faults(name: str, root: Path) -> list[str]:
     Raises:
         DataError: If it is not on disk.
     """
-    source = open_source(TaskConfig("verified", dataset=name), root)
+    try:
+        source = open_source(TaskConfig("verified", dataset=name), root)
+    except DataError as error:
+        if name in CATALOGUE and CATALOGUE[name].is_present(root):
+            return [str(error)]
+        raise
     faults = _count_faults(CATALOGUE[name], source) if name in CATALOGUE else []
     bad = find_bad_images(source)
     return faults + ([bad_images_message(name, bad, len(source.labels))] if bad else [])
@@ -196,12 +207,21 @@ def _count_faults(row: DataSet, source: ImageSource) -> list[str]:
 
 
 def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
+    """Downloads into a folder beside, so that what an interrupted download leaves is not taken for the whole."""
     cls = name.removeprefix(_TORCHVISION)
-    try:
-        open_torchvision(cls, root, args)
-    except DataError:
-        with exclusive(root.parent / f".{root.name}.lock", f"preparing {name}"):
-            open_torchvision(cls, root, args, download=True)
+    with exclusive(root.parent / f".{root.name}.lock", f"preparing {name}"):
+        if root.exists():
+            open_torchvision(cls, root, args)
+            return
+        part = root.with_name(f".{root.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            open_torchvision(cls, part, args, download=True)
+            part.replace(root)
+        except DataError as error:
+            raise DataError(str(error).replace(str(part), str(root))) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _own_folder(root: Path, name: str) -> Path:
@@ -214,31 +234,39 @@ def _download(name: str, row: DataSet, root: Path) -> None:
         raise DataError(
             f"data set {name!r} cannot be downloaded: {row.note}; its files are expected in {root / row.present}"
         )
+    placed: list[Path] = []
     for file in row.files:
         if not file.is_present(root):
-            _place(file, root)
+            placed += _place(file, root)
+    try:
+        _check_counts(name, row, root)
+    except DataError:
+        for path in placed:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _check_counts(name: str, row: DataSet, root: Path) -> None:
     faults = _count_faults(row, row.open(root, {}))
     if faults:
-        raise DataError(
-            f"data set {name!r} in {root} is not whole: {', '.join(faults)}; remove it and prepare it again"
-        )
+        raise DataError(f"data set {name!r} in {root} is not whole: {', '.join(faults)}; prepare it again")
 
 
-def _place(file: RemoteFile, root: Path) -> None:
+def _place(file: RemoteFile, root: Path) -> list[Path]:
+    """Puts a file, or what it holds, in place; returns what has come."""
     folder = root / file.folder
     target = folder / file.url.rpartition("/")[2].partition("?")[0]
     was_there = target.exists()
     fetch(file.url, target, file.md5)
-    if is_archive(target.name):
-        try:
-            extract(target, folder)
-        finally:
-            if not was_there:
-                target.unlink()  # unpacked, or of no use; what the user put there stays
-    if not file.is_present(root):
-        raise DataError(
-            f"{file.url} did not bring {root / file.provides}; the archive has changed, put the files there"
-        )
+    if not is_archive(target.name):
+        return [target]
+    try:
+        return extract(target, folder, Path(file.provides).relative_to(file.folder).parts[0])
+    except DataError as error:
+        raise DataError(f"{error} (from {file.url})") from error
+    finally:
+        if not was_there:
+            target.unlink()  # unpacked, or of no use; what the user put there stays
 
 
 def _open_digits(root: Path) -> ImageSource:

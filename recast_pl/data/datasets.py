@@ -118,6 +118,22 @@ def open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: b
     Raises:
         DataError: If there is no such data set, or it is not in the folder, or has no labels.
     """
+    torchvision_class(name, args)
+    if download:
+        root.mkdir(parents=True, exist_ok=True)
+    try:
+        return _open_torchvision(name, root, args, download)
+    except DataError:
+        raise
+    except Exception as cause:  # on damaged lists torchvision's classes raise nearly anything
+        text = " ".join(str(cause).split()) or type(cause).__name__
+        raise DataError(
+            f"torchvision's {name} cannot be opened in {str(root)!r} ({text}); get it with 'python -m recast_pl data "
+            f"prepare torchvision/{name}', or remove it first if it is there and damaged"
+        ) from cause
+
+
+def _open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: bool) -> ImageSource:
     parts = _torchvision_parts(name, root, args, download)
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
@@ -164,20 +180,12 @@ def _torchvision_parts(name: str, root: Path, args: Mapping[str, Any], download:
     """The data set once for each split it has, or once under an empty string."""
     cls, parameters = torchvision_class(name, args)
     settings = dict(args) | ({"download": download} if "download" in parameters else {})
-    if download:
-        root.mkdir(parents=True, exist_ok=True)
-    try:
-        if "train" in parameters and "train" not in args:
-            return {split: cls(str(root), train=split == "train", **settings) for split in ("train", "test")}
-        if "split" not in parameters or "split" in args:
-            return {"": cls(str(root), **settings)}
-        found = {split: _first_known(cls, root, names, settings) for split, names in _TORCHVISION_SPLITS.items()}
-        return {split: part for split, part in found.items() if part is not None}
-    except (RuntimeError, OSError, TypeError, ValueError, ImportError) as cause:
-        raise DataError(
-            f"torchvision's {name} cannot be opened in {str(root)!r} ({' '.join(str(cause).split())}); "
-            "get it with 'python -m recast_pl data prepare', or put its files there"
-        ) from cause
+    if "train" in parameters and "train" not in args:
+        return {split: cls(str(root), train=split == "train", **settings) for split in ("train", "test")}
+    if "split" not in parameters or "split" in args:
+        return {"": cls(str(root), **settings)}
+    found = {split: _first_known(cls, root, names, settings) for split, names in _TORCHVISION_SPLITS.items()}
+    return {split: part for split, part in found.items() if part is not None}
 
 
 def _first_known(cls: Any, root: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Any:
@@ -186,7 +194,7 @@ def _first_known(cls: Any, root: Path, names: Sequence[str], settings: Mapping[s
         try:
             return cls(str(root), split=name, **settings)
         except ValueError as refusal:
-            if "value" not in str(refusal).lower():  # torchvision: "Unknown value 'val' for argument split"
+            if "for argument split" not in str(refusal):  # torchvision: "Unknown value 'val' for argument split."
                 raise
     return None
 
@@ -215,11 +223,14 @@ def _kept_labels(dataset: Any) -> Iterator[Sequence[Any]]:
 
 def _agrees(dataset: _Dataset, labels: Sequence[Any]) -> bool:
     """Whether what a class keeps is what it hands out: its arguments may ask for other labels."""
-    some = np.linspace(0, len(dataset) - 1, min(8, len(dataset)), dtype=int).tolist()
-    try:
-        return all(isinstance(dataset[i][1], int | np.integer) and dataset[i][1] == int(labels[i]) for i in some)
-    except (TypeError, ValueError):
-        return False
+    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset)), dtype=int).tolist():
+        try:
+            label = dataset[index][1]
+        except Exception:  # the image cannot be read, which is found when it is decoded
+            continue
+        if not isinstance(label, int | np.integer) or label != labels[index]:
+            return False
+    return True
 
 
 def _files(dataset: Any) -> list[Path] | None:
@@ -239,7 +250,7 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     for attribute in ("classes", "categories"):
         names = getattr(dataset, attribute, None)
         if names is not None and len(names) == count:
-            return [str(name) for name in names]
+            return [str(name[0] if isinstance(name, tuple) else name) for name in names]  # of several, the first
     return [str(label) for label in range(count)]
 
 

@@ -61,16 +61,20 @@ def fetch(url: str, target: Path, md5: str | None) -> None:
     part.replace(target)
 
 
-def extract(archive: Path, folder: Path) -> None:
+def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path]:
     """Unpacks an archive into a folder: into a temporary one first, so that what is in place is whole.
 
     Args:
         archive: A tar or zip file.
         folder: Gets the top-level entries of the archive.
+        wanted: An entry that the archive must have; None for any content.
+
+    Returns:
+        The entries' new places.
 
     Raises:
-        DataError: If the archive is damaged, or has members that are links, devices or outside of the folder;
-            then nothing is unpacked.
+        DataError: If the archive is damaged, lacks the wanted entry, or has members that are links, devices or
+            outside of the folder; then nothing is unpacked.
     """
     temporary = folder / f".{archive.name}.unpacked"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -78,19 +82,20 @@ def extract(archive: Path, folder: Path) -> None:
     try:
         unpack = _unpack_zip if archive.name.endswith(".zip") else _unpack_tar
         unpack(archive, temporary)
-        for entry in sorted(temporary.iterdir()):
-            _move_into(folder, entry)
+        if wanted is not None and not (temporary / wanted).exists():
+            raise DataError(f"{archive.name} does not hold {wanted!r}, so that there would be no {folder / wanted}")
+        return [_move_into(folder, entry) for entry in sorted(temporary.iterdir())]
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as cause:
         raise DataError(f"cannot unpack {archive} into {folder} ({cause}); remove the archive and try again") from cause
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into(folder: Path, entry: Path) -> None:
+def _move_into(folder: Path, entry: Path) -> Path:
     place = folder / entry.name
     if place.is_dir():
         raise DataError(f"{place} exists and is not complete; move it away and try again")
-    entry.replace(place)
+    return entry.replace(place)
 
 
 def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]) -> None:
