@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from recast_pl.cli import main
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
@@ -50,12 +52,31 @@ def test_the_quickstart_ends_with_a_table_of_five_tasks(folder):
 
 @pytest.mark.slow
 def test_the_python_example(folder):
-    (code,) = [block for language, block in BLOCKS if language == "python"]
+    code = _blocks("python")[-1]
     run(["-c", code], folder)
     assert (folder / "signs.safetensors").stat().st_size > 0
 
 
+def test_the_piece_of_ones_own(tiny_fit, tmp_path, monkeypatch):
+    (tmp_path / "my_pieces.py").write_text(_blocks("python")[0])
+    (tmp_path / "biases.yaml").write_text(_blocks("yaml")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(tiny_fit("--config", tmp_path / "biases.yaml", "--trainer.max_epochs", "1")) == 0
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]
+    assert first["task_parameters"] == 12 * (2 * 32 + 96 + 32 + 128 + 32) + 32 + 32  # blocks, norm, patches
+
+
+def test_the_readme_names_every_method():
+    for config in (ROOT / "configs" / "methods").glob("*.yaml"):
+        assert f"`{config.name}`" in README
+
+
+def _blocks(wanted):
+    return [block for language, block in BLOCKS if language == wanted]
+
+
 def test_the_readme_names_every_config():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 10
     for config in (ROOT / "configs").glob("*.yaml"):
         assert f"`{config.name}`" in README
