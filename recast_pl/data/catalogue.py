@@ -11,7 +11,7 @@ from PIL import Image
 
 from recast_pl.data.cache import bad_images_message, find_bad_images
 from recast_pl.data.datasets import ImageSource, open_folder, open_manifest, open_torchvision, torchvision_class
-from recast_pl.data.download import extract, fetch, is_archive
+from recast_pl.data.download import extract, fetch, is_archive, move_into
 from recast_pl.data.images import ImageFiles, ImageItems
 from recast_pl.data.tasks import SPLITS, TaskConfig
 from recast_pl.errors import DataError
@@ -209,19 +209,28 @@ def _count_faults(row: DataSet, source: ImageSource) -> list[str]:
 def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
     """Downloads into a folder beside, so that what an interrupted download leaves is not taken for the whole."""
     cls = name.removeprefix(_TORCHVISION)
+    if _opens(cls, root, args):
+        return
     with exclusive(root.parent / f".{root.name}.lock", f"preparing {name}"):
-        if root.exists():
-            open_torchvision(cls, root, args)
+        if _opens(cls, root, args):  # another process has prepared it meanwhile
             return
         part = root.with_name(f".{root.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         try:
             open_torchvision(cls, part, args, download=True)
-            part.replace(root)
+            move_into(root, part)
         except DataError as error:
             raise DataError(str(error).replace(str(part), str(root))) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _opens(cls: str, root: Path, args: Mapping[str, Any]) -> bool:
+    try:
+        open_torchvision(cls, root, args)
+    except DataError:
+        return False
+    return True
 
 
 def _own_folder(root: Path, name: str) -> Path:
@@ -261,12 +270,14 @@ def _place(file: RemoteFile, root: Path) -> list[Path]:
     if not is_archive(target.name):
         return [target]
     try:
-        return extract(target, folder, Path(file.provides).relative_to(file.folder).parts[0])
+        entries = extract(target, folder, Path(file.provides).relative_to(file.folder).parts[0])
     except DataError as error:
-        raise DataError(f"{error} (from {file.url})") from error
-    finally:
         if not was_there:
-            target.unlink()  # unpacked, or of no use; what the user put there stays
+            target.unlink()  # it is of no use; what the user put there stays
+        raise DataError(f"{error} (from {file.url})") from error
+    if not was_there:
+        target.unlink()
+    return entries
 
 
 def _open_digits(root: Path) -> ImageSource:

@@ -247,7 +247,7 @@ def _files(dataset: Any) -> list[Path] | None:
 
 
 def _class_names(dataset: Any, count: int) -> list[str]:
-    for attribute in ("classes", "categories"):
+    for attribute in ("classes", "categories", "bin_classes"):
         names = getattr(dataset, attribute, None)
         if names is not None and len(names) == count:
             return [str(name[0] if isinstance(name, tuple) else name) for name in names]  # of several, the first

@@ -1,5 +1,7 @@
 """Files from the network: fetched with resume, checked, and unpacked without trust."""
 
+import errno
+import gzip
 import hashlib
 import http.client
 import shutil
@@ -22,6 +24,7 @@ ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
 _TIMEOUT = 60.0  # seconds without a byte
 _BLOCK = 1 << 20
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)  # no fault of the network
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
@@ -51,7 +54,7 @@ def fetch(url: str, target: Path, md5: str | None) -> None:
     with _progress(target.name) as advance:
         _fetch_part(url, part, advance)
     try:
-        _check_md5(part, md5, "try again; if it stays so, the file at that address has changed")
+        _check_md5(part, md5, f"try again; if it stays so, the file at {url} has changed")
     except DataError:
         part.unlink()
         if not resumed:
@@ -75,6 +78,7 @@ def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path
     Raises:
         DataError: If the archive is damaged, lacks the wanted entry, or has members that are links, devices or
             outside of the folder; then nothing is unpacked.
+        OSError: If the disk is full or must not be written.
     """
     temporary = folder / f".{archive.name}.unpacked"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,18 +88,28 @@ def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path
         unpack(archive, temporary)
         if wanted is not None and not (temporary / wanted).exists():
             raise DataError(f"{archive.name} does not hold {wanted!r}, so that there would be no {folder / wanted}")
-        return [_move_into(folder, entry) for entry in sorted(temporary.iterdir())]
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as cause:
+        return move_into(folder, temporary)
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as cause:
         raise DataError(f"cannot unpack {archive} into {folder} ({cause}); remove the archive and try again") from cause
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into(folder: Path, entry: Path) -> Path:
-    place = folder / entry.name
-    if place.is_dir():
-        raise DataError(f"{place} exists and is not complete; move it away and try again")
-    return entry.replace(place)
+def move_into(folder: Path, temporary: Path) -> list[Path]:
+    """Moves what a temporary folder holds into another; a file that is there already stays.
+
+    Returns:
+        The new places.
+
+    Raises:
+        DataError: If a folder of the same name is there; then nothing is moved.
+    """
+    entries = {entry: folder / entry.name for entry in sorted(temporary.iterdir())}
+    for place in entries.values():
+        if place.is_dir():
+            raise DataError(f"{place} exists and is not complete; move it away and try again")
+    folder.mkdir(parents=True, exist_ok=True)
+    return [entry.replace(place) for entry, place in entries.items() if not place.exists()]
 
 
 def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]) -> None:
@@ -114,6 +128,8 @@ def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]
                 ) from error
             failure: Exception = error
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in _LOCAL:
+                raise
             failure = error
         else:
             return
