@@ -30,6 +30,7 @@ from recast_pl.metrics import (
 from recast_pl.stream import Stream
 from recast_pl.training import TrainerFactory
 
+METHODS = ("rosa", "adaptformer", "piggyback", "recast_dora", "clr", "finetune_each")
 TIMES = ("seconds", "wall_seconds")
 
 
@@ -221,9 +222,24 @@ def test_warm_starts_and_schedules_survive_a_kill(tiny_fit, tmp_path):
     assert patches(killed) == patches(tmp_path / "whole")
 
 
-def test_two_processes_learn_the_stream_together(tiny_fit, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
+    # tasks have 5 and 3 steps an epoch, so that RoSA is killed while it warms up
+    more = ("--config", f"methods/{method}.yaml")
+    assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
+    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_batch_start", "task": "first", "epoch": 1}}
+    killed = tmp_path / "killed"
+    kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
+    assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
+    assert patches(killed) == patches(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS)])
+def test_two_processes_learn_the_stream_together(method, tiny_fit, tmp_path):
     run = tmp_path / "ddp"
-    words = tiny_fit("--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
+    more = () if method is None else ("--config", f"methods/{method}.yaml")
+    words = tiny_fit(*more, "--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
     process = subprocess.run([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, capture_output=True, timeout=120)
     assert process.returncode == 0, process.stderr.decode()[-2000:]
     assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
