@@ -122,6 +122,16 @@ def test_the_norm_of_dora_is_a_constant_in_the_gradient():
     assert not torch.allclose(ours[1], gradients(with_norm, upstream, (a, b, m))[1])
 
 
+def test_a_row_of_zeros_does_not_become_nan():
+    network = Small()
+    with torch.no_grad():
+        network.layer.weight[3] = 0
+    piece = attached(DoRA(targets=["layer"]), network)
+    assert (network.layer.weight[3] == 0).all()
+    network.layer.weight.sum().backward()
+    assert all(p.grad.isfinite().all() for p in piece.parameters.values())
+
+
 # sparse adaptation
 
 
@@ -303,8 +313,11 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: RoSA(density=1e-9, targets=["layer"]), "leaves no entry of layer.weight"),
         (lambda: RoSA(warm_up=0), "warm_up at least 1|warm_up=0"),
         (lambda: Piggyback(start=0.001), "start=0.001"),
-        (lambda: LoRA(targets=["nothing"]), "match none of the 2 weights"),
-        (AdaptFormer, "AdaptFormer fits none"),
+        (lambda: LoRA(targets=["nothing"]), "match none of 2 names"),
+        (lambda: LoRA(targets=["("]), "no regular expressions"),
+        (lambda: LoRA(parts=()), "parts"),
+        (AdaptFormer, "AdaptFormer: targets .* match none"),
+        (lambda: AdaptFormer(targets=["layer"]), "AdaptFormer fits none of the 1 modules"),
         (lambda: CLR(targets=["layer"]), "CLR fits none of the 1 modules"),
     ],
 )

@@ -155,6 +155,7 @@ def test_trains_in_bf16_mixed(module, data):
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in numbers)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(module, data):
     torch._dynamo.reset()  # or graphs of the module before would be taken for those of this one
     images = torch.rand(2, 3, 32, 32)

@@ -1,7 +1,6 @@
 """Pieces that change activations."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recast_pl.errors import MethodError
-from recast_pl.til.piece import Piece
+from recast_pl.til.piece import Piece, select
 
 BLOCKS = r"(blocks\.\d+|encoder_layer_\d+|layer\d\.\d+)$"
 """Names of blocks in timm's and torchvision's vision transformers and residual networks."""
@@ -43,15 +42,16 @@ class ModulePiece(Piece):
         Raises:
             MethodError: If none does.
         """
-        modules = [(n, m) for n, m in network.named_modules() if any(re.search(t, n) for t in self.targets)]
-        for name, module in modules:
-            addition = self.add(module)
+        modules = dict(network.named_modules())
+        selected = select(type(self).__name__, modules, self.targets)
+        for name in selected:
+            addition = self.add(modules[name])
             if addition is not None:
                 self.additions.append(addition)
                 self.parameters |= {f"{name}:{key}": p for key, p in addition.named_parameters()}
         if not self.additions:
             raise MethodError(
-                f"{type(self).__name__} fits none of the {len(modules)} modules whose names match "
+                f"{type(self).__name__} fits none of the {len(selected)} modules whose names match "
                 f"{list(self.targets)}; set targets to regular expressions for those it should extend"
             )
         self.begin_task()  # so that the network computes what it did

@@ -1,5 +1,7 @@
 """A method is a list of pieces; every piece answers the same few calls."""
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -8,7 +10,7 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from recast_pl.errors import PatchError
+from recast_pl.errors import MethodError, PatchError
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,30 @@ class Piece:
 
 class LinearProbe(Piece):
     """Nothing but a head on the frozen backbone: the naive baseline of the paper's tables 1 and 2."""
+
+
+def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Names that match at least one of several patterns.
+
+    Args:
+        owner: Of the patterns, for messages.
+        names: Names of weights or modules.
+        patterns: Regular expressions, searched in the names.
+
+    Raises:
+        MethodError: If a pattern is no regular expression, or no name matches.
+    """
+    known = list(names)
+    try:
+        selected = [name for name in known if any(re.search(pattern, name) for pattern in patterns)]
+    except re.error as cause:
+        raise MethodError(f"{owner}: targets {list(patterns)} are no regular expressions ({cause})") from cause
+    if not selected:
+        raise MethodError(
+            f"{owner}: targets {list(patterns)} match none of {len(known)} names (such as {', '.join(known[:3])}); "
+            "set targets to regular expressions that do"
+        )
+    return selected
 
 
 def check_state(owner: str, state: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:

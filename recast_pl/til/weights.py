@@ -16,7 +16,7 @@ from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout, weight_sites
 from recast_pl.errors import DecompositionError, MethodError, PatchError
-from recast_pl.til.piece import Piece, check_state
+from recast_pl.til.piece import Piece, check_state, select
 
 Part = Literal["q", "k", "v"]
 
@@ -156,12 +156,7 @@ class WeightPiece(Piece):
             MethodError: If no weight matches.
         """
         sites = weight_sites(network)
-        self._sites = {name: site for name, site in sites.items() if any(re.search(t, name) for t in self.targets)}
-        if not self._sites:
-            raise MethodError(
-                f"{type(self).__name__}: targets {list(self.targets)} match none of the {len(sites)} weights "
-                f"(such as {', '.join(list(sites)[:3])}); set targets to regular expressions that do"
-            )
+        self._sites = {name: sites[name] for name in select(type(self).__name__, sites, self.targets)}
         for name, (module, attribute) in self._sites.items():
             adaptation = self.adapt(name, getattr(module, attribute).detach())
             parametrize.register_parametrization(module, attribute, adaptation)
@@ -223,7 +218,7 @@ class LoRA(WeightPiece):
         learning_rate: Rate of A and B; None for that of the head.
 
     Raises:
-        MethodError: If the rank is below 1.
+        MethodError: If the rank is below 1, or there are no parts.
     """
 
     adaptation: type[LowRank] = LowRank
@@ -237,10 +232,10 @@ class LoRA(WeightPiece):
         learning_rate: float | None = None,
     ) -> None:
         super().__init__(targets, learning_rate)
-        if rank < 1:
-            raise MethodError(f"{type(self).__name__}: rank={rank} must be at least 1")
+        if rank < 1 or not parts:
+            raise MethodError(f"{type(self).__name__}: rank={rank} must be at least 1, and parts={parts} not empty")
         self.rank, self.scale = rank, (rank if alpha is None else alpha) / rank
-        self.parts = sorted("qkv".index(part) for part in parts)
+        self.parts = sorted("qkv".index(part) for part in set(parts))
 
     def adapt(self, name: str, weight: Tensor) -> Adaptation:
         """Low-rank factors for the weight, or for the parts of a fused one."""
@@ -269,7 +264,7 @@ class MagnitudeDirection(LowRank):
 
     def _norms(self, direction: Tensor) -> Tensor:
         norms: Tensor = direction[self.blocks].norm(dim=-1)  # (parts, rows of a part)
-        return norms
+        return norms.clamp_min(torch.finfo(norms.dtype).tiny)  # of rows that are zero
 
 
 class DoRA(LoRA):
@@ -283,7 +278,7 @@ class DoRA(LoRA):
         learning_rate: Rate of all parameters; None for that of the head.
 
     Raises:
-        MethodError: If the rank is below 1.
+        MethodError: If the rank is below 1, or there are no parts.
     """
 
     adaptation = MagnitudeDirection
@@ -479,6 +474,9 @@ class Piggyback(WeightPiece):
         threshold: What a score must exceed for its weight to be kept; below `start`, so that nothing changes at first.
         targets: Regular expressions for names of weights.
         learning_rate: Rate of the scores; None for that of the head.
+
+    Raises:
+        MethodError: If the scores would start at or below the threshold.
     """
 
     def __init__(
