@@ -340,6 +340,15 @@ def test_pieces_on_one_weight_work_in_the_order_of_their_list():
     assert parametrize.is_parametrized(network.layer, "weight")
 
 
+def test_what_one_piece_adds_is_no_target_of_another():
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=1, num_classes=0)
+    weights = len(attached(Piggyback(), copy.deepcopy(network)).adaptations)
+    for piece in (AdaptFormer(), CLR()):
+        other = copy.deepcopy(network)
+        attached(piece, other)
+        assert len(attached(Piggyback(), other).adaptations) == weights
+
+
 def test_default_targets_name_the_weights_of_torchvision_too():
     import torchvision
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recast_pl.errors import MethodError
-from recast_pl.til.piece import Piece, select
+from recast_pl.til.piece import ADDED, Piece, select
 
 BLOCKS = r"(blocks\.\d+|encoder_layer_\d+|layer\d\.\d+)$"
 """Names of blocks in timm's and torchvision's vision transformers and residual networks."""
@@ -125,7 +125,7 @@ class AdaptFormer(ModulePiece):
             bottleneck = Bottleneck(source.in_channels, self.rank, self.scale, 1)
         else:
             return None
-        source.add_module("adapter", bottleneck)
+        source.add_module(ADDED, bottleneck)
         source.register_forward_pre_hook(_remember)
         module.register_forward_hook(_add_adapter)
         return bottleneck
@@ -166,7 +166,7 @@ class CLR(ModulePiece):
         if not isinstance(module, nn.Conv2d) or (self.skip_pointwise and module.kernel_size == (1, 1)):
             return None
         ghost = Ghost(module.out_channels)
-        module.add_module("ghost", ghost)
+        module.add_module(ADDED, ghost)
         module.register_forward_hook(_apply_ghost)
         return ghost
 
@@ -177,16 +177,16 @@ def _source(block: nn.Module) -> nn.Module:
 
 
 def _remember(module: Any, args: tuple[Tensor, ...]) -> None:
-    module.adapter.seen = args[0]
+    module.get_submodule(ADDED).seen = args[0]
 
 
 def _add_adapter(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    adapter: Any = _source(module).get_submodule("adapter")
+    adapter: Any = _source(module).get_submodule(ADDED)
     seen, adapter.seen = adapter.seen, None
     added: Tensor = adapter(seen)
     return output + added
 
 
 def _apply_ghost(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    reprogrammed: Tensor = module.ghost(output)
+    reprogrammed: Tensor = module.get_submodule(ADDED)(output)
     return reprogrammed

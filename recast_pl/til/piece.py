@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from recast_pl.errors import MethodError, PatchError
 
+ADDED = "added"
+"""Name under which a piece gives a module of the network one of its own; its weights are no other piece's targets."""
+
 
 @dataclass(frozen=True)
 class Step:

@@ -16,7 +16,7 @@ from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout, weight_sites
 from recast_pl.errors import DecompositionError, MethodError, PatchError
-from recast_pl.til.piece import Piece, check_state, select
+from recast_pl.til.piece import ADDED, Piece, check_state, select
 
 Part = Literal["q", "k", "v"]
 
@@ -155,7 +155,7 @@ class WeightPiece(Piece):
         Raises:
             MethodError: If no weight matches.
         """
-        sites = weight_sites(network)
+        sites = {name: site for name, site in weight_sites(network).items() if f".{ADDED}." not in name}
         self._sites = {name: sites[name] for name in select(type(self).__name__, sites, self.targets)}
         for name, (module, attribute) in self._sites.items():
             adaptation = self.adapt(name, getattr(module, attribute).detach())
