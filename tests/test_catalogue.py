@@ -732,7 +732,11 @@ def test_an_archive_without_fault_is_unpacked_and_stays(file, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["a.tar", "a.tar.gz", "a.zip"])
-@pytest.mark.parametrize("content", [b"", b"<html>moved</html>", bytes(100), gzip.compress(b"no tar inside")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>moved</html>", bytes(100), gzip.compress(b"no tar inside")],
+    ids=["empty", "page", "zeros", "gzip"],
+)
 def test_what_is_no_archive_is_refused(file, content, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(DataError, match=f"cannot unpack {re.escape(str(tmp_path / file))}"):

@@ -304,7 +304,9 @@ def test_the_decomposition_is_not_changed_by_training_its_network():
 
 
 @pytest.mark.parametrize(
-    ("make", "shape"), [(linears, (3, 6)), (convolutions, (3, 4, 5, 5)), (attentions, (3, 5, 8))], ids=str
+    ("make", "shape"),
+    [(linears, (3, 6)), (convolutions, (3, 4, 5, 5)), (attentions, (3, 5, 8))],
+    ids=["linear", "convolution", "attention"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_every_kind_of_layer_computes_as_before(make, shape, training):
