@@ -1,10 +1,9 @@
 """Pieces that generate or change weights."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,14 @@ from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout, weight_sites
 from recast_pl.errors import DecompositionError, MethodError, PatchError
+from recast_pl.til.adaptations import (
+    Adaptation,
+    BinaryMask,
+    LowRank,
+    MagnitudeDirection,
+    Sparse,
+    weight_below,
+)
 from recast_pl.til.piece import ADDED, Piece, check_state, select
 
 Part = Literal["q", "k", "v"]
@@ -101,30 +108,6 @@ class Recast(Piece):
             self.path = path
 
 
-class Adaptation(nn.Module):
-    """A change of one weight, as a parametrization above whatever gives the weight: a parameter, or templates.
-
-    A parametrization has no say in what it gets, so that pieces on one weight work in the order of their list.
-    """
-
-    def reset(self, weight: Tensor) -> None:
-        """Sets the parameters to where every task starts.
-
-        Args:
-            weight: What the adaptation gets then (*shape).
-        """
-        raise NotImplementedError
-
-    def change(self, weight: Tensor) -> Tensor:
-        """The changed weight, of the same shape."""
-        raise NotImplementedError
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight, computed in its own precision under autocast, too."""
-        with torch.autocast(weight.device.type, enabled=False):
-            return self.change(weight)
-
-
 class WeightPiece(Piece):
     """A piece that puts an `Adaptation` on each of its targets.
 
@@ -168,43 +151,7 @@ class WeightPiece(Piece):
     def begin_task(self) -> None:
         """Resets every adaptation; pieces below have been reset before."""
         for name, adaptation in self.adaptations.items():
-            adaptation.reset(_weight_below(*self._sites[name], adaptation))
-
-
-class LowRank(Adaptation):
-    """W + s·B·A, for the rows of a weight or for some of the three equal parts of a fused one.
-
-    Args:
-        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
-        rank: r.
-        scale: s.
-        parts: Which thirds of the rows; None for all rows as one.
-    """
-
-    blocks: Tensor
-
-    def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
-        super().__init__()
-        rows, columns = len(weight), weight[0].numel()
-        self.scale, self.thirds = scale, 1 if parts is None else 3
-        self.register_buffer("blocks", torch.tensor([0] if parts is None else list(parts)), persistent=False)
-        count = len(self.blocks)
-        self.A = nn.Parameter(weight.new_zeros(count, rank, columns))
-        self.B = nn.Parameter(weight.new_zeros(count, rows // self.thirds, rank))
-
-    def reset(self, weight: Tensor) -> None:
-        """A as LoRA's authors draw it, uniform in ±1/√columns; B = 0, so that nothing changes."""
-        nn.init.uniform_(self.A, -1 / math.sqrt(self.A.shape[-1]), 1 / math.sqrt(self.A.shape[-1]))
-        nn.init.zeros_(self.B)
-
-    def change(self, weight: Tensor) -> Tensor:
-        """W + s·B·A."""
-        return self.add(weight).view_as(weight)
-
-    def add(self, weight: Tensor) -> Tensor:
-        """The same by parts (1 or 3, rows of a part, columns)."""
-        parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
-        return parts.index_add(0, self.blocks, self.scale * (self.B @ self.A))
+            adaptation.reset(weight_below(*self._sites[name], adaptation))
 
 
 class LoRA(WeightPiece):
@@ -243,30 +190,6 @@ class LoRA(WeightPiece):
         return self.adaptation(weight, self.rank, self.scale, self.parts if fused else None)
 
 
-class MagnitudeDirection(LowRank):
-    """m·V/‖V‖ with V = W + s·B·A, norms by row; in the gradient the norm is a constant (section 4.3 of DoRA)."""
-
-    def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
-        super().__init__(weight, rank, scale, parts)
-        self.magnitude = nn.Parameter(weight.new_zeros(self.B.shape[:2]))  # (parts, rows of a part)
-
-    def reset(self, weight: Tensor) -> None:
-        """Magnitudes are the norms of the weight's rows, so that nothing changes."""
-        super().reset(weight)
-        self.magnitude.copy_(self._norms(self.add(weight)))
-
-    def change(self, weight: Tensor) -> Tensor:
-        """m·V/‖V‖."""
-        direction = self.add(weight)  # (1 or 3, rows of a part, columns)
-        scale = torch.ones_like(direction[..., 0])
-        scale = scale.index_copy(0, self.blocks, self.magnitude / self._norms(direction.detach()))
-        return (direction * scale[..., None]).view_as(weight)
-
-    def _norms(self, direction: Tensor) -> Tensor:
-        norms: Tensor = direction[self.blocks].norm(dim=-1)  # (parts, rows of a part)
-        return norms.clamp_min(torch.finfo(norms.dtype).tiny)  # of rows that are zero
-
-
 class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation (Liu et al., 2024): LoRA on directions, and a magnitude for each row.
 
@@ -292,57 +215,6 @@ class DoRA(LoRA):
         learning_rate: float | None = None,
     ) -> None:
         super().__init__(rank, alpha, targets, parts, learning_rate)
-
-
-class Sparse(Adaptation):
-    """W + S, where S is zero but for k entries, which are chosen by the gradients of all.
-
-    Args:
-        weight: What is changed.
-        count: k.
-    """
-
-    indices: Tensor
-
-    def __init__(self, weight: Tensor, count: int) -> None:
-        super().__init__()
-        self.register_buffer("indices", torch.zeros(count, dtype=torch.long, device=weight.device), persistent=False)
-        self.values, self.size = nn.Parameter(weight.new_zeros(count)), weight.numel()
-        self.chosen = False
-        self.squares: Tensor | None = None
-        """Sum over steps of the squared gradient of every entry (size,), while it is watched."""
-        self.dense: Tensor | None = None
-        """Zeros (*shape) that are added while gradients are watched, to receive them."""
-
-    def reset(self, weight: Tensor) -> None:
-        """No entry is chosen."""
-        nn.init.zeros_(self.values)
-        self.chosen, self.squares, self.dense = False, None, None
-
-    def watch(self, shape: Sequence[int]) -> None:
-        """Adds the gradients of the step before to the sums; to be called before each step that is watched."""
-        device = self.values.device
-        self.squares = torch.zeros(self.size, device=device) if self.squares is None else self.squares.to(device)
-        if self.dense is None:
-            self.dense = torch.zeros(*shape, device=device, requires_grad=True)
-        elif self.dense.grad is not None:
-            self.squares += self.dense.grad.flatten().square()
-            self.dense.grad = None
-
-    def choose(self) -> None:
-        """Chooses the entries of the largest mean squared gradient, over the processes, too."""
-        assert self.squares is not None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.squares)
-        self.indices = self.squares.topk(len(self.indices)).indices.sort().values
-        self.chosen, self.squares, self.dense = True, None, None
-
-    def change(self, weight: Tensor) -> Tensor:
-        """W + S; W as long as no entry is chosen."""
-        if self.chosen:
-            return weight.flatten().index_add(0, self.indices, self.values).view_as(weight)
-        changed = weight + 0 * self.values.sum()  # part of the graph, as DDP wants of all that is trained
-        return changed if self.dense is None else changed + self.dense
 
 
 class RoSA(WeightPiece):
@@ -443,29 +315,6 @@ class RoSA(WeightPiece):
         return [sparse for _, sparse in self._named_sparse()]
 
 
-class BinaryMask(Adaptation):
-    """W ⊙ [scores > threshold]; scores get the gradient that the mask would (a straight-through estimate).
-
-    Args:
-        weight: What is masked.
-        start: First value of the scores.
-        threshold: What a score must exceed.
-    """
-
-    def __init__(self, weight: Tensor, start: float, threshold: float) -> None:
-        super().__init__()
-        self.start, self.threshold = start, threshold
-        self.scores = nn.Parameter(torch.full_like(weight, start))
-
-    def reset(self, weight: Tensor) -> None:
-        """All scores the same."""
-        nn.init.constant_(self.scores, self.start)
-
-    def change(self, weight: Tensor) -> Tensor:
-        """The masked weight; the second term is zero, and has the gradient of the scores."""
-        return weight * (self.scores > self.threshold) + (self.scores - self.scores.detach()) * weight.detach()
-
-
 class Piggyback(WeightPiece):
     """A binary mask on every weight (Mallya et al., 2018), learned through real-valued scores; on disk a bit each.
 
@@ -531,17 +380,3 @@ class FullFineTune(Piece):
         """Every task starts from the pretrained weights."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.start[name])
-
-
-def _weight_below(module: nn.Module, attribute: str, adaptation: Adaptation) -> Tensor:
-    """What an adaptation gets: its weight as the parametrizations before it give it."""
-    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
-    weight: Any = (
-        [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
-    )
-    for parametrization in chain:
-        if parametrization is adaptation:
-            break
-        weight = [parametrization(*weight)]
-    result: Tensor = weight[0]
-    return result

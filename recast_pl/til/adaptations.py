@@ -1,0 +1,189 @@
+"""Changes of one weight, as parametrizations: what the pieces of `weights.py` put on their targets."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Adaptation(nn.Module):
+    """A change of one weight, as a parametrization above whatever gives the weight: a parameter, or templates.
+
+    A parametrization has no say in what it gets, so that pieces on one weight work in the order of their list.
+    """
+
+    def reset(self, weight: Tensor) -> None:
+        """Sets the parameters to where every task starts.
+
+        Args:
+            weight: What the adaptation gets then (*shape).
+        """
+        raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The changed weight, of the same shape."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight, computed in its own precision under autocast, too."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.change(weight)
+
+
+class LowRank(Adaptation):
+    """W + s·B·A, for the rows of a weight or for some of the three equal parts of a fused one.
+
+    Args:
+        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
+        rank: r.
+        scale: s.
+        parts: Which thirds of the rows; None for all rows as one.
+    """
+
+    blocks: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
+        super().__init__()
+        rows, columns = len(weight), weight[0].numel()
+        self.scale, self.thirds = scale, 1 if parts is None else 3
+        self.register_buffer("blocks", torch.tensor([0] if parts is None else list(parts)), persistent=False)
+        count = len(self.blocks)
+        self.A = nn.Parameter(weight.new_zeros(count, rank, columns))
+        self.B = nn.Parameter(weight.new_zeros(count, rows // self.thirds, rank))
+
+    def reset(self, weight: Tensor) -> None:
+        """A as LoRA's authors draw it, uniform in ±1/√columns; B = 0, so that nothing changes."""
+        nn.init.uniform_(self.A, -1 / math.sqrt(self.A.shape[-1]), 1 / math.sqrt(self.A.shape[-1]))
+        nn.init.zeros_(self.B)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + s·B·A."""
+        return self.add(weight).view_as(weight)
+
+    def add(self, weight: Tensor) -> Tensor:
+        """The same by parts (1 or 3, rows of a part, columns)."""
+        parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
+        return parts.index_add(0, self.blocks, self.scale * (self.B @ self.A))
+
+
+class MagnitudeDirection(LowRank):
+    """m·V/‖V‖ with V = W + s·B·A, norms by row; in the gradient the norm is a constant (section 4.3 of DoRA)."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
+        super().__init__(weight, rank, scale, parts)
+        self.magnitude = nn.Parameter(weight.new_zeros(self.B.shape[:2]))  # (parts, rows of a part)
+
+    def reset(self, weight: Tensor) -> None:
+        """Magnitudes are the norms of the weight's rows, so that nothing changes."""
+        super().reset(weight)
+        self.magnitude.copy_(self._norms(self.add(weight)))
+
+    def change(self, weight: Tensor) -> Tensor:
+        """m·V/‖V‖."""
+        direction = self.add(weight)  # (1 or 3, rows of a part, columns)
+        scale = torch.ones_like(direction[..., 0])
+        scale = scale.index_copy(0, self.blocks, self.magnitude / self._norms(direction.detach()))
+        return (direction * scale[..., None]).view_as(weight)
+
+    def _norms(self, direction: Tensor) -> Tensor:
+        norms: Tensor = direction[self.blocks].norm(dim=-1)  # (parts, rows of a part)
+        return norms.clamp_min(torch.finfo(norms.dtype).tiny)  # of rows that are zero
+
+
+class Sparse(Adaptation):
+    """W + S, where S is zero but for k entries, which are chosen by the gradients of all.
+
+    Args:
+        weight: What is changed.
+        count: k.
+    """
+
+    indices: Tensor
+
+    def __init__(self, weight: Tensor, count: int) -> None:
+        super().__init__()
+        self.register_buffer("indices", torch.zeros(count, dtype=torch.long, device=weight.device), persistent=False)
+        self.values, self.size = nn.Parameter(weight.new_zeros(count)), weight.numel()
+        self.chosen = False
+        self.squares: Tensor | None = None
+        """Sum over steps of the squared gradient of every entry (size,), while it is watched."""
+        self.dense: Tensor | None = None
+        """Zeros (*shape) that are added while gradients are watched, to receive them."""
+
+    def reset(self, weight: Tensor) -> None:
+        """No entry is chosen."""
+        nn.init.zeros_(self.values)
+        self.chosen, self.squares, self.dense = False, None, None
+
+    def watch(self, shape: Sequence[int]) -> None:
+        """Adds the gradients of the step before to the sums; to be called before each step that is watched."""
+        device = self.values.device
+        self.squares = torch.zeros(self.size, device=device) if self.squares is None else self.squares.to(device)
+        if self.dense is None:
+            self.dense = torch.zeros(*shape, device=device, requires_grad=True)
+        elif self.dense.grad is not None:
+            self.squares += self.dense.grad.flatten().square()
+            self.dense.grad = None
+
+    def choose(self) -> None:
+        """Chooses the entries of the largest mean squared gradient, over the processes, too."""
+        assert self.squares is not None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.squares)
+        self.indices = self.squares.topk(len(self.indices)).indices.sort().values
+        self.chosen, self.squares, self.dense = True, None, None
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + S; W as long as no entry is chosen."""
+        if self.chosen:
+            return weight.flatten().index_add(0, self.indices, self.values).view_as(weight)
+        changed = weight + 0 * self.values.sum()  # part of the graph, as DDP wants of all that is trained
+        return changed if self.dense is None else changed + self.dense
+
+
+class BinaryMask(Adaptation):
+    """W ⊙ [scores > threshold]; scores get the gradient that the mask would (a straight-through estimate).
+
+    Args:
+        weight: What is masked.
+        start: First value of the scores.
+        threshold: What a score must exceed.
+    """
+
+    def __init__(self, weight: Tensor, start: float, threshold: float) -> None:
+        super().__init__()
+        self.start, self.threshold = start, threshold
+        self.scores = nn.Parameter(torch.full_like(weight, start))
+
+    def reset(self, weight: Tensor) -> None:
+        """All scores the same."""
+        nn.init.constant_(self.scores, self.start)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The masked weight; the second term is zero, and has the gradient of the scores."""
+        return weight * (self.scores > self.threshold) + (self.scores - self.scores.detach()) * weight.detach()
+
+
+def weight_below(module: nn.Module, attribute: str, adaptation: Adaptation) -> Tensor:
+    """What an adaptation gets: its weight as the parametrizations before it give it.
+
+    Args:
+        module: The layer.
+        attribute: Of its weight.
+        adaptation: One of the weight's parametrizations.
+
+    Returns:
+        The weight (*shape).
+    """
+    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+    weight: Any = (
+        [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+    )
+    for parametrization in chain:
+        if parametrization is adaptation:
+            break
+        weight = [parametrization(*weight)]
+    result: Tensor = weight[0]
+    return result
