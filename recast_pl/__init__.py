@@ -13,22 +13,35 @@ from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
 from recast_pl.til.module import TILModule
-from recast_pl.til.outputs import CLR, AdaptFormer
-from recast_pl.til.patch import TaskPatch
+from recast_pl.til.outputs import CLR, HAT, AdaptFormer
+from recast_pl.til.patch import SharedState, TaskPatch
+from recast_pl.til.penalties import EWC, LwF
 from recast_pl.til.piece import LinearProbe, Piece
-from recast_pl.til.weights import DoRA, FullFineTune, LoRA, Piggyback, Recast, RoSA
+from recast_pl.til.prompts import L2P
+from recast_pl.til.replay import DERPP, ERACE, GDumb
+from recast_pl.til.subspaces import InfLoRA
+from recast_pl.til.weights import DoRA, FineTune, FullFineTune, LoRA, Piggyback, Recast, RoSA
 
 __all__ = [
     "CLR",
+    "DERPP",
+    "ERACE",
+    "EWC",
+    "HAT",
+    "L2P",
     "AdaptFormer",
     "Backbone",
     "BackboneConfig",
     "BankLayout",
     "Decomposition",
     "DoRA",
+    "FineTune",
     "FullFineTune",
+    "GDumb",
+    "InfLoRA",
     "LinearProbe",
     "LoRA",
+    "LwF",
     "MimicryModule",
     "Piece",
     "Piggyback",
@@ -36,6 +49,7 @@ __all__ = [
     "RecastError",
     "RoSA",
     "SequentialTaskDataModule",
+    "SharedState",
     "TILModule",
     "TaskConfig",
     "TaskPatch",

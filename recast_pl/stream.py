@@ -1,5 +1,6 @@
 """Learns a stream of tasks: one Trainer for each, a run folder that is the truth, and resume."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backwa
 from recast_pl.plots import plot_accuracy_matrix, to_png
 from recast_pl.report import matrix_csv, stream_table
 from recast_pl.til.module import TILModule
-from recast_pl.til.patch import TaskPatch
+from recast_pl.til.patch import SharedState, TaskPatch
 from recast_pl.training import BestEpoch, CoefficientHistograms, SeedEpochs, TrainerFactory, tensorboard
 
 
@@ -35,7 +36,8 @@ class Stream:
     """Learns the tasks of a datamodule in order, into a run folder.
 
     A task is finished when its patch is in place. What stood before is never overwritten; with `resume`,
-    finished tasks are kept and an interrupted one goes on from its last epoch.
+    finished tasks are kept and an interrupted one goes on from its last epoch. Where a method does not keep tasks
+    apart, `shared/` holds what they share as it was after the last finished one.
 
     Args:
         module: The method and backbone.
@@ -63,6 +65,7 @@ class Stream:
         self.rows: list[dict[str, Any]] = []
         self.matrix: list[list[float | None]] = []
         self.patches: list[TaskPatch] = []
+        self.shared_bytes = 0
         self.seconds_before, self.started = 0.0, time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -83,27 +86,25 @@ class Stream:
 
     def _build(self) -> None:
         for piece in self.module.pieces:
-            piece.load_shared(self.run_dir)
+            piece.load_base(self.run_dir)
         seed_everything(self.seed, verbose=False)  # random weights, if asked for, must be found again
         self.module.build(self.data.image_size)
         if self.evaluator.is_global_zero:
             if self.config is not None:
                 write_atomic(self.run_dir / "config.yaml", self.config)
             for piece in self.module.pieces:
-                piece.save_shared(self.run_dir)
+                piece.save_base(self.run_dir)
                 for part in piece.describe():
                     self.console.print(part)
 
     def _take_finished(self) -> None:
-        """Reads the patches in place, and the results of just those tasks."""
-        for index in range(len(self.data.tasks)):
-            path = self._patch_path(index)
-            if not path.exists():
-                break
-            patch = TaskPatch.load(path)
-            self.module.activate(patch)
-            self.patches.append(patch)
+        """Reads the patches in place, what they share, and the results of just those tasks."""
+        paths = [self._path("patches", index) for index in range(len(self.data.tasks))]
+        self.patches = [TaskPatch.load(path) for path in itertools.takewhile(Path.exists, paths)]
         if self.patches:
+            self.shared_bytes = _load_shared(self.module, self._path("shared", len(self.patches) - 1))
+            for patch in self.patches:
+                self.module.activate(patch)
             summary = read_json(self.run_dir / "summary.json", RunError)
             count = len(self.patches)
             self.rows = summary["tasks"][:count]
@@ -127,13 +128,12 @@ class Stream:
         trainer = self.trainers.for_training(self.run_dir, self._file_name(index), [best, timer, saving, *watching])
         last = checkpoints / "last.ckpt"
         trainer.fit(self.module, datamodule=self.data, ckpt_path=last if last.exists() else None, weights_only=True)
-        best.restore(self.module)
         self._finish(index, trainer.current_epoch, timer.time_elapsed("train"))
         if trainer.is_global_zero:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
-        """Measures all tasks seen, and writes results first, then the patch that marks the task finished."""
+        """Measures all tasks seen, and writes all else first, then the patch that marks the task finished."""
         probe, trained = percent(self.module.probe_accuracy), self.module.task_parameters
         patch = self.module.patch({"probe_accuracy": probe})
         accuracies = [self._measure(j, p) for j, p in enumerate([*self.patches, patch])]
@@ -158,12 +158,22 @@ class Stream:
             "seconds": round(seconds, 2),
         }
         self.rows.append(row)
+        if not self.module.isolated:
+            self._write_shared(index)
         if self.evaluator.is_global_zero:
             self._write_results()
-            write_atomic(self._patch_path(index), content)
+            write_atomic(self._path("patches", index), content)
+            for before in range(index):
+                self._path("shared", before).unlink(missing_ok=True)
 
     def _measure(self, index: int, patch: TaskPatch) -> float:
         return measure(self.module, self.data, index, patch, self.evaluator)
+
+    def _write_shared(self, index: int) -> None:
+        state = self.module.shared_state()
+        self.shared_bytes = state.nbytes
+        if self.evaluator.is_global_zero:
+            state.save(self._path("shared", index))
 
     def _write_results(self) -> None:
         summary = self._summary()
@@ -186,14 +196,15 @@ class Stream:
             "average_anytime_accuracy": average_anytime_accuracy(self.matrix),
             "backward_transfer": backward_transfer(self.matrix),
             "forgetting": forgetting(self.matrix),
+            "shared_bytes": self.shared_bytes,
             "wall_seconds": round(self.seconds_before + time.monotonic() - self.started, 2),
         }
 
     def _file_name(self, index: int) -> str:
         return f"{index:02d}_{self.data.tasks[index].name}"
 
-    def _patch_path(self, index: int) -> Path:
-        return self.run_dir / "patches" / f"{self._file_name(index)}.safetensors"
+    def _path(self, kind: str, index: int) -> Path:
+        return self.run_dir / kind / f"{self._file_name(index)}.safetensors"
 
 
 def measure(
@@ -231,9 +242,11 @@ def evaluate_run(
     """
     data.prepare_data()
     evaluator = trainers.for_evaluation()
-    _restore_shared(module, run_dir, data.image_size)
     patches = load_patches(run_dir)
-    recorded = {row["name"]: row["accuracy"] for row in read_json(run_dir / "summary.json", RunError)["tasks"]}
+    _restore(module, run_dir, data.image_size)
+    summary = read_json(run_dir / "summary.json", RunError)
+    names = [row["name"] for row in summary["tasks"]]
+    recorded = dict(zip(names, summary["accuracy_matrix"][-1], strict=True))
     positions = {task.name: index for index, task in enumerate(data.tasks)}
     return [
         (name, recorded[name], measure(module, data, positions[name], patch, evaluator))
@@ -263,7 +276,7 @@ def predict_images(
     if task not in patches:
         raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
     patch = patches[task]
-    _restore_shared(module, run_dir, patch.image_size)
+    _restore(module, run_dir, patch.image_size)
     module.activate(patch)
     loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
     batches = trainers.for_evaluation().predict(module, loader)
@@ -278,10 +291,7 @@ def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
     Raises:
         RunError: If there are none.
     """
-    paths = sorted((run_dir / "patches").glob("*.safetensors"))
-    if not paths:
-        raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
-    patches = (TaskPatch.load(path) for path in paths)
+    patches = (TaskPatch.load(path) for path in _patch_paths(run_dir))
     return {patch.task: patch for patch in patches}
 
 
@@ -324,10 +334,28 @@ def percent(fraction: float) -> float:
     return round(100 * fraction, 4)
 
 
-def _restore_shared(module: TILModule, run_dir: Path, image_size: int) -> None:
+def _patch_paths(run_dir: Path) -> list[Path]:
+    paths = sorted((run_dir / "patches").glob("*.safetensors"))
+    if not paths:
+        raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
+    return paths
+
+
+def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
+    """Builds the module as the run's tasks need it."""
     for piece in module.pieces:
-        piece.load_shared(run_dir)
+        piece.load_base(run_dir)
     module.build(image_size)
+    _load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
+
+
+def _load_shared(module: TILModule, path: Path) -> int:
+    """Takes what tasks share, if they share anything, and returns its bytes."""
+    if module.isolated:
+        return 0
+    state = SharedState.load(path)
+    module.load_shared_state(state)
+    return state.nbytes
 
 
 def _log_stream(logger: Logger, summary: Mapping[str, Any], figure: Figure) -> None:

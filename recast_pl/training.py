@@ -88,10 +88,11 @@ class BestEpoch(Callback):
             metrics = trainer.callback_metrics
             self._offer(pl_module, float(metrics["val/accuracy"]), float(metrics["val/loss"]))
 
-    def restore(self, module: TILModule) -> None:
-        """Puts the best epoch back; without any validation, leaves all as it is."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the best epoch back, before the module ends the task; without any validation, leaves all as it is."""
+        assert isinstance(pl_module, TILModule)
         if self.weights:
-            module.load_trainable_state(self.weights)
+            pl_module.load_trainable_state(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -118,10 +119,11 @@ class SeedEpochs(Callback):
     def __init__(self, seed: int, task: str) -> None:
         self.seed, self.task = seed, task
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seeds all generators."""
-        seed = derive_seed(self.seed, self.task, trainer.current_epoch, trainer.global_rank)
-        seed_everything(seed, verbose=False)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seeds all generators before an epoch's first step: later than loaders, which draw a number of their own."""
+        if batch_idx == 0:
+            seed = derive_seed(self.seed, self.task, trainer.current_epoch, trainer.global_rank)
+            seed_everything(seed, verbose=False)
 
 
 class CoefficientHistograms(Callback):

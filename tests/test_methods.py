@@ -144,7 +144,7 @@ def test_rosa_chooses_the_entries_of_the_largest_mean_squared_gradient():
     assert values.shape == (4,)  # 48 entries
     squares = torch.zeros(8, 6, dtype=torch.float64)
     for step in range(4):
-        piece.begin_step()
+        piece.begin_step(0.0)
         x, y = torch.randn(5, 6), torch.randn(5, 8)
         loss = ((network(x) - y) ** 2).sum()
         if step < 3:  # d/dW of the squared error: 2 (W x + b - y) xᵀ
@@ -177,7 +177,7 @@ def test_rosa_goes_on_with_the_same_entries_when_interrupted_while_it_warms_up()
                     RoSA(density=0.1, warm_up=4, targets=[r"layer\.weight"]), copy.deepcopy(plain(network))
                 )
                 piece.load_training_state(state)
-            piece.begin_step()
+            piece.begin_step(0.0)
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(5, 6, generator=generator)
             module = next(iter(piece._sites.values()))[0]

@@ -30,7 +30,8 @@ from recast_pl.metrics import (
 from recast_pl.stream import Stream
 from recast_pl.training import TrainerFactory
 
-METHODS = ("rosa", "adaptformer", "piggyback", "recast_dora", "clr", "finetune_each")
+ISOLATED = ("rosa", "adaptformer", "piggyback", "recast_dora", "clr", "finetune_each")
+SHARED = ("finetune", "ewc", "lwf", "gdumb", "erace", "derpp", "hat", "inflora", "l2p")
 TIMES = ("seconds", "wall_seconds")
 
 
@@ -62,8 +63,10 @@ def test_a_run_folder_holds_what_was_promised(run):
     summary = read_summary(run)
     assert set(summary) == {
         *("method", "backbone", "seed", "tasks", "accuracy_matrix", "average_accuracy", "average_anytime_accuracy"),
-        *("backward_transfer", "forgetting", "wall_seconds"),
+        *("backward_transfer", "forgetting", "shared_bytes", "wall_seconds"),
     }
+    assert summary["shared_bytes"] == 0
+    assert not (run / "shared").exists()
     first, second = summary["tasks"]
     assert set(first) == {
         *("name", "classes", "accuracy", "probe_accuracy", "task_parameters", "head_parameters"),
@@ -223,7 +226,7 @@ def test_warm_starts_and_schedules_survive_a_kill(tiny_fit, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ISOLATED + SHARED)
 def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
     # tasks have 5 and 3 steps an epoch, so that RoSA is killed while it warms up
     more = ("--config", f"methods/{method}.yaml")
@@ -235,7 +238,7 @@ def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
     assert patches(killed) == patches(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS)])
+@pytest.mark.parametrize("method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ISOLATED + SHARED)])
 def test_two_processes_learn_the_stream_together(method, tiny_fit, tmp_path):
     run = tmp_path / "ddp"
     more = () if method is None else ("--config", f"methods/{method}.yaml")

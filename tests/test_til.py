@@ -10,17 +10,27 @@ from torch import nn
 
 from recast_pl import (
     CLR,
+    DERPP,
+    ERACE,
+    EWC,
+    HAT,
+    L2P,
     AdaptFormer,
     BackboneConfig,
     BankLayout,
     DoRA,
+    FineTune,
     FullFineTune,
+    GDumb,
+    InfLoRA,
     LinearProbe,
     LoRA,
+    LwF,
     Piggyback,
     Recast,
     RoSA,
     SequentialTaskDataModule,
+    SharedState,
     TaskConfig,
     TaskPatch,
     TILModule,
@@ -67,8 +77,26 @@ METHODS = {
     },
     "recast+piggyback-resnet": lambda: (RESNET, [Recast(RESNET_CONV), Piggyback(learning_rate=1e-2)]),
     "recast+clr-resnet": lambda: (RESNET, [Recast(RESNET_CONV), CLR()]),
+    **{
+        f"{name}-{backbone}": lambda method=method, config=config: (config, method())
+        for name, method in {
+            "sequential": lambda: [FineTune()],
+            "ewc": lambda: [FineTune(), EWC()],
+            "lwf": lambda: [FineTune(), LwF()],
+            "gdumb": lambda: [FineTune(), GDumb()],
+            "erace": lambda: [FineTune(), ERACE(per_class=4)],
+            "derpp": lambda: [FineTune(), DERPP(per_class=None, total=9)],
+            "hat": lambda: [FineTune(), HAT()],
+        }.items()
+        for backbone, config in (("vit", VIT), ("resnet", RESNET))
+    },
+    "inflora-vit": lambda: (VIT, [InfLoRA(rank=3)]),
+    "inflora-resnet": lambda: (RESNET, [InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])]),
+    "l2p-vit": lambda: (VIT, [L2P()]),
     "lossy-vit": lambda: (VIT, [Recast(BankLayout([r"attn\.qkv"], groups=3, templates=2, coefficient_sets=3))]),
 }
+ISOLATED = {name: make for name, make in METHODS.items() if all(piece.isolated for piece in make()[1])}
+SHARED = {name: make for name, make in METHODS.items() if name not in ISOLATED}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -83,6 +111,20 @@ def module(request):
     torch.manual_seed(0)
     backbone, pieces = METHODS[request.param]()
     return TILModule(backbone, pieces)
+
+
+@pytest.fixture(params=ISOLATED)
+def isolated(request):
+    torch.manual_seed(0)
+    return TILModule(*ISOLATED[request.param]())
+
+
+@pytest.fixture(params=SHARED)
+def sharing(request):
+    torch.manual_seed(0)
+    module = TILModule(*SHARED[request.param]())
+    module.build(32)
+    return module
 
 
 def fit(module, data, index=0, **settings):
@@ -107,14 +149,16 @@ def test_only_the_declared_parameters_change(module, data):
     before = snapshot(module)
     fit(module, data)
     trained = {id(p) for piece in module.pieces for p in piece.parameters.values()}
-    own = {n for n, p in module.backbone.named_parameters() if id(p) in trained}
+    own = {n for n, p in module.backbone.named_parameters(remove_duplicate=False) if id(p) in trained}
     for name, after in snapshot(module).items():  # batch normalisation's statistics are in it, too
         changed = not torch.equal(after, before[name])
-        assert changed == (name in own), name
+        kept = name.endswith((".A", ".merged", ".B")) and not module.isolated  # InfLoRA has moved B into the sum
+        assert changed == (name in own) or kept, name
     assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
 
 
-def test_old_logits_are_bit_identical_after_later_tasks(module, data):
+def test_old_logits_are_bit_identical_after_later_tasks(isolated, data):
+    module = isolated
     images = torch.rand(3, 3, 32, 32)
     first = fit(module, data)
     module.activate(first)
@@ -133,14 +177,18 @@ def test_a_patch_file_gives_identical_logits_in_a_fresh_process_like_module(modu
     module.activate(patch)
     expected = logits(module, images)
     patch.save(tmp_path / "patch.safetensors")
+    module.shared_state().save(tmp_path / "shared.safetensors")
     torch.manual_seed(0)
     fresh = TILModule(*METHODS[request.node.callspec.params["module"]]())
     fresh.build(32)
+    if not fresh.isolated:
+        fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
     fresh.activate(TaskPatch.load(tmp_path / "patch.safetensors"))
     assert torch.equal(logits(fresh, images), expected)
 
 
-def test_a_task_starts_from_the_pretrained_features(module, data):
+def test_a_task_starts_from_the_pretrained_features(isolated, data):
+    module = isolated
     module.build(32)
     images = torch.rand(2, 3, 32, 32)
     start = module.backbone(images).detach()
@@ -149,10 +197,35 @@ def test_a_task_starts_from_the_pretrained_features(module, data):
     assert torch.equal(module.backbone(images), start)
 
 
+def test_old_tasks_are_used_with_what_is_shared_after_the_last(sharing, data, tmp_path, request):
+    module, images = sharing, torch.rand(3, 3, 32, 32)
+    first = fit(module, data)
+    module.activate(first)
+    before = logits(module, images)
+    second = fit(module, data, index=1)
+    module.shared_state().save(tmp_path / "shared.safetensors")
+    module.activate(first)
+    expected = logits(module, images)
+    assert expected.shape == before.shape
+    if "HAT" not in module.method:  # whose units of old tasks are kept
+        assert not torch.equal(expected, before)
+    torch.manual_seed(0)
+    fresh = TILModule(*SHARED[request.node.callspec.params["sharing"]]())
+    fresh.build(32)
+    fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
+    for patch in (second, first):
+        fresh.activate(patch)
+    assert torch.equal(logits(fresh, images), expected)
+    for ours, theirs in zip(fresh.shared_state().pieces, module.shared_state().pieces, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_trains_in_bf16_mixed(module, data):
     patch = fit(module, data, precision="bf16-mixed")
-    numbers = [t for state in patch.pieces for t in state.values() if t.is_floating_point()]
-    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in numbers)
+    states = [*patch.pieces, *module.shared_state().pieces]
+    numbers = [t for state in states for name, t in state.items() if t.is_floating_point() and name != "logits"]
+    assert all(t.dtype in (torch.float32, torch.float64) and t.isfinite().all() for t in numbers)
 
 
 @pytest.mark.slow

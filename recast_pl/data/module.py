@@ -77,6 +77,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.split, self.cache, self.on_bad_image = split, cache, on_bad_image
         self._streams: dict[str, _TaskImages] = {}
         self._current = 0
+        self._train_on: TaskSplit | None = None
         self._prepared = False
 
     def select(self, index: int) -> None:
@@ -85,7 +86,16 @@ class SequentialTaskDataModule(LightningDataModule):
         Args:
             index: Its position in the stream.
         """
-        self._current = index
+        self._current, self._train_on = index, None
+
+    def train_on(self, images: Tensor, labels: Tensor) -> None:
+        """Gives other images for training, until a task is selected.
+
+        Args:
+            images: uint8 (N, 3, H, W); they are not augmented.
+            labels: (N, ...), which batches carry as they are.
+        """
+        self._train_on = TaskSplit(images, labels, np.arange(len(images)), self._images.task, None)
 
     def check(self) -> None:
         """Refuses a stream that cannot be learnt, before anything is downloaded.
@@ -144,8 +154,8 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Training images of the current task, shuffled anew in each epoch, augmented."""
-        sampler = TaskSampler(self._split("train", augment=True), *self._rank(), shuffle=True, seed=self._task_seed)
-        return self._loader(sampler)
+        split = self._train_on or self._split("train", augment=True)
+        return self._loader(TaskSampler(split, *self._rank(), shuffle=True, seed=self._task_seed))
 
     def val_dataloader(self) -> DataLoader[RawBatch]:
         """Validation images of the current task, each on one process."""

@@ -65,7 +65,41 @@ class LowRank(Adaptation):
     def add(self, weight: Tensor) -> Tensor:
         """The same by parts (1 or 3, rows of a part, columns)."""
         parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
-        return parts.index_add(0, self.blocks, self.scale * (self.B @ self.A))
+        return parts.index_add(0, self.blocks, self.update())
+
+    def update(self) -> Tensor:
+        """s·B·A (parts changed, rows of a part, columns)."""
+        return self.scale * (self.B @ self.A)
+
+
+class AccumulatedLowRank(LowRank):
+    """W + Σ B·A over tasks, where the A of a task is fixed while its B is trained.
+
+    Args:
+        weight: What is changed (rows, *columns).
+        rank: r.
+        parts: Which thirds of the rows; None for all rows as one.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, parts: Sequence[int] | None) -> None:
+        super().__init__(weight, rank, 1.0, parts)
+        self.A.requires_grad_(False)
+        sums = weight.new_zeros(*self.B.shape[:2], self.A.shape[-1])
+        self.merged = nn.Parameter(sums, requires_grad=False)  # a buffer would be sent around by DDP at every step
+
+    def reset(self, weight: Tensor) -> None:
+        """B = 0, so that nothing changes; what was merged stays."""
+        nn.init.zeros_(self.B)
+
+    def update(self) -> Tensor:
+        """The sum over tasks."""
+        return self.merged + super().update()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds B·A to the sum, and sets B to 0."""
+        self.merged.copy_(self.update())
+        self.B.zero_()
 
 
 class MagnitudeDirection(LowRank):

@@ -1,6 +1,6 @@
 """The LightningModule that learns one task at a time on a frozen backbone."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,11 +14,12 @@ from torchmetrics import MeanMetric
 from recast_pl.backbones import Backbone, BackboneConfig
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import fingerprint
-from recast_pl.til.patch import TaskPatch
+from recast_pl.til.patch import SharedState, TaskPatch
 from recast_pl.til.piece import Piece, Step, check_state
 from recast_pl.til.probe import Features, fit_probe
 
 Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, S, S), and class indices (B,) of the current task or (B, 2): position of the task, and class index."""
 
 
 class TaskData(Protocol):
@@ -26,6 +27,7 @@ class TaskData(Protocol):
 
     image_size: int
     batch_size: int
+    tasks: Sequence[Any]
 
     @property
     def task_name(self) -> str:
@@ -38,14 +40,18 @@ class TaskData(Protocol):
     def plain_dataloader(self, split: str) -> Iterable[Any]:
         """A split in order, whole on every process, without augmentation."""
 
+    def train_on(self, images: Tensor, labels: Tensor) -> None:
+        """Trains the current task on other images, whose labels (N, 2) are positions of tasks and class indices."""
+
 
 class TILModule(LightningModule):
     """Learns tasks one after the other: pieces with a state per task, and one head per task.
 
     `Trainer.fit(module, datamodule=SequentialTaskDataModule(...))` learns the datamodule's current task;
     `recast_pl.stream.Stream` learns them all. The module holds one task at a time; a learnt task is a
-    `TaskPatch`, which `activate` brings back. The backbone stays in evaluation mode, so that the statistics of
-    batch normalisation do not drift.
+    `TaskPatch`, which `activate` brings back. Where pieces are not isolated, old tasks change with every new one, and
+    `shared_state` is what they all need. The backbone stays in evaluation mode, so that the statistics of batch
+    normalisation do not drift.
 
     Args:
         backbone: The pretrained model.
@@ -71,6 +77,7 @@ class TILModule(LightningModule):
         self.strict_loading = False  # checkpoints leave the frozen network out; on_load_checkpoint checks the rest
         self.backbone: Backbone | None = None
         self.head: nn.Linear | None = None
+        self.old_heads, self.old_tasks = nn.ModuleList(), list[str]()  # in order, where a piece trains them
         self.task_name, self.classes, self.base = "", list[str](), ""
         self.probe_accuracy, self.probe_score = float("nan"), (float("nan"), float("nan"))
         self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in ("fit", "val", "test")})
@@ -89,6 +96,7 @@ class TILModule(LightningModule):
         if self.backbone is None:
             backbone = self.backbone_config.build(image_size).requires_grad_(False)
             for piece in self.pieces:
+                piece.learner = self
                 piece.attach(backbone.net)
             trained = {id(p) for piece in self.pieces for p in piece.parameters.values()}
             frozen = {n: p for n, p in backbone.named_parameters() if id(p) not in trained}
@@ -120,8 +128,9 @@ class TILModule(LightningModule):
         if patch.method != self.method:
             raise PatchError(f"the patch of task {patch.task!r} is of method {patch.method}, not {self.method}")
         head = self._set_task(patch.task, patch.classes)
-        check_state("the head", patch.head, {n: tuple(p.shape) for n, p in head.named_parameters()})
-        head.load_state_dict(patch.head)
+        _load_head(head, patch.head)
+        if patch.task in self.old_tasks:  # learnt further with the tasks that came later
+            head.load_state_dict(self.old_heads[self.old_tasks.index(patch.task)].state_dict())
         for piece, state in zip(self.pieces, patch.pieces, strict=True):
             piece.load_task_state(state)
 
@@ -144,6 +153,40 @@ class TILModule(LightningModule):
             base=self.base,
             metrics=dict(metrics),
         )
+
+    def shared_state(self) -> SharedState:
+        """What all learnt tasks need, as it is after the last one."""
+        return SharedState(
+            tasks=list(self.old_tasks),
+            heads=[{n: p.detach().cpu().clone() for n, p in head.named_parameters()} for head in self.old_heads],
+            pieces=[piece.shared_state() for piece in self.pieces],
+            method=self.method,
+            base=self.base,
+        )
+
+    def load_shared_state(self, state: SharedState) -> None:
+        """Takes `shared_state` back. Call `build` before.
+
+        Raises:
+            PatchError: If it belongs to another base or method.
+        """
+        if (state.base, state.method) != (self.base, self.method):
+            raise PatchError(
+                f"the shared state is of {state.method} on base {state.base[:12]}…, not of {self.method} on base "
+                f"{self.base[:12]}…; use the method and the backbone of its run"
+            )
+        self.old_tasks, self.old_heads = list(state.tasks), nn.ModuleList()
+        for tensors in state.heads:
+            classes, width = tensors["weight"].shape
+            self.old_heads.append(_load_head(nn.Linear(width, classes), tensors))
+        self.old_heads.to(self.device)
+        for piece, tensors in zip(self.pieces, state.pieces, strict=True):
+            piece.load_shared_state(tensors)
+
+    @property
+    def isolated(self) -> bool:
+        """Whether a learnt task is untouched by later ones."""
+        return all(piece.isolated for piece in self.pieces)
 
     @property
     def method(self) -> list[str]:
@@ -191,7 +234,8 @@ class TILModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One parameter group for the head and one for each piece, with its own learning rate."""
-        groups: list[dict[str, Any]] = [{"params": list(self._ready()[1].parameters()), "name": "head"}]
+        heads = [*self.old_heads.parameters(), *self._ready()[1].parameters()]
+        groups: list[dict[str, Any]] = [{"params": heads, "name": "head"}]
         for piece in self.pieces:
             if piece.parameters:
                 rate = {} if piece.learning_rate is None else {"lr": piece.learning_rate}
@@ -199,28 +243,28 @@ class TILModule(LightningModule):
         return self._configure(groups)
 
     def on_fit_start(self) -> None:
-        """Fits the linear probe to the features the task starts from, and warm-starts the head if asked."""
-        backbone, head = self._ready()
-        data = self._data()
-        features = {split: self._features(backbone, data.plain_dataloader(split)) for split in ("train", "val", "test")}
-        probe = nn.Linear(backbone.num_features, len(self.classes)).to(self.device)
-        epochs = self.trainer.max_epochs or 0
-        configure = lambda p: self._configure([{"params": list(p)}])  # noqa: E731
-        fit_probe(probe, features["train"], features["val"], epochs, data.batch_size, configure)
-        self.probe_accuracy = features["test"].score(probe)[0]
-        self.probe_score = features["val"].score(probe)
-        if self.warm_start and not self.trainer.ckpt_path:
-            head.load_state_dict(probe.state_dict())
+        """Lets the pieces prepare, and fits the linear probe to the features that the task starts from."""
+        if self.task_name in self.old_tasks:
+            raise RunError(f"task {self.task_name!r} has been learnt with {self.method}, which learn a task only once")
+        for piece in self.pieces:
+            piece.begin_fit()
+        if not self.trainer.ckpt_path:
+            self._fit_probe()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the task's head, and what the pieces add."""
+        """Cross-entropy of each image's own head, and what the pieces add."""
         images, labels = batch
-        backbone, head = self._ready()
+        tasks = torch.full_like(labels, len(self.old_heads))
+        if labels.ndim > 1:
+            tasks, labels = labels.unbind(1)
+        backbone, _ = self._ready()
         for piece in self.pieces:
-            piece.begin_step()
+            piece.begin_step(batch_idx / max(1, self.trainer.num_training_batches - 1))
         features = backbone(images)  # (B, D)
-        logits = head(features)  # (B, classes)
-        loss = F.cross_entropy(logits, labels)
+        logits = incoming = self.own_logits(features, tasks)  # (B, C)
+        for piece in self.pieces:
+            incoming = piece.incoming(incoming, labels)
+        loss = F.cross_entropy(incoming, labels)
         step = Step(images, labels, features, logits)
         for term in (piece.loss(step) for piece in self.pieces):
             loss = loss if term is None else loss + term
@@ -228,6 +272,21 @@ class TILModule(LightningModule):
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
         self._log_accuracy("fit", "train/accuracy", logits, labels)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Tells the pieces that the optimizer has made its step."""
+        for piece in self.pieces:
+            piece.end_step()
+
+    def on_fit_end(self) -> None:
+        """Lets the pieces keep what later tasks are to know of this one, on the device that the trainer has left."""
+        self.to(self.trainer.strategy.root_device)
+        for piece in self.pieces:
+            piece.end_task()
+        if any(piece.keeps_heads for piece in self.pieces):
+            self.old_heads.append(self._ready()[1])
+            self.old_tasks.append(self.task_name)
+        self.cpu()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy and cross-entropy on the validation split."""
@@ -246,6 +305,7 @@ class TILModule(LightningModule):
         """Keeps what the task trains; the frozen network is the same for all."""
         checkpoint["state_dict"] = self.trainable_state()
         checkpoint["pieces"] = [piece.training_state() for piece in self.pieces]
+        checkpoint["probe"] = [self.probe_accuracy, *self.probe_score]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another task or method.
@@ -257,6 +317,51 @@ class TILModule(LightningModule):
             raise RunError(f"the checkpoint is not of task {self.task_name!r} with {self.method}; begin a new run")
         for piece, state in zip(self.pieces, checkpoint["pieces"], strict=True):
             piece.load_training_state(state)
+        self.probe_accuracy, *score = checkpoint["probe"]
+        self.probe_score = (score[0], score[1])
+
+    # -- what pieces ask -----------------------------------------------------------------------------------
+
+    @property
+    def stream_length(self) -> int:
+        """Number of tasks in the stream."""
+        return len(self._data().tasks)
+
+    def own_logits(self, features: Tensor, tasks: Tensor) -> Tensor:
+        """Logits, each by the head of its own task.
+
+        Args:
+            features: (B, D).
+            tasks: Positions of the tasks (B,), that of the current one being the last.
+
+        Returns:
+            (B, C), C being the classes of the widest head; minus infinity beyond those of a narrower one.
+        """
+        heads = [*self.old_heads, self._ready()[1]]
+        if len(heads) == 1:
+            current: Tensor = heads[0](features)
+            return current
+        logits = [head(features) for head in heads]
+        width = max(part.shape[1] for part in logits)
+        padded = [F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in logits]
+        # all heads take part, as DDP wants of all that is trained
+        return torch.stack(padded, 1)[torch.arange(len(tasks), device=tasks.device), tasks]  # (B, T, C) to (B, C)
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """Batches of a split of the current task, in order, whole on every process, on the device."""
+        for batch in self._data().plain_dataloader(split):
+            yield self.trainer.strategy.batch_to_device(batch, self.device)
+
+    def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
+        """Trains the current task on other images: uint8 (N, 3, S, S), labels (N,), positions of tasks (N,)."""
+        self._data().train_on(images, torch.stack([tasks, labels], 1))
+
+    def restart(self) -> None:
+        """Sets heads, and what tasks share, back to where the first task began."""
+        for piece in self.pieces:
+            piece.restart()
+        for head in (*self.old_heads, self._ready()[1]):
+            head.reset_parameters()
 
     # -- helpers -------------------------------------------------------------------------------------------
 
@@ -282,11 +387,24 @@ class TILModule(LightningModule):
         optimizer = self.optimizer(groups)
         return [optimizer], [self.lr_scheduler(optimizer)]
 
+    def _fit_probe(self) -> None:
+        """Fits the probe, and warm-starts the head with it if asked."""
+        backbone, head = self._ready()
+        features = {split: self._features(split) for split in ("train", "val", "test")}
+        probe = nn.Linear(backbone.num_features, len(self.classes)).to(self.device)
+        epochs = self.trainer.max_epochs or 0
+        configure = lambda p: self._configure([{"params": list(p)}])  # noqa: E731
+        fit_probe(probe, features["train"], features["val"], epochs, self._data().batch_size, configure)
+        self.probe_accuracy = features["test"].score(probe)[0]
+        self.probe_score = features["val"].score(probe)
+        if self.warm_start:
+            head.load_state_dict(probe.state_dict())
+
     @torch.no_grad()
-    def _features(self, backbone: Backbone, loader: Iterable[Any]) -> Features:
+    def _features(self, split: str) -> Features:
+        backbone, _ = self._ready()
         features, labels = [], []
-        for batch in loader:
-            images, targets = self.trainer.strategy.batch_to_device(batch, self.device)
+        for images, targets in self.batches(split):
             with self.trainer.precision_plugin.forward_context():
                 features.append(backbone(images).float())
             labels.append(targets)
@@ -303,3 +421,9 @@ class TILModule(LightningModule):
         assert isinstance(metric, MeanMetric)
         metric.update((logits.argmax(1) == labels).float())
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
+
+
+def _load_head(head: nn.Linear, state: Mapping[str, Tensor]) -> nn.Linear:
+    check_state("the head", state, {n: tuple(p.shape) for n, p in head.named_parameters()})
+    head.load_state_dict(state)
+    return head

@@ -1,10 +1,10 @@
 """A method is a list of pieces; every piece answers the same few calls."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from rich.console import RenderableType
@@ -22,9 +22,9 @@ class Step:
 
     Args:
         images: (B, 3, S, S) in [0, 1].
-        labels: Class indices (B,).
+        labels: Class indices (B,), each within its own task.
         features: (B, D), of the backbone.
-        logits: (B, classes), of the current task's head.
+        logits: (B, C), of each image's own head; minus infinity beyond the classes of a head narrower than C.
     """
 
     images: Tensor
@@ -33,12 +33,45 @@ class Step:
     logits: Tensor
 
 
+class Learner(Protocol):
+    """What pieces may ask of the module that learns, `TILModule`."""
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """Maps images (B, 3, S, S) in [0, 1] to features (B, D); None before it is built."""
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """Of the current task; None before the first."""
+
+    @property
+    def old_heads(self) -> nn.ModuleList:
+        """Of the tasks before, in order, where a piece keeps them; else empty."""
+
+    @property
+    def stream_length(self) -> int:
+        """Number of tasks in the stream."""
+
+    def own_logits(self, features: Tensor, tasks: Tensor) -> Tensor:
+        """Logits (B, C) of features (B, D), each by the head of its own task (B,), as in `Step.logits`."""
+
+    def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images in [0, 1] and labels of a split of the current task, in order, on the device."""
+
+    def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
+        """Trains the current task on other images: uint8 (N, 3, S, S), labels (N,), positions of tasks (N,)."""
+
+    def restart(self) -> None:
+        """Sets heads, and what tasks share, back to where the first task began."""
+
+
 class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
-    Calls come in this order: `load_shared`, `attach`, `save_shared`, and for each task `begin_task`, then `begin_step`
-    and `loss` at every step, `task_state`; `load_task_state` may come at any time after `attach`. At the end of an
-    epoch a checkpoint takes `training_state`, which `load_training_state` gets when training is resumed.
+    Calls come in this order: `load_base`, `attach`, `save_base`, and for each task `begin_task`, `begin_fit`, then
+    `begin_step`, `incoming`, `loss` and `end_step` at every step, then `end_task`, `task_state` and `shared_state`;
+    `load_task_state` and `load_shared_state` may come at any time after `attach`. At the end of an epoch a checkpoint
+    takes `training_state`, which `load_training_state` gets when training is resumed, before `begin_fit`.
 
     Args:
         learning_rate: Rate of this piece's parameters; None for that of the head.
@@ -46,6 +79,10 @@ class Piece:
 
     isolated: ClassVar[bool] = True
     """Whether a learnt task is untouched by later ones, all it needs being in its task state."""
+    keeps_heads: ClassVar[bool] = False
+    """Whether heads of old tasks are trained with the current one."""
+    learner: Learner
+    """What learns; set before `attach`."""
 
     def __init__(self, learning_rate: float | None = None) -> None:
         self.learning_rate = learning_rate
@@ -56,30 +93,59 @@ class Piece:
         """Puts the piece into the backbone's network, whose parameters are frozen, in place."""
 
     def begin_task(self) -> None:
-        """Sets the parameters to where every task starts."""
+        """Sets the parameters to where every task starts; where tasks share them, leaves them as they are."""
 
-    def begin_step(self) -> None:
-        """Comes before the forward pass of each training step."""
+    def begin_fit(self) -> None:
+        """Comes when training begins or is resumed, with the module on its device and data at hand."""
+
+    def begin_step(self, progress: float) -> None:
+        """Comes before the forward pass of each training step.
+
+        Args:
+            progress: Part of the epoch that is done, from 0 at its first step to 1 at its last.
+        """
+
+    def incoming(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits (B, C) whose cross-entropy is to be the loss of the current batch."""
+        return logits
 
     def loss(self, step: Step) -> Tensor | None:
         """A term of the loss (a scalar) beside cross-entropy, or None."""
         return None
 
-    def task_state(self) -> dict[str, Tensor]:
-        """What the task needs of this piece, as copies on the CPU; it goes into the task's patch."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+    def end_step(self) -> None:
+        """Comes after the optimizer's step."""
 
-    @torch.no_grad()
+    def end_task(self) -> None:
+        """Comes when the task's best epoch is in place, with the module on its device and data at hand."""
+
+    def task_state(self) -> dict[str, Tensor]:
+        """What the task alone needs of this piece, as copies on the CPU; it goes into the task's patch."""
+        return self._copies() if self.isolated else {}
+
     def load_task_state(self, state: dict[str, Tensor]) -> None:
         """Takes a task state back.
 
         Raises:
             PatchError: If names or shapes differ from this piece's.
         """
-        expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        check_state(type(self).__name__, state, expected)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state[name])
+        self._load(state, self.parameters if self.isolated else {})
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What all tasks need of this piece as it is after the last one, as copies on the CPU."""
+        return {} if self.isolated else self._copies()
+
+    def load_shared_state(self, state: dict[str, Tensor]) -> None:
+        """Takes a shared state back.
+
+        Raises:
+            PatchError: If names or shapes differ from this piece's.
+        """
+        self._load(state, {} if self.isolated else self.parameters)
+
+    def restart(self) -> None:
+        """Sets the parameters back to where the first task began."""
+        self.begin_task()
 
     def training_state(self) -> dict[str, Tensor]:
         """What resuming in the middle of a task needs, beside the parameters."""
@@ -92,15 +158,39 @@ class Piece:
         """What to print once the piece is attached."""
         return []
 
-    def save_shared(self, folder: Path) -> None:
-        """Writes what all tasks share into the run folder, atomically, unless it is there."""
+    def save_base(self, folder: Path) -> None:
+        """Writes what tasks are learnt upon into the run folder, atomically, unless it is there."""
 
-    def load_shared(self, folder: Path) -> None:
-        """Takes what all tasks share from the run folder, if it is there."""
+    def load_base(self, folder: Path) -> None:
+        """Takes what tasks are learnt upon from the run folder, if it is there."""
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        check_state(type(self).__name__, state, {name: tuple(p.shape) for name, p in parameters.items()})
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
 
 
 class LinearProbe(Piece):
     """Nothing but a head on the frozen backbone: the naive baseline of the paper's tables 1 and 2."""
+
+
+class Guard(Piece):
+    """A piece that guards what tasks share, and so needs a piece before it that trains just that."""
+
+    isolated = False
+
+    def attach(self, network: nn.Module) -> None:
+        """Makes sure that there is something to guard.
+
+        Raises:
+            MethodError: If no piece before trains a weight of the network.
+        """
+        if not any(weight.requires_grad for weight in network.parameters()):
+            raise MethodError(f"{type(self).__name__} guards weights that tasks share; list FineTune before it")
 
 
 def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -127,7 +217,7 @@ def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[st
     return selected
 
 
-def check_state(owner: str, state: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a state whose names, shapes or values are not what they must be.
 
     Raises:

@@ -95,13 +95,13 @@ class Recast(Piece):
         """The table of groups, templates and coefficients."""
         return [self.decomposition.table()]
 
-    def save_shared(self, folder: Path) -> None:
+    def save_base(self, folder: Path) -> None:
         """Writes `decomposition.safetensors`: later sessions use its bits, however they would solve it."""
         path = folder / "decomposition.safetensors"
         if not path.exists():
             self.decomposition.save(path)
 
-    def load_shared(self, folder: Path) -> None:
+    def load_base(self, folder: Path) -> None:
         """Uses the run folder's decomposition."""
         path = folder / "decomposition.safetensors"
         if path.exists():
@@ -144,7 +144,8 @@ class WeightPiece(Piece):
             adaptation = self.adapt(name, getattr(module, attribute).detach())
             parametrize.register_parametrization(module, attribute, adaptation)
             self.adaptations[name] = adaptation
-            self.parameters |= {f"{name}:{key}": p for key, p in adaptation.named_parameters()}
+            trained = {key: p for key, p in adaptation.named_parameters() if p.requires_grad}
+            self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}
         self.begin_task()  # so that the network computes what it did
 
     @torch.no_grad()
@@ -259,7 +260,7 @@ class RoSA(WeightPiece):
         super().begin_task()
         self.steps = 0
 
-    def begin_step(self) -> None:
+    def begin_step(self, progress: float) -> None:
         """Watches gradients, and chooses the entries when the warm-up is over."""
         if self.steps <= self.warm_up:
             self._watch()
@@ -359,24 +360,40 @@ class Piggyback(WeightPiece):
             scores.copy_(torch.where(part.view_as(scores), self.start, 0.0).to(scores))
 
 
-class FullFineTune(Piece):
-    """All weights, one copy for each task: the upper bound, at the price of a network for each task.
+class FineTune(Piece):
+    """All weights, trained by one task after the other: alone the lower bound, and what the guards of old tasks need.
 
     Args:
         learning_rate: Rate of the weights; None for that of the head, which is much for a whole network.
     """
+
+    isolated = False
 
     def __init__(self, learning_rate: float | None = 1e-4) -> None:
         super().__init__(learning_rate)
         self.start: dict[str, Tensor] = {}
 
     def attach(self, network: nn.Module) -> None:
-        """Takes all parameters of the network."""
-        self.parameters = dict(network.requires_grad_().named_parameters())
-        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Takes all parameters of the network that no piece before trains."""
+        self.parameters = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        self.start = self._copies()
 
-    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to the pretrained weights."""
+        self._load(self.start, self.parameters)
+
+
+class FullFineTune(FineTune):
+    """All weights, one copy for each task: the upper bound, at the price of a network for each task.
+
+    Args:
+        learning_rate: Rate of the weights; None for that of the head, which is much for a whole network.
+    """
+
+    isolated = True
+
     def begin_task(self) -> None:
         """Every task starts from the pretrained weights."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.start[name])
+        self.restart()
