@@ -189,11 +189,15 @@ class Gate(nn.Module):
         e, s = self.embedding.detach(), self.scale
         slope = s * torch.sigmoid(s * e) * torch.sigmoid(-s * e)
         slope = slope * self.hardest / s * ((s * e).clamp(-50, 50).cosh() + 1) / (e.cosh() + 1)
-        return torch.sigmoid(s * e) + slope * (self.embedding - e)  # the second term is zero, and has the gradient
+        return self._hard(s) + slope * (self.embedding - e)  # the second term is zero, and has the gradient
 
     def final(self) -> Tensor:
         """The mask of evaluation (units,), without gradient."""
-        return torch.sigmoid(self.hardest * self.embedding.detach())
+        return self._hard(self.hardest)
+
+    def _hard(self, scale: float) -> Tensor:
+        mask = torch.sigmoid(scale * self.embedding.detach())
+        return mask * (mask > 1e-20)  # denormal numbers make processors many times slower
 
 
 class HAT(Piece):

@@ -58,7 +58,7 @@ class L2P(Piece):
         length: Tokens of each prompt.
         chosen: k, the prompts of an image.
         strength: λ of the term −λ·Σ cos, which draws chosen keys towards their queries.
-        learning_rate: Rate of prompts and keys; None for that of the head. The authors' is 0.03·batch/256.
+        learning_rate: Rate of prompts and keys; None for that of the head; the authors' is 0.03·batch/256.
 
     Raises:
         MethodError: If a number is below 1, or more prompts are chosen than there are.
@@ -72,7 +72,7 @@ class L2P(Piece):
         length: int = 5,
         chosen: int = 5,
         strength: float = 0.1,
-        learning_rate: float | None = 1.5e-2,
+        learning_rate: float | None = None,
     ) -> None:
         super().__init__(learning_rate)
         if length < 1 or not 1 <= chosen <= pool:

@@ -369,7 +369,7 @@ class FineTune(Piece):
 
     isolated = False
 
-    def __init__(self, learning_rate: float | None = 1e-4) -> None:
+    def __init__(self, learning_rate: float | None = 2e-5) -> None:
         super().__init__(learning_rate)
         self.start: dict[str, Tensor] = {}
 
