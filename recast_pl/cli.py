@@ -114,9 +114,14 @@ def compare_parser() -> ArgumentParser:
     parser = ArgumentParser(description=text, **_STRICT)
     parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs that all methods share.")
     parser.add_argument("--configs", type=str, nargs="+", required=True, help="A config for each method.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Default: the paper's.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Seeds to learn with.")
     parser.add_argument("--output", type=str, required=True, help="Folder: METHOD/SEED for each run, and the table.")
     parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
+    parser.add_argument(
+        "--alone",
+        type=str | None,
+        help="Method whose runs say what each task reaches alone, such as finetune_each; adds forward transfer.",
+    )
     return parser
 
 
@@ -215,7 +220,7 @@ def _verify_data(options: Namespace) -> int:
 def compare(config: Namespace) -> int:
     """Runs `fit` for each method and seed, and prints the table."""
     options = shlex.split(config.options)
-    comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options)
+    comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options, config.alone)
     status = comparison.run(main)
     if not status:
         Console().print(comparison.table(), f"table: {comparison.folder}/comparison.md", soft_wrap=True)

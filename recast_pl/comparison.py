@@ -1,7 +1,7 @@
 """Methods beside one another: several configurations, each with several seeds, and one table."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from recast_pl.errors import RunError
 from recast_pl.files import read_json, write_atomic
+from recast_pl.metrics import forward_transfer
 from recast_pl.report import table_csv
 
 Summary = dict[str, Any]
@@ -26,6 +27,11 @@ class Comparison:
         configs: One configuration for each method, laid over the base.
         seeds: Of the runs.
         options: Further words of `fit`, for all runs.
+        alone: The method, of those in `configs`, whose runs say what each task reaches by itself, such as
+            `finetune_each`; it adds forward transfer, from runs of the same seed, to the table. None for none.
+
+    Raises:
+        RunError: If two configurations have one name, or `alone` names none.
     """
 
     folder: Path
@@ -33,12 +39,15 @@ class Comparison:
     configs: Sequence[str]
     seeds: Sequence[int]
     options: Sequence[str] = field(default=())
+    alone: str | None = None
 
     def __post_init__(self) -> None:
         names = self.methods
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise RunError(f"two configurations are named {twice[0]!r}; rename one, as its runs are kept by that name")
+        if self.alone is not None and self.alone not in names:
+            raise RunError(f"--alone {self.alone!r} is none of the configurations; choose one of {', '.join(names)}")
 
     @property
     def methods(self) -> list[str]:
@@ -76,41 +85,65 @@ class Comparison:
         return 0
 
     def write(self) -> None:
-        """Writes `comparison.csv` and `comparison.md` from the runs that are there."""
-        rows = [row for name in self.methods if (row := self._row(name)) is not None]
-        write_atomic(self.folder / "comparison.csv", table_csv(_HEADER, rows))
-        write_atomic(self.folder / "comparison.md", _markdown(_HEADER, rows))
+        """Writes `comparison.csv` and `comparison.md` from all finished runs in the folder, whatever their seeds."""
+        header, *rows = self._cells()
+        write_atomic(self.folder / "comparison.csv", table_csv(header, rows))
+        write_atomic(self.folder / "comparison.md", _markdown(header, rows))
 
     def table(self) -> Table:
         """The same table, for the terminal."""
         table = Table(box=box.SIMPLE, pad_edge=False)
-        for heading in _HEADER:
+        header, *rows = self._cells()
+        for heading in header:
             table.add_column(heading, justify="left" if heading == "method" else "right")
-        for row in (row for name in self.methods if (row := self._row(name)) is not None):
+        for row in rows:
             table.add_row(*row)
         return table
 
-    def _row(self, name: str) -> list[str] | None:
-        paths = [self.folder / name / str(seed) / "summary.json" for seed in self.seeds]
-        summaries: list[Summary] = [read_json(path, RunError) for path in paths if path.exists()]
-        if not summaries:
-            return None
-        tasks = [task for summary in summaries for task in summary["tasks"]]
-        return [
-            name,
-            str(len(summaries)),
-            f"{statistics.mean(task['task_parameters'] for task in tasks):,.0f}",
-            f"{statistics.mean(task['patch_bytes'] for task in tasks):,.0f}",
-            *(_spread([summary[key] for summary in summaries]) for key in _MEASURES.values()),
-        ]
+    def _cells(self) -> list[list[str]]:
+        runs = {name: self._runs(name) for name in self.methods}
+        tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
+        finished = {  # all runs have the same tasks
+            name: {seed: run for seed, run in seeds.items() if len(run["tasks"]) == tasks}
+            for name, seeds in runs.items()
+        }
+        alone = None if self.alone is None else finished[self.alone]
+        header = [*_FACTS, *_MEASURES, *([] if alone is None else ["forward transfer"])]
+        return [header, *(_row(name, seeds, alone) for name, seeds in finished.items() if seeds)]
+
+    def _runs(self, name: str) -> dict[int, Summary]:
+        """What the runs of a method say, by seed."""
+        paths = sorted((self.folder / name).glob("*/summary.json"))
+        return {run["seed"]: run for run in (read_json(path, RunError) for path in paths)}
 
 
+def _row(name: str, runs: Mapping[int, Summary], alone: Mapping[int, Summary] | None) -> list[str]:
+    summaries = list(runs.values())
+    tasks = [task for summary in summaries for task in summary["tasks"]]
+    cells = [
+        name,
+        str(len(summaries)),
+        f"{statistics.mean(task['task_parameters'] for task in tasks):,.0f}",
+        f"{statistics.mean(task['patch_bytes'] for task in tasks):,.0f}",
+        f"{statistics.mean(summary.get('shared_bytes', 0) for summary in summaries):,.0f}",
+        *(_spread([summary[key] for summary in summaries]) for key in _MEASURES.values()),
+    ]
+    if alone is not None:
+        gains = [_forward_transfer(runs[seed], alone[seed]) for seed in runs.keys() & alone.keys()]
+        cells.append(_spread(gains) if gains else "")
+    return cells
+
+
+def _forward_transfer(run: Summary, alone: Summary) -> float:
+    return forward_transfer(run["accuracy_matrix"], [task["accuracy"] for task in alone["tasks"]])
+
+
+_FACTS = ["method", "seeds", "numbers per task", "bytes per task", "bytes shared"]
 _MEASURES = {
     "average accuracy %": "average_accuracy",
     "anytime accuracy %": "average_anytime_accuracy",
     "forgetting": "forgetting",
 }
-_HEADER = ["method", "seeds", "numbers per task", "bytes per task", *_MEASURES]
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -23,26 +23,32 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
     title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
     table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
     table.add_column("task", no_wrap=True)
-    for heading in ("classes", "images", "probe %", "accuracy %", "numbers", "patch bytes", "seconds"):
+    final = summary["accuracy_matrix"][-1]
+    changed = final != [task["accuracy"] for task in summary["tasks"]]
+    end = ("at the end %",) if changed else ()
+    for heading in ("classes", "images", "probe %", "accuracy %", *end, "numbers", "patch bytes", "seconds"):
         table.add_column(heading, justify="right")
-    for task in summary["tasks"]:
+    for task, last in zip(summary["tasks"], final, strict=True):
         table.add_row(
             task["name"],
             str(task["classes"]),
             str(task["train_images"]),
             f"{task['probe_accuracy']:.2f}",
             f"{task['accuracy']:.2f}",
+            *([f"{last:.2f}"] if changed else []),
             f"{task['task_parameters']:,}",
             f"{task['patch_bytes']:,}",
             f"{task['seconds']:.0f}",
         )
     probes = [task["probe_accuracy"] for task in summary["tasks"]]
     table.add_section()
-    average = summary["average_accuracy"]
-    table.add_row("average", "", "", f"{sum(probes) / len(probes):.2f}", f"{average:.2f}")
+    learnt = [f"{sum(task['accuracy'] for task in summary['tasks']) / len(final):.2f}"] if changed else []
+    average = f"{summary['average_accuracy']:.2f}"
+    table.add_row("average", "", "", f"{sum(probes) / len(probes):.2f}", *learnt, average)
+    shared = f", {summary['shared_bytes'] / 1e6:,.1f} MB shared by all tasks" if summary["shared_bytes"] else ""
     facts = (
         f"forgetting {_points(summary['forgetting'])}, backward transfer {_points(summary['backward_transfer'])} "
-        f"points; {summary['wall_seconds']:.0f} s in all"
+        f"points{shared}; {summary['wall_seconds']:.0f} s in all"
     )
     return Group(table, facts)
 

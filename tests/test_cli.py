@@ -246,12 +246,35 @@ def test_compare_learns_by_methods_and_seeds_and_goes_on_where_it_stopped(tiny_f
         assert row["average accuracy %"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     table = (tmp_path / "table" / "comparison.md").read_text().splitlines()
     assert len(table) == 4
-    assert {line.count("|") for line in table} == {8}
+    assert {line.count("|") for line in table} == {9}
+
+
+def test_compare_says_what_was_forgotten_shared_and_transferred(tiny_fit, tmp_path):
+    options = tiny_fit("--trainer.max_epochs", "1")[5:]
+    folder = tmp_path / "table"
+    words = ["compare", "--base", "vit.yaml", "--configs", "methods/finetune_each.yaml", "methods/finetune.yaml"]
+    words += ["--output", str(folder), "--options", shlex.join(options), "--seeds", "1", "--alone", "finetune_each"]
+    assert main(words) == 0
+    each, finetune = csv.DictReader((folder / "comparison.csv").open())
+    assert (each["forgetting"], each["bytes shared"], each["forward transfer"]) == ("0.00", "0", "0.00")
+    summary, alone = (
+        json.loads((folder / n / "1" / "summary.json").read_text()) for n in ("finetune", "finetune_each")
+    )
+    assert finetune["bytes shared"] == f"{summary['shared_bytes']:,}"
+    assert int(finetune["bytes shared"].replace(",", "")) > 100_000
+    gain = summary["tasks"][1]["accuracy"] - alone["tasks"][1]["accuracy"]
+    assert finetune["forward transfer"] == f"{gain:.2f}"
+    (folder / "finetune" / "2").mkdir()  # as a run that was interrupted after its first task leaves it
+    (folder / "finetune" / "2" / "summary.json").write_text(json.dumps({**summary, "seed": 2, "tasks": [1]}))
+    assert main(words) == 0
+    assert [row["seeds"] for row in csv.DictReader((folder / "comparison.csv").open())] == ["1", "1"]
 
 
 def test_compare_says_what_is_wrong(tmp_path, capsys):
     words = ["compare", "--output", str(tmp_path), "--configs"]
     assert main([*words, "methods/probe.yaml", "probe.yaml"]) == 2
     assert "two configurations are named 'probe'" in capsys.readouterr().err
+    assert main([*words, "methods/probe.yaml", "--alone", "melo"]) == 2
+    assert "--alone 'melo' is none of" in capsys.readouterr().err
     assert main([*words, "methods/nothing.yaml", "--base", "vit.yaml"]) == 2
     assert "methods/nothing.yaml" in capsys.readouterr().err

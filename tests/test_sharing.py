@@ -644,7 +644,6 @@ def test_l2p_fits_the_vision_transformers_of_torchvision_too():
         (lambda: InfLoRA(targets=["conv"]).attach(timm.create_model("mobilenetv2_050")), "groups"),
         (lambda: L2P(pool=3, chosen=4), "chosen=4"),
     ],
-    ids=str,
 )
 def test_settings_that_cannot_be_used_are_named(make, named):
     with pytest.raises(MethodError, match=named):

@@ -175,6 +175,51 @@ def test_a_task_whose_patch_is_missing_is_learnt_again(run):
     assert (without_times(read_summary(run)), patches(run)) == before
 
 
+@pytest.fixture
+def sharing_run(tiny_fit, tmp_path):
+    run = tmp_path / "sharing"
+    assert main(tiny_fit("--config", "methods/derpp.yaml", "--trainer.max_epochs", "2", run_dir=run)) == 0
+    return run
+
+
+def test_what_tasks_share_lies_beside_the_patches_as_it_was_after_the_last(sharing_run, tmp_path, capsys):
+    run, summary = sharing_run, read_summary(sharing_run)
+    (shared,) = (run / "shared").iterdir()
+    assert shared.name == "01_second.safetensors"
+    assert 0 < summary["shared_bytes"] <= shared.stat().st_size
+    assert main(["test", "--run_dir", str(run)]) == 0  # each task is as good as in the last row of the matrix
+    assert capsys.readouterr().out.count("equal") == 2
+    image = str(next((tmp_path / "first").rglob("*.png")))
+    words = ["predict", "--run_dir", str(run), "--task", "first", "--images", image]
+    assert main([*words, "--output", str(tmp_path / "labels.csv")]) == 0
+    before = (run / "summary.json").read_bytes(), patches(run), shared.read_bytes()
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    assert ((run / "summary.json").read_bytes(), patches(run), shared.read_bytes()) == before
+    assert f"{summary['shared_bytes'] / 1e6:.1f} MB shared by all tasks" in capsys.readouterr().out
+    shared.unlink()
+    assert main(["test", "--run_dir", str(run)]) == 2
+    assert "01_second.safetensors does not exist" in capsys.readouterr().err
+
+
+def test_a_task_that_was_written_but_for_its_patch_is_learnt_again_from_what_was_shared_before(
+    sharing_run, tiny_fit, tmp_path
+):
+    # the state in which a kill between the writing of what is shared and of the patch leaves a run
+    run = sharing_run
+    first = tmp_path / "first_only"
+    more = ("--config", "methods/derpp.yaml", "--trainer.max_epochs", "2")
+    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_start", "task": "second", "epoch": 0}}
+    kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=first), first)
+    before = without_times(read_summary(run)), patches(run), (run / "shared" / "01_second.safetensors").read_bytes()
+    (run / "patches" / "01_second.safetensors").unlink()
+    shutil.copy(first / "shared" / "00_first.safetensors", run / "shared")
+    (run / "shared" / "01_second.safetensors").write_bytes(b"whatever")
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    after = without_times(read_summary(run)), patches(run), (run / "shared" / "01_second.safetensors").read_bytes()
+    assert after == before
+    assert len(list((run / "shared").iterdir())) == 1
+
+
 def kill_and_resume(words, run):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     process = subprocess.run(
