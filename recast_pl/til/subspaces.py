@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.til.adaptations import AccumulatedLowRank, Adaptation
@@ -115,7 +115,9 @@ class InfLoRA(WeightPiece):
             space = self.spaces.get(name)
             if space is not None:
                 space = Subspace(space.basis.to(covariance), space.complement)
-            self._accumulated(name).A.copy_(design(covariance, space, self.rank))  # (r, columns) for each part
+            matrix = self._accumulated(name).A.copy_(design(covariance, space, self.rank))  # (r, columns) for each part
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.broadcast(matrix, 0)  # devices may round differently, and eigenvectors have no sign
         self.designed = True
 
     @torch.no_grad()
