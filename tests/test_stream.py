@@ -274,13 +274,16 @@ def test_warm_starts_and_schedules_survive_a_kill(tiny_fit, tmp_path):
 @pytest.mark.parametrize("method", ISOLATED + SHARED)
 def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
     # tasks have 5 and 3 steps an epoch, so that RoSA is killed while it warms up
-    more = ("--config", f"methods/{method}.yaml")
+    more, task = ("--config", f"methods/{method}.yaml"), "first" if method in ISOLATED else "second"
     assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
-    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_batch_start", "task": "first", "epoch": 1}}
+    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_batch_start", "task": task, "epoch": 1}}
     killed = tmp_path / "killed"
     kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
     assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
     assert patches(killed) == patches(tmp_path / "whole")
+    if method in SHARED:
+        shared = [run / "shared" / "01_second.safetensors" for run in (killed, tmp_path / "whole")]
+        assert shared[0].read_bytes() == shared[1].read_bytes()
 
 
 @pytest.mark.parametrize("method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ISOLATED + SHARED)])
