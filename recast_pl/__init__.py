@@ -4,56 +4,17 @@ An implementation of RECAST (Tasnim and Plummer, *Reparameterized, Compact weigh
 Tasks*, ICLR 2025).
 """
 
-from recast_pl.backbones import Backbone, BackboneConfig
-from recast_pl.data.module import SequentialTaskDataModule
-from recast_pl.data.tasks import TaskConfig
-from recast_pl.decomposition.bank import Decomposition, decompose
-from recast_pl.decomposition.module import MimicryModule
-from recast_pl.decomposition.surgery import install
-from recast_pl.decomposition.targets import BankLayout
-from recast_pl.errors import RecastError
-from recast_pl.til.module import TILModule
-from recast_pl.til.outputs import CLR, HAT, AdaptFormer
-from recast_pl.til.patch import SharedState, TaskPatch
-from recast_pl.til.penalties import EWC, LwF
-from recast_pl.til.piece import LinearProbe, Piece
-from recast_pl.til.prompts import L2P
-from recast_pl.til.replay import DERPP, ERACE, GDumb
-from recast_pl.til.subspaces import InfLoRA
-from recast_pl.til.weights import DoRA, FineTune, FullFineTune, LoRA, Piggyback, Recast, RoSA
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CLR",
-    "DERPP",
-    "ERACE",
-    "EWC",
-    "HAT",
-    "L2P",
-    "AdaptFormer",
-    "Backbone",
-    "BackboneConfig",
-    "BankLayout",
-    "Decomposition",
-    "DoRA",
-    "FineTune",
-    "FullFineTune",
-    "GDumb",
-    "InfLoRA",
-    "LinearProbe",
-    "LoRA",
-    "LwF",
-    "MimicryModule",
-    "Piece",
-    "Piggyback",
-    "Recast",
-    "RecastError",
-    "RoSA",
-    "SequentialTaskDataModule",
-    "SharedState",
-    "TILModule",
-    "TaskConfig",
-    "TaskPatch",
-    "decompose",
-    "install",
-]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from recast_pl.api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports the library when it is first used: the help of the command line does not wait for it."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        return getattr(importlib.import_module("recast_pl.api"), name)

@@ -1,37 +1,20 @@
-"""The command line: `fit`, `test` and `predict`, each declared by the types it takes."""
+"""The command line. Nothing heavy is imported before a command is known, so that help is there at once."""
 
-import itertools
-import logging
-import os
-import shlex
+import argparse
+import importlib
 import sys
-import warnings
 from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from lightning import LightningModule, Trainer, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
+import recast_pl
+from recast_pl.errors import RecastError
 
-from recast_pl import stream
-from recast_pl.comparison import Comparison
-from recast_pl.data.catalogue import CATALOGUE, PAPER, source_faults
-from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data_root
-from recast_pl.data.tasks import TaskConfig
-from recast_pl.decomposition.module import MimicryModule
-from recast_pl.errors import RecastError, RunError
-from recast_pl.files import write_atomic
-from recast_pl.report import catalogue_table, evaluation_table, table_csv
-from recast_pl.til.module import TILModule
-from recast_pl.training import TrainerFactory
-
-CONFIG_FOLDERS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
-_STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
-_RUN_DIR = "RECAST_PL_RUN_DIR"  # how the processes that DDP starts learn the folder of the first one
+COMMANDS = {
+    "fit": "Learn a stream of tasks, or fit templates by gradient.",
+    "test": "Evaluate every learnt task of a run again.",
+    "predict": "Classify images with a learnt task.",
+    "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
+    "data": "List, download and verify data sets.",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -41,302 +24,38 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line; None for that of the process.
 
     Returns:
-        The exit status: 0, 1 if `test` finds a difference, 2 if the user has something to mend.
+        The exit status: 0, 1 if `test` finds a difference or `data verify` a fault, 2 if the user has something to
+        mend.
     """
-    _quieten_libraries()
     argv = list(sys.argv[1:] if args is None else args)
-    commands = {"fit": fit, "test": test, "predict": predict, "data": data, "compare": compare}
+    if not argv or argv[0] not in COMMANDS:
+        return _no_command(argv)
+    commands = importlib.import_module("recast_pl.commands")
+    from jsonargparse import ArgumentError  # noqa: PLC0415
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
+
     try:
-        parser = command_parser()
-        config = parser.parse_args(_with_resumed_config(_with_config_paths(argv)))
-        command = config.pop("command")
-        return commands[command](config[command])
+        status: int = commands.run(argv)
     except (RecastError, ArgumentError, MisconfigurationException) as error:
-        print(f"recast_pl: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def command_parser() -> ArgumentParser:
-    """The parser of all commands."""
-    parser = ArgumentParser(prog="recast_pl", description=sys.modules["recast_pl"].__doc__, **_STRICT)
-    commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("fit", fit_parser(), help="Learn a stream of tasks, or fit templates by gradient.")
-    commands.add_subcommand("test", test_parser(), help="Evaluate every learnt task of a run again.")
-    commands.add_subcommand("predict", predict_parser(), help="Classify images with a learnt task.")
-    commands.add_subcommand("compare", compare_parser(), help="Learn by several methods and seeds; one table.")
-    data_parser = ArgumentParser(description="List, download and verify data sets.", **_STRICT)
-    commands.add_subcommand("data", data_parser, help="List, download and verify data sets.")
-    _add_data_actions(data_parser)  # jsonargparse wants the outer level first
-    return parser
-
-
-def fit_parser() -> LightningArgumentParser:
-    """The parser of `fit`: model, data and trainer, as in LightningCLI."""
-    parser = LightningArgumentParser(description="Learn a stream of tasks.", **_STRICT)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
-    parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
-    parser.add_argument("--resume", type=bool, default=False, help="Continue the run in --run_dir.")
-    parser.add_argument("--seed_everything", type=int, default=42, help="Decides all randomness of the run.")
-    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-    parser.add_lightning_class_args(SequentialTaskDataModule, "data")
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.link_arguments("seed_everything", "data.seed")
-    parser.set_defaults(
-        {
-            "trainer.enable_model_summary": False,  # one for each task would say the same
-            "trainer.log_every_n_steps": 10,  # tasks are short
-            "trainer.num_sanity_val_steps": 0,  # the probe has read the validation images already
-        }
-    )
-    return parser
-
-
-def test_parser() -> ArgumentParser:
-    """The parser of `test`."""
-    parser = ArgumentParser(description="Evaluate every learnt task of a run again.", **_STRICT)
-    parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
-    return parser
-
-
-def predict_parser() -> ArgumentParser:
-    """The parser of `predict`."""
-    parser = ArgumentParser(description="Classify images with a learnt task.", **_STRICT)
-    parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
-    parser.add_argument("--task", type=str, required=True, help="Name of a learnt task.")
-    parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
-    parser.add_argument("--output", type=str, required=True, help="CSV file: path,label,probability.")
-    return parser
-
-
-def compare_parser() -> ArgumentParser:
-    """The parser of `compare`."""
-    text = "Learn by several methods and seeds, and put the results into one table. The same command goes on."
-    parser = ArgumentParser(description=text, **_STRICT)
-    parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs that all methods share.")
-    parser.add_argument("--configs", type=str, nargs="+", required=True, help="A config for each method.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Seeds to learn with.")
-    parser.add_argument("--output", type=str, required=True, help="Folder: METHOD/SEED for each run, and the table.")
-    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
-    parser.add_argument(
-        "--alone",
-        type=str | None,
-        help="Method whose runs say what each task reaches alone, such as finetune_each; adds forward transfer.",
-    )
-    return parser
-
-
-def _add_data_actions(parser: ArgumentParser) -> None:
-    actions = parser.add_subcommands(dest="action")
-    for name, text in (
-        ("list", "Show which data sets there are, and which are on disk."),
-        ("prepare", "Download data sets and decode their images; by default the paper's six."),
-        ("verify", "Count and decode every image of data sets; by default of those on disk."),
-    ):
-        action = ArgumentParser(description=text, **_STRICT)
-        if name != "list":
-            action.add_argument("names", type=str, nargs="*", help="Names, as 'list' shows; or torchvision/CLASS.")
-        action.add_argument("--root", type=str | None, help="Folder of data sets (default: $RECAST_PL_DATA or data).")
-        if name == "prepare":
-            action.add_argument("--image_size", type=int, default=224, help="Height and width to decode to, in pixels.")
-            action.add_argument("--on_bad_image", type=BadImagePolicy, default="error", help="As --data.on_bad_image.")
-        actions.add_subcommand(name, action, help=text)
-
-
-def fit(config: Namespace) -> int:
-    """Learns the stream, or fits templates by gradient where the model is a `MimicryModule`."""
-    run_dir = _run_dir(config)
-    text = _config_text(config)
-    if _is_main_process():
-        stream.check_run_folder(run_dir, config.resume)
-        _check_same_run(run_dir / "config.yaml", text)
-    seed_everything(config.seed_everything, verbose=False)
-    init = fit_parser().instantiate(config)
-    trainers = TrainerFactory(init.trainer)
-    console = Console()
-    if isinstance(init.model, MimicryModule):
-        decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
-        console.print(decomposition.table())
-    else:
-        model = _til(init.model)
-        stream.Stream(model, init.data, run_dir, trainers, config.seed_everything, text, console).run()
-    if _is_main_process():
-        console.print(f"run folder: {run_dir}", soft_wrap=True)
-    return 0
-
-
-def test(config: Namespace) -> int:
-    """Evaluates all learnt tasks from their patches; 1 if a number differs from the recorded one."""
-    run_dir, init = _open_run(config.run_dir)
-    rows = stream.evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer).alone())
-    Console().print(evaluation_table(rows))
-    return int(any(recorded != measured for _, recorded, measured in rows))
-
-
-def predict(config: Namespace) -> int:
-    """Writes the most probable class of each image as CSV."""
-    run_dir, init = _open_run(config.run_dir)
-    images = [Path(image) for image in config.images]
-    trainers = TrainerFactory(init.trainer).alone()
-    rows = stream.predict_images(init.model, run_dir, config.task, images, trainers)
-    lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
-    write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
-    return 0
-
-
-def data(config: Namespace) -> int:
-    """Lists, prepares or verifies data sets."""
-    action = config.pop("action")
-    return {"list": _list_data, "prepare": _prepare_data, "verify": _verify_data}[action](config[action])
-
-
-def _list_data(options: Namespace) -> int:
-    Console().print(catalogue_table(CATALOGUE, data_root(options.root)))
-    return 0
-
-
-def _prepare_data(options: Namespace) -> int:
-    for name in options.names or PAPER:
-        task = TaskConfig("prepared", dataset=name)
-        one = SequentialTaskDataModule(
-            (task,), options.image_size, root=options.root, on_bad_image=options.on_bad_image
-        )
-        one.prepare_data()
-        Console().print(f"{name}: {len(one.classes)} classes, {one.sizes}, in {one.root}", soft_wrap=True)
-    return 0
-
-
-def _verify_data(options: Namespace) -> int:
-    """1 if a data set is not what its authors published, or has images that cannot be read."""
-    root = data_root(options.root)
-    names = options.names or [name for name, row in CATALOGUE.items() if row.is_present(root)]
-    good = True
-    for name in names:
-        faults = source_faults(name, root)
-        good &= not faults
-        Console().print(f"{name}: {'; '.join(faults) or 'whole'}", soft_wrap=True, highlight=False)
-    return int(not good)
-
-
-def compare(config: Namespace) -> int:
-    """Runs `fit` for each method and seed, and prints the table."""
-    options = shlex.split(config.options)
-    comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options, config.alone)
-    status = comparison.run(main)
-    if not status:
-        Console().print(comparison.table(), f"table: {comparison.folder}/comparison.md", soft_wrap=True)
+        return _refuse(error)
     return status
 
 
-def _open_run(folder: str) -> tuple[Path, Namespace]:
-    run_dir = Path(folder)
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise RunError(f"{run_dir} is no run folder, it has no config.yaml; give the folder that 'fit' printed")
-    parser = fit_parser()
-    config = parser.parse_path(path)
-    seed_everything(config.seed_everything, verbose=False)
-    init = parser.instantiate(config)
-    _til(init.model)
-    return run_dir, init
+def _no_command(argv: Sequence[str]) -> int:
+    """Shows the help, or says that there is no such command."""
+    description = (recast_pl.__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("recast_pl", description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=recast_pl.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, each with its own --help")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    try:
+        parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        return _refuse(error)
+    return _refuse(f"a command is missing; choose one of {', '.join(COMMANDS)}, or --help")
 
 
-def _til(model: LightningModule) -> TILModule:
-    if not isinstance(model, TILModule):
-        raise RunError(f"model {type(model).__name__} learns no tasks; use recast_pl.TILModule or a subclass")
-    return model
-
-
-def _run_dir(config: Namespace) -> Path:
-    if config.run_dir is not None:
-        return Path(config.run_dir)
-    if config.resume:
-        raise RunError("--resume true needs the --run_dir to continue")
-    if not _is_main_process():
-        if _RUN_DIR not in os.environ:
-            raise RunError("several processes were started from outside; give them one --run_dir")
-        return Path(os.environ[_RUN_DIR])
-    name = Path(str(config.config[-1])).stem if config.config else "run"
-    run_dir = Path("logs") / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    os.environ[_RUN_DIR] = str(run_dir)
-    return run_dir
-
-
-def _is_main_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("RANK", "0")) == 0
-
-
-def _config_text(config: Namespace) -> str:
-    """The content of config.yaml: all that decides the run, with defaults spelt out."""
-    kept = config.clone()
-    for key in ("config", "run_dir", "resume"):
-        kept.pop(key, None)
-    text: str = fit_parser().dump(kept, skip_link_targets=False)
-    return text
-
-
-def _check_same_run(path: Path, text: str) -> None:
-    """A resumed run must have the config it began with, but for what decides no result."""
-    if not path.exists():
-        return
-    parser = fit_parser()  # dumped defaults inside of lists depend on how they were given: compare them parsed
-    before, after = parser.parse_path(path), parser.parse_string(text)
-    for config in (before, after):
-        for key in ("root", "cache", "num_workers"):  # where and how images are read decides no result
-            config.data.pop(key, None)
-    changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
-    if changed:
-        raise RunError(
-            f"{changed[0]} differs from {path}, so that resuming would mix two runs; "
-            "resume with the same options, or begin another --run_dir"
-        )
-
-
-def _with_config_paths(argv: list[str]) -> list[str]:
-    """Finds bare config names in the working folder, then among the shipped configs."""
-    found = list(argv)
-    for i, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option in ("--config", "-c") and equals:
-            found[i] = f"{option}={_find_config(value)}"
-        elif word in ("--config", "-c") and i + 1 < len(argv):
-            found[i + 1] = _find_config(argv[i + 1])
-    return found
-
-
-def _find_config(name: str) -> str:
-    for folder in (Path(), *CONFIG_FOLDERS):
-        if (folder / name).is_file():
-            return str(folder / name)
-    shipped = sorted({p.relative_to(f).as_posix() for f in CONFIG_FOLDERS for p in f.rglob("*.yaml")})
-    raise RunError(f"config {name!r} was not found here nor in configs/, which has {', '.join(shipped)}")
-
-
-def _with_resumed_config(argv: list[str]) -> list[str]:
-    """`fit --run_dir DIR --resume true` alone continues with the run's own config."""
-    words = [part for word in argv for part in word.split("=", 1)]
-    asked = dict(itertools.pairwise(words))
-    if asked.get("--resume") == "true" and "--run_dir" in asked and not {"--config", "-c"} & set(words):
-        path = Path(asked["--run_dir"]) / "config.yaml"
-        if path.is_file():
-            return [argv[0], "--config", str(path), *argv[1:]]
-    return argv
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _quieten_libraries() -> None:
-    """Silences what Lightning would say anew for each task, and Pillow for each image; what matters stays."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*in eval mode at the start of training.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*`Trainer.predict` .*",
-    ):
-        warnings.filterwarnings("ignore", message)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags; an image that cannot be read is reported
+def _refuse(error: object) -> int:
+    print(f"recast_pl: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

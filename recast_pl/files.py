@@ -63,15 +63,15 @@ def read_json(path: Path, error: type[RecastError]) -> Any:
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """The bytes of a safetensors file; equal content gives equal bytes.
+    """The bytes of a safetensors file with a checksum; equal content gives equal bytes.
 
     Args:
         tensors: Tensors by name, of any device and layout.
         metadata: Anything JSON can hold.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
-    return save(contiguous, metadata={_METADATA_KEY: text})
+    whole = {**metadata, "checksum": _checksum(contiguous, metadata)}
+    return save(contiguous, metadata={_METADATA_KEY: _json(whole)})
 
 
 def read_tensors(path: str | Path, error: type[RecastError]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,10 +92,22 @@ def read_tensors(path: str | Path, error: type[RecastError]) -> tuple[dict[str, 
         raise error(f"{path} does not exist; check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as cause:
+            metadata = dict(json.loads((file.metadata() or {})[_METADATA_KEY]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        whole = metadata.pop("checksum") == _checksum(tensors, metadata)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as cause:
         raise error(f"{path} is damaged or was not written by recast_pl ({cause}); write it anew") from cause
+    if not whole:
+        raise error(f"{path} is damaged (its checksum is wrong); write it anew")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{_json(metadata)}\n{fingerprint(tensors)}".encode()).hexdigest()
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, allow_nan=False)
 
 
 @contextmanager

@@ -119,9 +119,12 @@ class Decomposition:
                 "give the decomposition.safetensors of a run"
             )
         try:
-            return cls(tuple(_bank_from(entry, tensors) for entry in metadata["groups"]))
-        except (KeyError, TypeError, ValueError) as cause:
+            decomposition = cls(tuple(_bank_from(entry, tensors) for entry in metadata["groups"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise DecompositionError(f"{path} is incomplete ({cause}); decompose the backbone anew") from cause
+        if tensors.keys() != decomposition._tensors().keys():
+            raise DecompositionError(f"{path} holds more than its groups name; decompose the backbone anew")
+        return decomposition
 
     def table(self) -> Table:
         """Kinds of layers, their groups, templates, coefficients and numbers saved, for the terminal."""
@@ -175,6 +178,8 @@ def _bank_from(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
         group.templates,
     ):
         raise ValueError(f"templates or coefficients of group {group.name} have a wrong shape")
+    if not (templates.isfinite().all() and coefficients.isfinite().all()):
+        raise ValueError(f"templates or coefficients of group {group.name} are NaN or infinite")
     return Bank(group, templates, coefficients)
 
 

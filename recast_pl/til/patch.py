@@ -1,8 +1,9 @@
 """What a learnt task is: one small file of tensors; and what tasks share, where a method does not keep them apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class TaskPatch:
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; equal patches give equal bytes."""
-        tensors = {f"head/{name}": tensor for name, tensor in self.head.items()} | _flat("pieces", self.pieces)
+        tensors = _flat("head", [self.head]) | _flat("pieces", self.pieces)
         names = [f.name for f in fields(self) if f.name not in ("head", "pieces")]
         facts = {"format": _FORMAT, "kind": "patch"} | {name: getattr(self, name) for name in names}
         return pack_tensors(tensors, facts)
@@ -63,8 +64,9 @@ class TaskPatch:
         if kind != "patch" or version != _FORMAT:
             raise PatchError(f"{path} is a {kind} of format {version}, not a patch of format {_FORMAT}")
         try:
-            head = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("head/")}
-            patch = cls(head=head, pieces=_nested("pieces", tensors, len(facts["method"])), **facts)
+            _check_facts(facts, _FACTS)
+            parts = _nested(tensors, {"head": 1, "pieces": len(facts["method"])})
+            patch = cls(head=parts["head"][0], pieces=parts["pieces"], **facts)
         except (KeyError, TypeError, ValueError, IndexError) as cause:
             raise PatchError(f"{path} is incomplete ({cause}); learn the task anew") from cause
         return patch
@@ -122,10 +124,37 @@ class SharedState:
         if kind != "shared" or version != _FORMAT:
             raise PatchError(f"{path} is a {kind} of format {version}, not a shared state of format {_FORMAT}")
         try:
-            heads, pieces = (_nested(k, tensors, len(facts[n])) for k, n in (("heads", "tasks"), ("pieces", "method")))
-            return cls(heads=heads, pieces=pieces, **facts)
+            _check_facts(facts, {"tasks": _TEXTS, "method": _TEXTS, "base": _TEXT})
+            parts = _nested(tensors, {"heads": len(facts["tasks"]), "pieces": len(facts["method"])})
+            return cls(heads=parts["heads"], pieces=parts["pieces"], **facts)
         except (KeyError, TypeError, ValueError, IndexError) as cause:
             raise PatchError(f"{path} is incomplete ({cause}); learn the tasks anew") from cause
+
+
+Check = Callable[[Any], bool]
+_TEXT: Check = lambda value: isinstance(value, str)  # noqa: E731
+_TEXTS: Check = lambda value: isinstance(value, list) and all(map(_TEXT, value))  # noqa: E731
+_NUMBER: Check = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+_CHANNELS: Check = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_NUMBER, value))  # noqa: E731
+_FACTS: dict[str, Check] = {
+    "task": _TEXT,
+    "classes": _TEXTS,
+    "method": _TEXTS,
+    "image_size": lambda value: isinstance(value, int) and value > 0,
+    "mean": _CHANNELS,
+    "std": lambda value: _CHANNELS(value) and min(value) > 0,
+    "base": _TEXT,
+    "metrics": lambda value: isinstance(value, dict) and all(map(_NUMBER, value.values())),
+}
+
+
+def _check_facts(facts: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Raises ValueError unless the metadata has just these entries, each of its type."""
+    if facts.keys() != checks.keys():
+        raise ValueError(f"it states {', '.join(sorted(facts))}")
+    wrong = [name for name, check in checks.items() if not check(facts[name])]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {str(facts[wrong[0]])[:80]}")
 
 
 def _flat(kind: str, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -133,12 +162,10 @@ def _flat(kind: str, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
     return {f"{kind}/{i}/{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
 
 
-def _nested(kind: str, tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The inverse of `_flat`; raises ValueError or IndexError where a name has no state."""
-    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition("/")
-        if part == kind:
-            index, _, key = rest.partition("/")
-            states[int(index)][key] = tensor
+def _nested(tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, list[dict[str, Tensor]]]:
+    """The inverse of `_flat` for several kinds of states; raises KeyError, ValueError or IndexError at odd names."""
+    states: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in range(count)] for kind, count in counts.items()}
+    for path, tensor in tensors.items():
+        kind, index, name = path.split("/", 2)
+        states[kind][int(index)][name] = tensor
     return states
