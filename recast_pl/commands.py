@@ -4,8 +4,13 @@ import itertools
 import logging
 import os
 import shlex
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -156,11 +161,50 @@ def fit(config: Namespace) -> int:
         decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
         console.print(decomposition.table())
     else:
-        model = _til(init.model)
-        stream.Stream(model, init.data, run_dir, trainers, config.seed_everything, text, console).run()
+        learning = stream.Stream(_til(init.model), init.data, run_dir, trainers, config.seed_everything, text, console)
+        with _interruptible() as interruption:
+            learning.run()
+        if interruption.signal is not None:
+            return _say_how_to_go_on(run_dir, interruption.signal)
     if _is_main_process():
         console.print(f"run folder: {run_dir}", soft_wrap=True)
     return 0
+
+
+@dataclass
+class _Interruption:
+    """By which signal learning was interrupted; None if it was not."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interruption]:
+    """Ends what is within at Ctrl-C and SIGTERM; the state after the last epoch has been kept by then."""
+    interruption = _Interruption()
+
+    def interrupt(number: int, frame: object) -> None:
+        interruption.signal = interruption.signal or number
+        raise KeyboardInterrupt
+
+    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield interruption
+    except (KeyboardInterrupt, SystemExit):  # the trainer makes the one of the other
+        if interruption.signal is None:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_how_to_go_on(run_dir: Path, number: int) -> int:
+    if _is_main_process():
+        words = shlex.join(["fit", "--run_dir", str(run_dir), "--resume", "true"])
+        message = f"recast_pl: interrupted by {signal.Signals(number).name}; what is learnt is kept. To go on:"
+        print(f"{message} python -m recast_pl {words}", file=sys.stderr)
+    return 128 + number
 
 
 def test(config: Namespace) -> int:
@@ -282,12 +326,22 @@ def _check_same_run(path: Path, text: str) -> None:
     for config in (before, after):
         for key in ("root", "cache", "num_workers"):  # where and how images are read decides no result
             config.data.pop(key, None)
+        _without_rates(config)
     changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
     if changed:
         raise RunError(
             f"{changed[0]} differs from {path}, so that resuming would mix two runs; "
             "resume with the same options, or begin another --run_dir"
         )
+
+
+def _without_rates(config: Namespace) -> None:
+    """A task may be resumed with other learning rates."""
+    settings = config.model.get("init_args") or {}
+    for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
+        for key in ("lr", "learning_rate"):
+            if part is not None and "init_args" in part:
+                part.init_args.pop(key, None)
 
 
 def _with_config_paths(argv: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,18 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str
 
 def _json(content: Any) -> str:
     return json.dumps(content, sort_keys=True, allow_nan=False)
+
+
+def is_whole_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint can be read, and every part of it is as it was written, by its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+        if whole:
+            torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return whole
 
 
 @contextmanager

@@ -23,13 +23,20 @@ from recast_pl.data.tasks import derive_seed
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import read_json, write_atomic, write_json
+from recast_pl.files import is_whole_checkpoint, read_json, write_atomic, write_json
 from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backward_transfer, forgetting
 from recast_pl.plots import plot_accuracy_matrix, to_png
 from recast_pl.report import matrix_csv, stream_table
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import SharedState, TaskPatch
-from recast_pl.training import BestEpoch, CoefficientHistograms, SeedEpochs, TrainerFactory, tensorboard
+from recast_pl.training import (
+    BestEpoch,
+    CoefficientHistograms,
+    FiniteLoss,
+    SeedEpochs,
+    TrainerFactory,
+    tensorboard,
+)
 
 
 class Stream:
@@ -124,13 +131,22 @@ class Stream:
         saving = ModelCheckpoint(
             checkpoints, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
         )
-        watching = [LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
+        watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
         trainer = self.trainers.for_training(self.run_dir, self._file_name(index), [best, timer, saving, *watching])
-        last = checkpoints / "last.ckpt"
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=last if last.exists() else None, weights_only=True)
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=self._checkpoint(checkpoints), weights_only=True)
         self._finish(index, trainer.current_epoch, timer.time_elapsed("train"))
         if trainer.is_global_zero:
             shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _checkpoint(self, folder: Path) -> Path | None:
+        """Where to resume a task; None to begin it, which ends with the same bytes as resuming it."""
+        last = folder / "last.ckpt"
+        if not last.exists():
+            return None
+        if is_whole_checkpoint(last):
+            return last
+        self.console.print(f"{last} is damaged; the task begins anew", soft_wrap=True)
+        return None
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures all tasks seen, and writes all else first, then the patch that marks the task finished."""

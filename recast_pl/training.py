@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from recast_pl.data.tasks import derive_seed
+from recast_pl.errors import RunError
 from recast_pl.til.module import TILModule
 
 
@@ -124,6 +125,43 @@ class SeedEpochs(Callback):
         if batch_idx == 0:
             seed = derive_seed(self.seed, self.task, trainer.current_epoch, trainer.global_rank)
             seed_everything(seed, verbose=False)
+
+
+class FiniteLoss(Callback):
+    """Stops a task whose loss has become NaN or infinite, before the state of that epoch is kept.
+
+    It looks at the loss every `log_every_n_steps` steps and at the end of the epoch: looking at each would make the
+    processor wait for the device.
+
+    Args:
+        task: Name of the task.
+    """
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.finite: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes in the loss of a step."""
+        finite = outputs["loss"].isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Comes before the checkpoint."""
+        self._check(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        if self.finite is not None and not bool(self.finite):
+            kept = f"as it was after epoch {trainer.current_epoch}" if trainer.current_epoch else "of before the task"
+            raise RunError(
+                f"the loss of task {self.task!r} has become NaN or infinite in epoch {trainer.current_epoch + 1}; its "
+                f"state {kept} is kept. Resume with a lower learning rate, such as --resume true "
+                "--model.optimizer.init_args.lr 1e-4, or with --trainer.gradient_clip_val 1"
+            )
 
 
 class CoefficientHistograms(Callback):

@@ -1,4 +1,4 @@
-"""A callback that kills its own process, as a power cut would, at a given hook of a given task and epoch."""
+"""Callbacks that end a run in the ways in which runs end."""
 
 import os
 import signal
@@ -7,9 +7,33 @@ from lightning import Callback
 
 
 class KillAt(Callback):
+    """Kills its own process, as a power cut would, at a given hook of a given task and epoch."""
+
     def __init__(self, hook: str, task: str, epoch: int) -> None:
         def kill(trainer, pl_module, *_):
             if pl_module.task_name == task and trainer.current_epoch == epoch:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(self, hook, kill)
+
+
+class SignalAt(Callback):
+    """Sends its own process a signal in the middle of an epoch."""
+
+    def __init__(self, number: int, task: str, epoch: int) -> None:
+        self.number, self.task, self.epoch = number, task, epoch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (pl_module.task_name, trainer.current_epoch, batch_idx) == (self.task, self.epoch, 1):
+            os.kill(os.getpid(), self.number)
+
+
+class Poison(Callback):
+    """Makes the head NaN, as a step too long would."""
+
+    def __init__(self, task: str, epoch: int) -> None:
+        self.task, self.epoch = task, epoch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (pl_module.task_name, trainer.current_epoch) == (self.task, self.epoch):
+            pl_module.head.bias.data.fill_(float("nan"))

@@ -222,6 +222,32 @@ def test_python_m_is_the_same_command():
     assert process.stderr.startswith("recast_pl: error: /no/such/run is no run folder")
 
 
+def test_help_waits_for_no_import_of_the_library():
+    code = "import sys; from recast_pl.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "compare" in process.stdout
+    assert "'recast_pl.cli'" in process.stdout
+    assert not any(f"'{name}'" in process.stdout for name in ("torch", "lightning", "jsonargparse", "numpy"))
+
+
+@pytest.mark.parametrize(("words", "named"), [([], "a command is missing"), (["learn"], "invalid choice: 'learn'")])
+def test_what_is_no_command_is_said_in_a_line(words, named, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert "fit" in error
+    assert error.count("\n") == 1
+
+
+def test_all_that_the_package_offers_can_be_imported():
+    import recast_pl
+
+    assert {"TILModule", "Recast", "EWC", "SequentialTaskDataModule"} <= set(recast_pl.__all__)
+    assert all(getattr(recast_pl, name).__name__ == name for name in recast_pl.__all__)
+    with pytest.raises(AttributeError):
+        _ = recast_pl.nothing
+
+
 # comparing
 
 

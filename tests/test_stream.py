@@ -5,11 +5,13 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recast_pl import BackboneConfig, LinearProbe, SequentialTaskDataModule, TaskConfig, TaskPatch, TILModule
 from recast_pl.cli import main
+from recast_pl.files import is_whole_checkpoint
 from recast_pl.metrics import (
     average_accuracy,
     average_anytime_accuracy,
@@ -343,3 +346,74 @@ def test_another_methods_run_is_not_resumed(run, tiny_fit, capsys):
     assert main(words) == 2
     assert "model differs" in capsys.readouterr().err
     assert Path(run / "summary.json").exists()
+
+
+# what stops a run
+
+
+def test_a_loss_that_becomes_nan_stops_the_task_and_another_rate_goes_on(tiny_fit, tmp_path, capsys):
+    callback = {"class_path": "kill.Poison", "init_args": {"task": "second", "epoch": 1}}
+    run = tmp_path / "run"
+    words = tiny_fit("--trainer.callbacks", json.dumps([callback]))
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "loss of task 'second' has become NaN or infinite in epoch 2; its state as it was after epoch 1" in error
+    checkpoint = torch.load(run / "checkpoints" / "01_second" / "last.ckpt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    assert list(patches(run)) == ["00_first.safetensors"]
+    lower = ("--trainer.callbacks", "[]", "--model.optimizer.init_args.lr", "1e-4", "--resume", "true")
+    assert main(tiny_fit(*lower)) == 0
+    assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
+    rates = EventAccumulator(str(run / "tensorboard" / "01_second")).Reload().Scalars("lr-AdamW/head")
+    assert rates[-1].value == pytest.approx(1e-4)
+    assert main(tiny_fit("--resume", "true", "--model.warm_start", "true")) == 2  # all else stays refused
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_a_run_with_the_command_that_goes_on(number, run, tiny_fit, tmp_path):
+    stopped = tmp_path / "stopped"
+    callback = {"class_path": "kill.SignalAt", "init_args": {"number": int(number), "task": "second", "epoch": 1}}
+    words = tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=stopped)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-m", "recast_pl", *words]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 128 + number
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"recast_pl: interrupted by {number.name}; what is learnt is kept. To go on: python -m")
+    assert "Traceback" not in process.stderr
+    resume = shlex.split(line.partition("-m recast_pl ")[2])
+    assert main([*resume, "--trainer.callbacks", "[]"]) == 0
+    assert patches(stopped) == patches(run)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_task_begun_anew(run, tiny_fit, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3}}
+    kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=damaged), damaged)
+    last = damaged / "checkpoints" / "00_first" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    with zipfile.ZipFile(last) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content[largest.header_offset + 200] ^= 1
+    last.write_bytes(content)
+    assert main(tiny_fit("--resume", "true", run_dir=damaged)) == 0
+    assert f"{last} is damaged; the task begins anew" in capsys.readouterr().out.replace("\n", "")
+    assert patches(damaged) == patches(run)
+
+
+def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"weights": torch.arange(2000.0), "epoch": 3}, path)
+    content = path.read_bytes()
+    assert is_whole_checkpoint(path)
+    expected = torch.load(path, weights_only=True)
+    for position in range(0, len(content), 7):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
+        if is_whole_checkpoint(path):  # a byte that decides nothing, such as of a time
+            found = torch.load(path, weights_only=True)
+            assert found["epoch"] == 3
+            assert torch.equal(found["weights"], expected["weights"])
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        assert not is_whole_checkpoint(path)

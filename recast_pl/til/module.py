@@ -317,6 +317,7 @@ class TILModule(LightningModule):
             raise RunError(f"the checkpoint is not of task {self.task_name!r} with {self.method}; begin a new run")
         for piece, state in zip(self.pieces, checkpoint["pieces"], strict=True):
             piece.load_training_state(state)
+        self._set_rates(checkpoint)
         self.probe_accuracy, *score = checkpoint["probe"]
         self.probe_score = (score[0], score[1])
 
@@ -382,6 +383,17 @@ class TILModule(LightningModule):
         if data is None:
             raise RunError("TILModule needs datamodule=SequentialTaskDataModule(...) in the call of the trainer")
         return data  # type: ignore[no-any-return]
+
+    def _set_rates(self, checkpoint: dict[str, Any]) -> None:
+        """Lets a task be resumed with other learning rates than it began with, each as far down its schedule."""
+        (optimizer,), _ = self.configure_optimizers()
+        (saved,), (schedule,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        for index, (group, before) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
+            scale = group["initial_lr"] / before["initial_lr"]
+            if scale != 1:
+                before["initial_lr"], before["lr"] = group["initial_lr"], scale * before["lr"]
+                for key in schedule.keys() & {"base_lrs", "_last_lr"}:
+                    schedule[key][index] *= scale
 
     def _configure(self, groups: list[dict[str, Any]]) -> tuple[list[Optimizer], list[LRScheduler]]:
         optimizer = self.optimizer(groups)
