@@ -202,8 +202,9 @@ def _interruptible() -> Iterator[_Interruption]:
 def _say_how_to_go_on(run_dir: Path, number: int) -> int:
     if _is_main_process():
         words = shlex.join(["fit", "--run_dir", str(run_dir), "--resume", "true"])
-        message = f"recast_pl: interrupted by {signal.Signals(number).name}; what is learnt is kept. To go on:"
-        print(f"{message} python -m recast_pl {words}", file=sys.stderr)
+        kept = f"what is learnt is kept. To go on: python -m recast_pl {words}"
+        after = kept if (run_dir / "config.yaml").is_file() else "nothing has been learnt yet"
+        print(f"recast_pl: interrupted by {signal.Signals(number).name}; {after}", file=sys.stderr)
     return 128 + number
 
 

@@ -155,7 +155,8 @@ class FiniteLoss(Callback):
         self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
-        if self.finite is not None and not bool(self.finite):
+        finite = self.finite is None or bool(self.finite)
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):  # or the other processes would wait
             kept = f"as it was after epoch {trainer.current_epoch}" if trainer.current_epoch else "of before the task"
             raise RunError(
                 f"the loss of task {self.task!r} has become NaN or infinite in epoch {trainer.current_epoch + 1}; its "
@@ -165,16 +166,20 @@ class FiniteLoss(Callback):
 
 
 class CoefficientHistograms(Callback):
-    """Writes, after each epoch, a histogram of each piece's parameters to TensorBoard."""
+    """Writes, after each epoch, a histogram of each piece's parameters to TensorBoard.
+
+    Not of pieces with more than a million, whose histogram would take as long as training them.
+    """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the histograms."""
         assert isinstance(pl_module, TILModule)
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for piece in (p for p in pl_module.pieces if p.parameters):
-            values = torch.cat([p.detach().flatten() for p in piece.parameters.values()]).float()
-            for writer in writers:
-                writer.add_histogram(f"coefficients/{type(piece).__name__}", values, trainer.current_epoch)
+        for piece in pl_module.pieces if writers else ():
+            if 0 < sum(p.numel() for p in piece.parameters.values()) <= 10**6:
+                values = torch.cat([p.detach().flatten() for p in piece.parameters.values()]).float()
+                for writer in writers:
+                    writer.add_histogram(f"coefficients/{type(piece).__name__}", values, trainer.current_epoch)
 
 
 def tensorboard(folder: Path, version: str) -> Logger:

@@ -92,6 +92,7 @@ METHODS = {
     },
     "inflora-vit": lambda: (VIT, [InfLoRA(rank=3)]),
     "inflora-resnet": lambda: (RESNET, [InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])]),
+    "ewc+erace-vit": lambda: (VIT, [FineTune(), EWC(), ERACE(per_class=4)]),
     "l2p-vit": lambda: (VIT, [L2P()]),
     "lossy-vit": lambda: (VIT, [Recast(BankLayout([r"attn\.qkv"], groups=3, templates=2, coefficient_sets=3))]),
 }

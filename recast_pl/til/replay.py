@@ -202,6 +202,9 @@ class Replay(Guard):
         assert self.learner.head is not None
         self.buffer.classes += self.learner.head.out_features
 
+    def restart(self) -> None:
+        """Keeps the buffer."""
+
     def keep(self, step: Step) -> None:
         """Offers the images of a step, of all processes, to the buffer."""
         images = (step.images * 255).round().to(torch.uint8)
@@ -257,9 +260,6 @@ class GDumb(Replay):
         kept = self.buffer.kept
         assert kept is not None
         self.learner.train_on(kept.images, kept.labels, kept.tasks)
-
-    def restart(self) -> None:
-        """Keeps the buffer."""
 
     def _fill(self) -> None:
         for images, labels in self.learner.batches("train"):
