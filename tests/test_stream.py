@@ -301,6 +301,32 @@ def test_two_processes_learn_the_stream_together(method, tiny_fit, tmp_path):
     assert process.stdout.decode().count("average") == 1
 
 
+def distributed(words, processes):
+    more = ("--trainer.devices", str(processes), "--trainer.strategy", "ddp")
+    command = [sys.executable, "-m", "recast_pl", *words, *more]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=180)
+    assert process.returncode == 0, process.stderr.decode()[-2000:]
+
+
+def test_two_processes_learn_the_coefficients_of_one_with_the_same_global_batch(tiny_fit, tmp_path):
+    distributed(tiny_fit("--data.batch_size", "4", run_dir=tmp_path / "two"), 2)
+    assert main(tiny_fit("--data.batch_size", "8", run_dir=tmp_path / "one")) == 0
+    for name in ("00_first.safetensors", "01_second.safetensors"):
+        one, two = (TaskPatch.load(tmp_path / run / "patches" / name) for run in ("one", "two"))
+        assert one.metrics == two.metrics
+        assert torch.allclose(one.pieces[0]["coefficients"], two.pieces[0]["coefficients"], atol=1e-5, rtol=0)
+        for part in ("weight", "bias"):
+            assert torch.allclose(one.head[part], two.head[part], atol=1e-5, rtol=0)
+
+
+def test_a_task_may_have_fewer_images_than_there_are_processes(image_folder, tiny_fit, tmp_path):
+    task = {"name": "few", "path": str(image_folder("few", 2, images=3))}  # 2 each for training, validation and test
+    run = tmp_path / "run"
+    distributed(tiny_fit("--data.tasks", json.dumps([task]), "--trainer.max_epochs", "2"), 3)
+    assert read_summary(run)["tasks"][0]["accuracy"] in (0, 50, 100)
+    assert main(["test", "--run_dir", str(run)]) == 0
+
+
 def test_early_stopping_and_callbacks_of_ones_own_start_anew_for_each_task(tiny_fit, tmp_path):
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
     stopping["init_args"] = {"monitor": "val/accuracy", "mode": "max", "patience": 1, "min_delta": 2}

@@ -23,7 +23,7 @@ from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, d
 from recast_pl.errors import DataError
 
 RawBatch = tuple[Tensor, Tensor, Tensor]
-"""Images uint8 (B, 3, H, W), labels (B,), and which images to mirror (B,)."""
+"""Images uint8 (B, 3, H, W), labels (B,), -1 for an image that is not to count, and which images to mirror (B,)."""
 
 BadImagePolicy = Literal["error", "skip"]
 _ROOT = "RECAST_PL_DATA"
@@ -285,6 +285,7 @@ class TaskSplit(Dataset[RawBatch]):
         which = torch.from_numpy(self.indices[positions])
         pixels, labels = self.pixels[which], self.labels[which]
         if self.seed is None:
+            labels[torch.tensor(positions) == _NOTHING] = -1
             return pixels, labels, torch.zeros(len(keys), dtype=torch.bool)
         flips = _coin_tosses(self.seed, keys[0][0], len(self))[positions] & self.flip
         return self._transform(pixels, keys, self.seed), labels, torch.from_numpy(flips)
@@ -307,11 +308,15 @@ def _coin_tosses(seed: int, epoch: int, count: int) -> NDArray[np.bool_]:
     return np.random.default_rng((seed, epoch)).random(count) < 0.5
 
 
+_NOTHING = -1  # a position; of an image that does not count
+
+
 class TaskSampler(DistributedSampler[Any]):
     """Yields (epoch, position), so that randomness needs no state in the workers.
 
-    Training shares are padded to equal length, as DDP needs; evaluation shares are not, so that every image
-    counts once. As a `DistributedSampler` it is told the epoch by Lightning, and left in place.
+    Training shares are padded to equal length, as DDP needs; evaluation shares are not, so that every image counts
+    once, and a process without any gets an image that does not count, because all must evaluate. As a
+    `DistributedSampler` it is told the epoch by Lightning, and left in place.
 
     Args:
         dataset: What to sample.
@@ -331,8 +336,8 @@ class TaskSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         return super().__len__() if self.shuffle else len(self._share())
 
-    def _share(self) -> range:
-        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+    def _share(self) -> Sequence[int]:
+        return range(self.rank, len(self.dataset), self.num_replicas) or (_NOTHING,)  # type: ignore[arg-type]
 
 
 def _as_is(batch: Any) -> Any:

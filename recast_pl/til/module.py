@@ -81,6 +81,7 @@ class TILModule(LightningModule):
         self.task_name, self.classes, self.base = "", list[str](), ""
         self.probe_accuracy, self.probe_score = float("nan"), (float("nan"), float("nan"))
         self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in ("fit", "val", "test")})
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
 
     # -- life of a task ------------------------------------------------------------------------------------
 
@@ -424,15 +425,19 @@ class TILModule(LightningModule):
 
     def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
         images, labels = batch
-        logits = self(images)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        counted = labels >= 0
+        logits, labels = self(images)[counted], labels[counted]
+        self._log_mean(self.losses[stage], f"{stage}/loss", F.cross_entropy(logits, labels, reduction="none"))
         self._log_accuracy(stage, f"{stage}/accuracy", logits, labels)
 
     def _log_accuracy(self, stage: str, name: str, logits: Tensor, labels: Tensor) -> None:
-        metric = self.accuracies[stage]
+        self._log_mean(self.accuracies[stage], name, (logits.argmax(1) == labels).float(), prog_bar=stage == "val")
+
+    def _log_mean(self, metric: nn.Module, name: str, values: Tensor, prog_bar: bool = False) -> None:
+        """Logs the mean of values (B,) over the epoch and all processes."""
         assert isinstance(metric, MeanMetric)
-        metric.update((logits.argmax(1) == labels).float())
-        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
+        metric.update(values)
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=prog_bar, batch_size=len(values))
 
 
 def _load_head(head: nn.Linear, state: Mapping[str, Tensor]) -> nn.Linear:
