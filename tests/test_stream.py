@@ -137,7 +137,7 @@ def test_test_measures_again_and_finds_a_difference(run, capsys):
     assert main(["test", "--run_dir", str(run)]) == 0
     assert capsys.readouterr().out.count("equal") == 2
     summary = read_summary(run)
-    summary["tasks"][1]["accuracy"] += 1
+    summary["accuracy_matrix"][-1][1] += 1
     (run / "summary.json").write_text(json.dumps(summary))
     assert main(["test", "--run_dir", str(run)]) == 1
     assert "DIFFERENT" in capsys.readouterr().out
