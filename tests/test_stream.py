@@ -319,6 +319,18 @@ def test_two_processes_learn_the_coefficients_of_one_with_the_same_global_batch(
             assert torch.allclose(one.head[part], two.head[part], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_as_well(tiny_fit, tmp_path):
+    run = tmp_path / "run"
+    words = tiny_fit("--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "recast_pl"]
+    process = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, timeout=180)
+    assert process.returncode == 0, process.stderr.decode()[-2000:]
+    assert process.stdout.decode().count("average") == 1
+    distributed(tiny_fit(run_dir=tmp_path / "other"), 2)
+    assert patches(run) == patches(tmp_path / "other")
+
+
 def test_a_task_may_have_fewer_images_than_there_are_processes(image_folder, tiny_fit, tmp_path):
     task = {"name": "few", "path": str(image_folder("few", 2, images=3))}  # 2 each for training, validation and test
     run = tmp_path / "run"

@@ -207,7 +207,7 @@ class HAT(Piece):
     cannot be masked, and count as used by every task: after the first task, what neither leads into nor out of a
     masked unit stays as it is, normalisation included. A weight from unit j to unit i learns in proportion to
     1 − min(used_i, used_j), where used is the maximum of old tasks' masks; this holds for the optimizer's whole step,
-    so that neither momentum nor weight decay can move what is kept. `FineTune` before it trains the weights.
+    so that neither momentum nor weight decay can move what is kept. `FineTune` beside it trains the weights.
 
     Args:
         sparsity: λ, the weight of the term that keeps masks small.
@@ -232,6 +232,7 @@ class HAT(Piece):
         self.gates: dict[str, Gate] = {}
         self.used: dict[str, Tensor] = {}
         """For each gate the maximum of old tasks' masks (units,); empty before the first task has ended."""
+        self._network = nn.Module()
         self._weights: dict[str, nn.Parameter] = {}
         self._into: dict[str, str] = {}  # name of a weight, to the gate on the units it leads into
         self._from: dict[str, str] = {}  # and to that on the units it comes from
@@ -243,7 +244,8 @@ class HAT(Piece):
         Raises:
             MethodError: If there are none.
         """
-        self._weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._network = network
+        self._find_weights()
         for path, block in list(network.named_modules()):
             for first, between, second in _ROWS:
                 layers = [getattr(block, name, None) for name in (first, second)]
@@ -261,7 +263,8 @@ class HAT(Piece):
             nn.init.normal_(gate.embedding, self.start)
 
     def begin_fit(self) -> None:
-        """Takes what is kept to where the masks are."""
+        """Takes what is kept to where the masks are, and finds all weights that other pieces train."""
+        self._find_weights()
         self.used = {name: used.to(self.gates[name].embedding.device) for name, used in self.used.items()}
 
     def begin_step(self, progress: float) -> None:
@@ -326,6 +329,11 @@ class HAT(Piece):
         """Takes it back."""
         check_state("HAT", state, {name: tuple(gate.embedding.shape) for name, gate in self.gates.items()})
         self.used = dict(state)
+
+    def _find_weights(self) -> None:
+        own = {id(gate.embedding) for gate in self.gates.values()}
+        trained = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
+        self._weights = {name: p for name, p in trained.items() if id(p) not in own}
 
     def _gate(self, path: str, block: nn.Module, first: str, between: str, second: str) -> None:
         layer, following = getattr(block, first), getattr(block, second)
