@@ -433,6 +433,22 @@ def test_weights_learn_as_far_as_their_units_are_free():
     assert (moved["fc2.weight"][0][:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_are_protected_whatever_the_order_of_the_pieces(order):
+    hat = HAT()
+    module = learner(*(FineTune(), hat)[::order], backbone="test_sharing.Mlp")
+    hat.begin_fit()
+    hat.used = {"fc2": torch.ones(4)}
+    hat.begin_step(0.0)
+    before = {n: p.detach().clone() for n, p in module.backbone.net.named_parameters()}
+    with torch.no_grad():
+        for parameter in module.backbone.net.parameters():
+            parameter.add_(1.0)
+    hat.end_step()
+    kept = [n for n, p in module.backbone.net.named_parameters() if torch.equal(p, before[n])]
+    assert sorted(kept) == ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
+
+
 def test_a_weight_between_two_masked_units_is_as_free_as_the_less_used_one():
     hat = HAT()
     network = timm.create_model("resnet26t", num_classes=0)  # three convolutions a block
