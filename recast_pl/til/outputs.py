@@ -285,7 +285,7 @@ class HAT(Piece):
         """Takes back what the step did to weights in use; masks are those of evaluation until the next step."""
         for name, before in self._before.items():
             weight = self._weights[name]
-            weight.copy_(torch.lerp(before, weight, self.freedom(name).expand_as(weight)))
+            weight.copy_(torch.lerp(before, weight, self.freedom(name).to(weight.dtype).expand_as(weight)))
         self._before = {}
         for gate in self.gates.values():
             gate.embedding.clamp_(-6, 6)
