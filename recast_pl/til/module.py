@@ -1,11 +1,12 @@
 """The LightningModule that learns one task at a time on a frozen backbone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
@@ -14,6 +15,7 @@ from torchmetrics import MeanMetric
 from recast_pl.backbones import Backbone, BackboneConfig
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import fingerprint
+from recast_pl.til.efficiency import EvaluateMerged, MergedWeights, skip_unread_tokens
 from recast_pl.til.patch import SharedState, TaskPatch
 from recast_pl.til.piece import Piece, Step, check_state
 from recast_pl.til.probe import Features, fit_probe
@@ -74,6 +76,7 @@ class TILModule(LightningModule):
         super().__init__()
         self.backbone_config, self.pieces, self.warm_start = backbone, list(pieces), warm_start
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.merged_weights = MergedWeights()
         self.strict_loading = False  # checkpoints leave the frozen network out; on_load_checkpoint checks the rest
         self.backbone: Backbone | None = None
         self.head: nn.Linear | None = None
@@ -99,6 +102,7 @@ class TILModule(LightningModule):
             for piece in self.pieces:
                 piece.learner = self
                 piece.attach(backbone.net)
+            skip_unread_tokens(backbone.net, image_size)
             trained = {id(p) for piece in self.pieces for p in piece.parameters.values()}
             frozen = {n: p for n, p in backbone.named_parameters() if id(p) not in trained}
             self.base = fingerprint(frozen | dict(backbone.named_buffers()))
@@ -134,6 +138,14 @@ class TILModule(LightningModule):
             head.load_state_dict(self.old_heads[self.old_tasks.index(patch.task)].state_dict())
         for piece, state in zip(self.pieces, patch.pieces, strict=True):
             piece.load_task_state(state)
+
+    def merged(self) -> AbstractContextManager[None]:
+        """A context in which weights are generated once and no more, for evaluation of the active task.
+
+        Trainers use it by themselves. Elsewhere, `with module.merged(): module(images)` costs what the plain network
+        does. Nothing can be trained within, and changing the task takes a new one.
+        """
+        return self.merged_weights.of(self._ready()[0])
 
     def patch(self, metrics: Mapping[str, float]) -> TaskPatch:
         """The current task as it stands.
@@ -232,6 +244,10 @@ class TILModule(LightningModule):
         backbone, head = self._ready()
         logits: Tensor = head(backbone(images))
         return logits
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Evaluation runs on merged weights."""
+        return [EvaluateMerged()]
 
     def configure_optimizers(self) -> Any:
         """One parameter group for the head and one for each piece, with its own learning rate."""
@@ -403,7 +419,8 @@ class TILModule(LightningModule):
     def _fit_probe(self) -> None:
         """Fits the probe, and warm-starts the head with it if asked."""
         backbone, head = self._ready()
-        features = {split: self._features(split) for split in ("train", "val", "test")}
+        with self.merged():
+            features = {split: self._features(split) for split in ("train", "val", "test")}
         probe = nn.Linear(backbone.num_features, len(self.classes)).to(self.device)
         epochs = self.trainer.max_epochs or 0
         configure = lambda p: self._configure([{"params": list(p)}])  # noqa: E731
