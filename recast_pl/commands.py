@@ -28,7 +28,7 @@ from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import RunError
-from recast_pl.files import write_atomic
+from recast_pl.files import STORAGE_FAULTS, remove_unfinished, write_atomic, writing
 from recast_pl.report import catalogue_table, evaluation_table, table_csv
 from recast_pl.til.module import TILModule
 from recast_pl.training import TrainerFactory
@@ -149,10 +149,16 @@ def _add_data_actions(parser: ArgumentParser) -> None:
 def fit(config: Namespace) -> int:
     """Learns the stream, or fits templates by gradient where the model is a `MimicryModule`."""
     run_dir = _run_dir(config)
+    with writing(run_dir):
+        return _fit(config, run_dir)
+
+
+def _fit(config: Namespace, run_dir: Path) -> int:
     text = _config_text(config)
     if _is_main_process():
         stream.check_run_folder(run_dir, config.resume)
         _check_same_run(run_dir / "config.yaml", text)
+        remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
     init = fit_parser().instantiate(config)
     trainers = TrainerFactory(init.trainer)
@@ -180,18 +186,20 @@ class _Interruption:
 
 @contextmanager
 def _interruptible() -> Iterator[_Interruption]:
-    """Ends what is within at Ctrl-C and SIGTERM; the state after the last epoch has been kept by then."""
+    """Ends what is within at Ctrl-C, SIGTERM and SIGHUP; the state after the last epoch has been kept by then."""
     interruption = _Interruption()
 
     def interrupt(number: int, frame: object) -> None:
         interruption.signal = interruption.signal or number
         raise KeyboardInterrupt
 
-    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants to go on
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield interruption
-    except (KeyboardInterrupt, SystemExit):  # the trainer makes the one of the other
+    except BaseException:  # such as SystemExit, which the trainer makes of it, or that another process has gone
         if interruption.signal is None:
             raise
     finally:
@@ -376,8 +384,15 @@ def _with_resumed_config(argv: list[str]) -> list[str]:
     return argv
 
 
+def _quieten_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands a full disk to the main one, where it is said once."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in STORAGE_FAULTS):
+        threading.__excepthook__(failure)
+
+
 def _quieten_libraries() -> None:
     """Silences what Lightning would say anew for each task, and Pillow for each image; what matters stays."""
+    threading.excepthook = _quieten_thread
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
