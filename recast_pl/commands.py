@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -284,6 +285,7 @@ def _open_run(folder: str) -> tuple[Path, Namespace]:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is no run folder, it has no config.yaml; give the folder that 'fit' printed")
+    _check_config(path)
     parser = fit_parser()
     config = parser.parse_path(path)
     seed_everything(config.seed_everything, verbose=False)
@@ -380,8 +382,20 @@ def _with_resumed_config(argv: list[str]) -> list[str]:
     if asked.get("--resume") == "true" and "--run_dir" in asked and not {"--config", "-c"} & set(words):
         path = Path(asked["--run_dir"]) / "config.yaml"
         if path.is_file():
+            _check_config(path)
             return [argv[0], "--config", str(path), *argv[1:]]
     return argv
+
+
+def _check_config(path: Path) -> None:
+    """Refuses a run's config that is damaged, in its own name."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+        raise RunError(f"cannot read {path} ({cause}); restore it") from cause
+    missing = {"seed_everything", "model", "data", "trainer"} - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise RunError(f"{path} is damaged (it has no {', '.join(sorted(missing))}); restore it")
 
 
 def _quieten_thread(failure: threading.ExceptHookArgs) -> None:

@@ -88,16 +88,25 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, error: type[RecastError]) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, error: type[RecastError], **entries: type) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        path: The file.
+        error: The type of error to raise.
+        entries: The type of each entry that it must have.
 
     Raises:
-        RecastError: (as `error`) if the file is missing or damaged.
+        RecastError: (as `error`) if the file is missing or damaged, or lacks an entry.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as cause:
+        content = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as cause:
         raise error(f"cannot read {path} ({cause}); restore it") from cause
+    wrong = [name for name, kind in entries.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise error(f"{path} is damaged ({wrong[0]} is missing or no {entries[wrong[0]].__name__}); restore it")
+    return content
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

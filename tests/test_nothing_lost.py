@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from test_stream import patches, read_summary, without_times
 
+from recast_pl.cli import main
 from recast_pl.errors import StorageError
 from recast_pl.files import is_whole_checkpoint
 from recast_pl.training import WholeCheckpoints
@@ -79,6 +80,54 @@ def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(m
     assert everything(killed) == wanted
 
 
+def started(words, log):
+    """A command in a session of its own."""
+    command = [sys.executable, "-m", "recast_pl", *words]
+    with log.open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_until(condition, *args):
+    end = time.monotonic() + 60
+    while not condition(*args):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_written(path, since=0):
+    return path.exists() and path.stat().st_mtime_ns > since
+
+
+def is_gone(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_been(tiny_fit, tmp_path):
+    generator, log, ended, whole = random.Random(0), tmp_path / "log", tmp_path / "ended", tmp_path / "whole"
+    more = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "6")
+    process = started(tiny_fit(*more, run_dir=whole), log)
+    wait_until(is_written, whole / "config.yaml")  # the second process is started after that
+    begun = time.monotonic()
+    assert process.wait(120) == 0, log.read_text()
+    seconds = time.monotonic() - begun
+    words = tiny_fit(*more, run_dir=ended)
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
+        since = time.time_ns()
+        process = started(going_on(ended, words), log)
+        wait_until(is_written, ended / "config.yaml", since)
+        time.sleep(generator.uniform(0.4 * seconds, seconds))  # it takes half of the time to start the second process
+        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        assert process.wait(60) in (0, -number, 128 + number), log.read_text()
+        wait_until(is_gone, process.pid)
+    assert started(going_on(ended, words), log).wait(120) == 0, log.read_text()
+    assert everything(ended) == everything(whole)
+
+
 # disks
 
 
@@ -120,7 +169,7 @@ def test_a_run_whose_disk_is_too_small_again_and_again_ends_as_if_it_had_not_bee
         assert not list(run.rglob(".*"))
         assert ask(shell=f"mount -o remount,size={384 + 32 * len(errors)}k {place}") == 0
     assert everything(run) == everything(whole)
-    assert len({error.partition("cannot write ")[2].split()[0] for error in errors}) > 4  # many files were refused
+    assert len({error.partition("cannot write ")[2].split()[0] for error in errors}) > 2  # files of several kinds
 
 
 MIMICRY = ("fit", "--config", "mimicry_resnet34.yaml", "--trainer.max_epochs", "1", "--model.image_size", "32")
@@ -166,3 +215,70 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.ckpt", before)]
+
+
+# damage
+
+
+def changed(**entries):
+    return lambda run: json.dumps(read_summary(run) | entries)
+
+
+def other_patch(run):
+    return patches(run)["01_second.safetensors"]
+
+
+DAMAGES = {  # file, what is written there, the commands that refuse it
+    "summary-empty": ("summary.json", lambda run: "", "fit test"),
+    "summary-null": ("summary.json", lambda run: "null", "fit test"),
+    "summary-list": ("summary.json", lambda run: "[]", "fit test"),
+    "summary-half": ("summary.json", lambda run: (run / "summary.json").read_text()[:300], "fit test"),
+    "summary-type": ("summary.json", changed(tasks=7), "fit test"),
+    "summary-row": ("summary.json", changed(accuracy_matrix=[[100.0], 5]), "test"),
+    "summary-short": ("summary.json", changed(tasks=[{"name": "first"}], accuracy_matrix=[[100.0]]), "test"),
+    "config-empty": ("config.yaml", lambda run: "", "fit test predict"),
+    "config-text": ("config.yaml", lambda run: "hello", "fit test predict"),
+    "config-half": ("config.yaml", lambda run: (run / "config.yaml").read_text()[:500], "fit test predict"),
+    "config-code": ("config.yaml", lambda run: b"\xff\xfe\0", "fit test predict"),
+    "patch-empty": ("patches/00_first.safetensors", lambda run: b"", "fit test predict"),
+    "patch-other": (
+        "patches/00_first.safetensors",
+        lambda run: patches(run)["01_second.safetensors"],
+        "fit test predict",
+    ),
+    "base-empty": ("decomposition.safetensors", lambda run: b"", "fit test predict"),
+}
+
+
+def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is_restored(tiny_fit, tmp_path, capsys):
+    run, image = tmp_path / "run", str(next((tmp_path / "first").rglob("*.png")))
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    commands = {
+        "fit": ["fit", "--run_dir", str(run), "--resume", "true"],
+        "test": ["test", "--run_dir", str(run)],
+        "predict": ["predict", "--run_dir", str(run), "--task", "first", "--images", image, "--output", f"{run}.csv"],
+    }
+    assert main(commands["fit"]) == 0  # which spells the config in its own way
+    for name, content, refusing in DAMAGES.values():
+        path, before = run / name, (run / name).read_bytes()
+        damaged = content(run)
+        path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+        kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        for command in refusing.split():
+            capsys.readouterr()
+            assert main(commands[command]) == 2, (name, damaged)
+            error = capsys.readouterr().err
+            assert str(path) in error
+            assert error.count("\n") == 1
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == kept
+        path.write_bytes(before)
+    assert [main(words) for words in commands.values()] == [0, 0, 0]
+
+
+def test_a_task_whose_patch_has_gone_is_learnt_again_with_all_after_it(tiny_fit, tmp_path):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    wanted = everything(run)
+    (run / "patches" / "00_first.safetensors").unlink()
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    assert everything(run) == wanted
