@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -28,7 +29,7 @@ from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import RunError
-from recast_pl.files import write_atomic
+from recast_pl.files import STORAGE_FAULTS, remove_unfinished, write_atomic, writing
 from recast_pl.report import catalogue_table, evaluation_table, table_csv
 from recast_pl.til.module import TILModule
 from recast_pl.training import TrainerFactory
@@ -149,10 +150,16 @@ def _add_data_actions(parser: ArgumentParser) -> None:
 def fit(config: Namespace) -> int:
     """Learns the stream, or fits templates by gradient where the model is a `MimicryModule`."""
     run_dir = _run_dir(config)
+    with writing(run_dir):
+        return _fit(config, run_dir)
+
+
+def _fit(config: Namespace, run_dir: Path) -> int:
     text = _config_text(config)
     if _is_main_process():
         stream.check_run_folder(run_dir, config.resume)
         _check_same_run(run_dir / "config.yaml", text)
+        remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
     init = fit_parser().instantiate(config)
     trainers = TrainerFactory(init.trainer)
@@ -180,18 +187,20 @@ class _Interruption:
 
 @contextmanager
 def _interruptible() -> Iterator[_Interruption]:
-    """Ends what is within at Ctrl-C and SIGTERM; the state after the last epoch has been kept by then."""
+    """Ends what is within at Ctrl-C, SIGTERM and SIGHUP; the state after the last epoch has been kept by then."""
     interruption = _Interruption()
 
     def interrupt(number: int, frame: object) -> None:
         interruption.signal = interruption.signal or number
         raise KeyboardInterrupt
 
-    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants to go on
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield interruption
-    except (KeyboardInterrupt, SystemExit):  # the trainer makes the one of the other
+    except BaseException:  # such as SystemExit, which the trainer makes of it, or that another process has gone
         if interruption.signal is None:
             raise
     finally:
@@ -276,6 +285,7 @@ def _open_run(folder: str) -> tuple[Path, Namespace]:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is no run folder, it has no config.yaml; give the folder that 'fit' printed")
+    _check_config(path)
     parser = fit_parser()
     config = parser.parse_path(path)
     seed_everything(config.seed_everything, verbose=False)
@@ -372,12 +382,31 @@ def _with_resumed_config(argv: list[str]) -> list[str]:
     if asked.get("--resume") == "true" and "--run_dir" in asked and not {"--config", "-c"} & set(words):
         path = Path(asked["--run_dir"]) / "config.yaml"
         if path.is_file():
+            _check_config(path)
             return [argv[0], "--config", str(path), *argv[1:]]
     return argv
 
 
+def _check_config(path: Path) -> None:
+    """Refuses a run's config that is damaged, in its own name."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+        raise RunError(f"cannot read {path} ({cause}); restore it") from cause
+    missing = {"seed_everything", "model", "data", "trainer"} - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise RunError(f"{path} is damaged (it has no {', '.join(sorted(missing))}); restore it")
+
+
+def _quieten_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands a full disk to the main one, where it is said once."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in STORAGE_FAULTS):
+        threading.__excepthook__(failure)
+
+
 def _quieten_libraries() -> None:
     """Silences what Lightning would say anew for each task, and Pillow for each image; what matters stays."""
+    threading.excepthook = _quieten_thread
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

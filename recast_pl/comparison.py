@@ -114,7 +114,10 @@ class Comparison:
     def _runs(self, name: str) -> dict[int, Summary]:
         """What the runs of a method say, by seed."""
         paths = sorted((self.folder / name).glob("*/summary.json"))
-        return {run["seed"]: run for run in (read_json(path, RunError) for path in paths)}
+        return {
+            run["seed"]: run
+            for run in (read_json(path, RunError, seed=int, tasks=list, accuracy_matrix=list) for path in paths)
+        }
 
 
 def _row(name: str, runs: Mapping[int, Summary], alone: Mapping[int, Summary] | None) -> list[str]:

@@ -27,3 +27,7 @@ class PatchError(RecastError):
 
 class RunError(RecastError):
     """A run folder cannot be created, resumed or read."""
+
+
+class StorageError(RecastError):
+    """A file cannot be written: the disk is full, or writing is not allowed."""

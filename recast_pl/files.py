@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic writing, safetensors with metadata, fingerprints."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,8 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from recast_pl.errors import RecastError
+from recast_pl.errors import RecastError, StorageError
 
+STORAGE_FAULTS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+)
+"""What the system says where a file cannot be written, and the user can mend."""
+_PART = ".part"  # ends the name of what is being written
 _METADATA_KEY = "recast_pl"  # one key, because safetensors keeps several in no fixed order
 
 
@@ -29,21 +35,52 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     Args:
         path: The file; its folder is created.
         content: Bytes, or text to be encoded as UTF-8.
+
+    Raises:
+        StorageError: If the disk is full or must not be written; the old content stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says, of a file or folder that cannot be written, which and why.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        StorageError: Where the system refuses to write what is written within.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as cause:
+        if cause.errno not in STORAGE_FAULTS:
+            raise
+        raise StorageError(
+            f"cannot write {path} ({cause}); make room or give the right to write there, or choose another "
+            "folder; what is finished is kept"
+        ) from cause
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_atomic` was writing below a folder when it was killed; no one else may write there."""
+    for part in folder.rglob(f".*{_PART}"):
+        part.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -51,16 +88,25 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, error: type[RecastError]) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, error: type[RecastError], **entries: type) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        path: The file.
+        error: The type of error to raise.
+        entries: The type of each entry that it must have.
 
     Raises:
-        RecastError: (as `error`) if the file is missing or damaged.
+        RecastError: (as `error`) if the file is missing or damaged, or lacks an entry.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as cause:
+        content = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as cause:
         raise error(f"cannot read {path} ({cause}); restore it") from cause
+    wrong = [name for name, kind in entries.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise error(f"{path} is damaged ({wrong[0]} is missing or no {entries[wrong[0]].__name__}); restore it")
+    return content
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

@@ -38,6 +38,8 @@ from recast_pl.training import (
     tensorboard,
 )
 
+_RECORDED = {"tasks": list, "accuracy_matrix": list, "wall_seconds": float}  # of summary.json, what is read again
+
 
 class Stream:
     """Learns the tasks of a datamodule in order, into a run folder.
@@ -107,12 +109,12 @@ class Stream:
     def _take_finished(self) -> None:
         """Reads the patches in place, what they share, and the results of just those tasks."""
         paths = [self._path("patches", index) for index in range(len(self.data.tasks))]
-        self.patches = [TaskPatch.load(path) for path in itertools.takewhile(Path.exists, paths)]
+        self.patches = [_load_patch(path) for path in itertools.takewhile(Path.exists, paths)]
         if self.patches:
             self.shared_bytes = _load_shared(self.module, self._path("shared", len(self.patches) - 1))
             for patch in self.patches:
                 self.module.activate(patch)
-            summary = read_json(self.run_dir / "summary.json", RunError)
+            summary = read_json(self.run_dir / "summary.json", RunError, **_RECORDED)
             count = len(self.patches)
             self.rows = summary["tasks"][:count]
             self.matrix = [row[:count] for row in summary["accuracy_matrix"][:count]]
@@ -260,9 +262,10 @@ def evaluate_run(
     evaluator = trainers.for_evaluation()
     patches = load_patches(run_dir)
     _restore(module, run_dir, data.image_size)
-    summary = read_json(run_dir / "summary.json", RunError)
-    names = [row["name"] for row in summary["tasks"]]
-    recorded = dict(zip(names, summary["accuracy_matrix"][-1], strict=True))
+    recorded = _recorded(run_dir / "summary.json")
+    unknown = [name for name in patches if name not in recorded]
+    if unknown:
+        raise RunError(f"{run_dir / 'summary.json'} says nothing of task {unknown[0]!r}; restore it")
     positions = {task.name: index for index, task in enumerate(data.tasks)}
     return [
         (name, recorded[name], measure(module, data, positions[name], patch, evaluator))
@@ -307,7 +310,7 @@ def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
     Raises:
         RunError: If there are none.
     """
-    patches = (TaskPatch.load(path) for path in _patch_paths(run_dir))
+    patches = (_load_patch(path) for path in _patch_paths(run_dir))
     return {patch.task: patch for patch in patches}
 
 
@@ -355,6 +358,23 @@ def _patch_paths(run_dir: Path) -> list[Path]:
     if not paths:
         raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
     return paths
+
+
+def _load_patch(path: Path) -> TaskPatch:
+    """Reads a patch, which must be in its own place."""
+    patch = TaskPatch.load(path)
+    if path.stem.partition("_")[2] != patch.task:
+        raise PatchError(f"{path} holds the patch of task {patch.task!r}; put the right one there")
+    return patch
+
+
+def _recorded(path: Path) -> dict[str, float]:
+    """The last row of the accuracy matrix in `summary.json`, by task."""
+    summary = read_json(path, RunError, **_RECORDED)
+    try:
+        return dict(zip([row["name"] for row in summary["tasks"]], summary["accuracy_matrix"][-1], strict=True))
+    except (TypeError, ValueError, KeyError, IndexError) as cause:
+        raise RunError(f"{path} is damaged ({cause!r}); restore it") from cause
 
 
 def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:

@@ -1,6 +1,7 @@
 """The Trainer of one task: fresh each time, with the callbacks every task needs."""
 
 import copy
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
+from recast_pl.files import write_atomic
 from recast_pl.til.module import TILModule
 
 
@@ -31,8 +34,7 @@ class TrainerFactory:
     def for_training(self, folder: Path, version: str, callbacks: Sequence[Callback]) -> Trainer:
         """A trainer that logs to `folder/tensorboard/version`."""
         settings = dict(self.settings)
-        own = settings.get("callbacks") or []
-        own = list(own) if isinstance(own, Sequence) else [own]
+        own = _listed(settings.get("callbacks"))
         if settings.get("logger") in (None, True):
             settings["logger"] = tensorboard(folder, version)
         off: list[type[Callback]] = []
@@ -43,7 +45,8 @@ class TrainerFactory:
         if bar and not any(isinstance(callback, ProgressBar) for callback in own):
             callbacks = [*callbacks, TaskProgressBar()]
         settings["callbacks"] = [*copy.deepcopy(own), *callbacks]
-        return Trainer(**{"default_root_dir": folder, **settings})
+        settings["plugins"] = [*_listed(settings.get("plugins")), WholeCheckpoints()]
+        return _trainer({"default_root_dir": folder, **settings})
 
     def alone(self) -> "TrainerFactory":
         """The same for a single process, whatever the run was trained on."""
@@ -52,7 +55,21 @@ class TrainerFactory:
     def for_evaluation(self) -> Trainer:
         """A trainer that only tests or predicts, and says nothing."""
         quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
-        return Trainer(**{**self.settings, **quiet})
+        return _trainer({**self.settings, **quiet})
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints as all else is written.
+
+    Lightning's own come by way of the system's temporary folder. From another disk they are copied over the checkpoint
+    before, of which a full disk would leave neither.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replaces the checkpoint by a whole one, or leaves it."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomic(path, content.getvalue())
 
 
 class TaskProgressBar(RichProgressBar):
@@ -185,3 +202,17 @@ class CoefficientHistograms(Callback):
 def tensorboard(folder: Path, version: str) -> Logger:
     """A TensorBoard logger that shows new values within seconds."""
     return TensorBoardLogger(folder, name="tensorboard", version=version, flush_secs=5)
+
+
+def _trainer(settings: Mapping[str, Any]) -> Trainer:
+    trainer = Trainer(**settings)
+    # at SIGTERM, Lightning would talk to the other processes in the midst of whatever they say, and could hang them all
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def _listed(setting: Any) -> list[Any]:
+    """What a setting of `Trainer` gives: nothing, one or several."""
+    if setting is None:
+        return []
+    return list(setting) if isinstance(setting, list | tuple) else [setting]

@@ -196,6 +196,22 @@ def test_rosa_goes_on_with_the_same_entries_when_interrupted_while_it_warms_up()
         assert torch.equal(run(interrupted), wanted)
 
 
+def test_rosa_leaves_out_a_step_that_overflows():
+    torch.manual_seed(3)
+    network = Small()
+    piece = attached(RoSA(density=0.1, warm_up=3, targets=[r"layer\.weight"]), network)
+    wanted = torch.zeros(8, 6)
+    for step in range(4):
+        piece.begin_step(0.0)
+        x = torch.randn(5, 6)
+        scale = torch.inf if step == 0 else 1.0
+        network(x).square().sum().mul(scale).backward()
+        if 0 < step < 3:
+            residual = network.layer(x).detach()
+            wanted += (2 * residual.T @ x) ** 2
+    assert set(piece.task_state()["indices"].tolist()) == set(wanted.flatten().topk(4).indices.tolist())
+
+
 # masks
 
 

@@ -4,13 +4,11 @@ import csv
 import io
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -247,19 +245,6 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit
     assert patches(killed) == patches(run)
     assert without_times(read_summary(killed)) == without_times(read_summary(run))
     assert not list((killed / "checkpoints").iterdir())
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(run, tiny_fit, tmp_path):
-    killed, generator = tmp_path / "killed", random.Random(0)
-    words = tiny_fit("--resume", "true", run_dir=killed)
-    for _ in range(8):
-        process = subprocess.Popen([sys.executable, "-m", "recast_pl", *words], cwd=ROOT)
-        time.sleep(generator.uniform(6, 14))
-        process.kill()
-        process.wait()
-    assert main(words) == 0
-    assert patches(killed) == patches(run)
 
 
 def test_warm_starts_and_schedules_survive_a_kill(tiny_fit, tmp_path):

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import TINY_VIT
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from recast_pl import (
@@ -227,6 +228,68 @@ def test_trains_in_bf16_mixed(module, data):
     states = [*patch.pieces, *module.shared_state().pieces]
     numbers = [t for state in states for name, t in state.items() if t.is_floating_point() and name != "logits"]
     assert all(t.dtype in (torch.float32, torch.float64) and t.isfinite().all() for t in numbers)
+
+
+class Change(L.Callback):
+    """What training has done to all that is trained."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = pl_module.trainable_state()
+
+    def on_train_end(self, trainer, pl_module):
+        self.values = {name: value - self.before[name] for name, value in pl_module.trainable_state().items()}
+
+
+QUICK = ("recast-vit", "clr-resnet", "ewc-vit")
+STEPS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in METHODS
+    if not name.startswith("hat")  # whose masks harden in the course of an epoch, and bound what an optimizer does
+]
+
+
+def change_in_an_epoch(name, folder, batch_size, **settings):
+    """Of plain gradient descent on 18 images: with all of them in a batch, the negative gradient."""
+    torch.manual_seed(0)
+    backbone, pieces = METHODS[name]()
+    for piece in pieces:
+        piece.learning_rate = None
+    module = TILModule(backbone, pieces, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    data = SequentialTaskDataModule([TaskConfig("first", str(folder), flip=False)], 32, batch_size=batch_size)
+    change = Change()
+    fit(module, data, max_epochs=1, callbacks=[change], **settings)
+    return change.values
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_half_batches_that_are_accumulated_are_a_whole_one_and_clipping_bounds_the_step(name, image_folder):
+    folder = image_folder("first", 3)
+    whole = change_in_an_epoch(name, folder, 18)
+    halves = change_in_an_epoch(name, folder, 9, accumulate_grad_batches=2)
+    norm = torch.stack([value.norm() for value in whole.values()]).norm()
+    clipped = change_in_an_epoch(name, folder, 18, gradient_clip_val=float(norm) / 4)
+    assert norm > 1e-3
+    for key, value in whole.items():
+        assert torch.allclose(halves[key], value, atol=1e-5 * float(norm)), key
+        assert torch.allclose(clipped[key], value / 4, atol=1e-5 * float(norm)), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_trains_in_fp16_with_gradients_that_are_scaled_and_may_overflow(module, device, data):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    if device == "cpu" and module.backbone_config is RESNET:
+        pytest.skip("convolutions in fp16 take minutes on a CPU")
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)  # so that the first steps overflow, whatever the method
+    change = Change()
+    settings = {"accelerator": "gpu", "devices": 1} if device == "cuda" else {}
+    precision = MixedPrecision("16-mixed", device, scaler)
+    patch = fit(module, data, max_epochs=8, plugins=[precision], callbacks=[change], **settings)
+    assert scaler.get_scale() < 2.0**40
+    assert any(value.count_nonzero() for value in change.values.values())
+    states = [patch.head, *patch.pieces, *module.shared_state().pieces]
+    assert all(t.isfinite().all() for state in states for t in state.values())
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Files from the network: fetched with resume, checked, and unpacked without trust."""
 
-import errno
 import gzip
 import hashlib
 import http.client
@@ -19,12 +18,12 @@ from pathlib import Path, PurePosixPath
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from recast_pl.errors import DataError
+from recast_pl.files import STORAGE_FAULTS
 
 ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
 _TIMEOUT = 60.0  # seconds without a byte
 _BLOCK = 1 << 20
-_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)  # no fault of the network
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
@@ -128,7 +127,7 @@ def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]
                 ) from error
             failure: Exception = error
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in _LOCAL:
+            if isinstance(error, OSError) and error.errno in STORAGE_FAULTS:  # not the network's
                 raise
             failure = error
         else:

@@ -158,7 +158,9 @@ class Sparse(Adaptation):
         if self.dense is None:
             self.dense = torch.zeros(*shape, device=device, requires_grad=True)
         elif self.dense.grad is not None:
-            self.squares += self.dense.grad.flatten().square()
+            squares = self.dense.grad.flatten().square()
+            if squares.isfinite().all():  # in half precision a step may overflow, which the optimizer leaves out, too
+                self.squares += squares
             self.dense.grad = None
 
     def choose(self) -> None:

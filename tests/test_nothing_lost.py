@@ -1,0 +1,284 @@
+"""Runs that are killed, whose disk is full, and whose files are damaged: what was finished stays, and goes on."""
+
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_stream import patches, read_summary, without_times
+
+from recast_pl.cli import main
+from recast_pl.errors import StorageError
+from recast_pl.files import is_whole_checkpoint
+from recast_pl.training import WholeCheckpoints
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+
+
+@contextmanager
+def zygote(*prefix):
+    """A function that hands requests to `zygote.py`, and its process."""
+    command = [*prefix, sys.executable, str(ROOT / "tests" / "zygote.py")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(**request):
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        try:
+            yield ask, process
+        finally:
+            process.stdin.close()
+
+
+def going_on(run, words):
+    """The command that a user gives after a kill."""
+    known = (run / "config.yaml").is_file()
+    return ["fit", "--run_dir", str(run), "--resume", "true"] if known else [*words, "--resume", "true"]
+
+
+def everything(run):
+    """All that a run ends with, less times and events; a config spells the same things in one way or another."""
+    files = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
+    content = {name: None if name == "config.yaml" else path.read_bytes() for name, path in files.items()}
+    return content | {"summary.json": without_times(read_summary(run))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "kills"), [(None, 36), ("derpp", 12)])
+def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(method, kills, tiny_fit, tmp_path):
+    more = () if method is None else ("--config", f"methods/{method}.yaml")
+    generator, log, killed = random.Random(0), tmp_path / "log", tmp_path / "killed"
+    words = tiny_fit(*more, run_dir=killed)
+    with zygote() as (ask, _):
+        for run in (tmp_path / "before", tmp_path / "whole"):  # whose images have been read by the one before
+            started = time.monotonic()
+            assert ask(words=tiny_fit(*more, run_dir=run), log=str(log)) == 0
+            seconds = time.monotonic() - started
+        wanted = everything(tmp_path / "whole")
+        while kills:
+            status = ask(words=going_on(killed, words), log=str(log), seconds=generator.uniform(0, seconds))
+            assert status in (0, -signal.SIGKILL), log.read_text()
+            kills -= status != 0
+            if status == 0:  # and once more from the start
+                assert everything(killed) == wanted
+                shutil.rmtree(killed)
+        assert ask(words=going_on(killed, words), log=str(log)) == 0, log.read_text()
+    assert everything(killed) == wanted
+
+
+def started(words, log):
+    """A command in a session of its own."""
+    command = [sys.executable, "-m", "recast_pl", *words]
+    with log.open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_until(condition, *args):
+    end = time.monotonic() + 60
+    while not condition(*args):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_written(path, since=0):
+    return path.exists() and path.stat().st_mtime_ns > since
+
+
+def is_gone(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_been(tiny_fit, tmp_path):
+    generator, log, ended, whole = random.Random(0), tmp_path / "log", tmp_path / "ended", tmp_path / "whole"
+    more = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "6")
+    process = started(tiny_fit(*more, run_dir=whole), log)
+    wait_until(is_written, whole / "config.yaml")  # the second process is started after that
+    begun = time.monotonic()
+    assert process.wait(120) == 0, log.read_text()
+    seconds = time.monotonic() - begun
+    words = tiny_fit(*more, run_dir=ended)
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
+        since = time.time_ns()
+        process = started(going_on(ended, words), log)
+        wait_until(is_written, ended / "config.yaml", since)
+        time.sleep(generator.uniform(0.4 * seconds, seconds))  # it takes half of the time to start the second process
+        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        assert process.wait(60) in (0, -number, 128 + number), log.read_text()
+        wait_until(is_gone, process.pid)
+    assert started(going_on(ended, words), log).wait(120) == 0, log.read_text()
+    assert everything(ended) == everything(whole)
+
+
+# disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk: how to run commands there, where the commands see it, and where this process does."""
+    mine = tmp_path / "disk"
+    mine.mkdir()
+    # root of its own mounts, and yet without the right to write where it is not allowed
+    with zygote("unshare", "-rm", "setpriv", "--bounding-set", "-dac_override") as (ask, process):
+        try:
+            refused = ask(shell=f"mount -t tmpfs -o size=384k none {mine}")
+        except (OSError, ValueError):
+            refused = True
+        if refused:
+            pytest.skip("this system lets no test mount a disk")
+        yield ask, mine, Path(f"/proc/{process.pid}/root{mine}")
+
+
+def the_error(log):
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("recast_pl: error: ")
+    return line
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_too_small_again_and_again_ends_as_if_it_had_not_been(tiny_fit, disk, tmp_path):
+    (ask, place, seen), log = disk, tmp_path / "log"
+    words, whole, run = tiny_fit(run_dir=place / "run"), tmp_path / "whole", seen / "run"
+    assert ask(words=tiny_fit(run_dir=whole), log=str(log)) == 0
+    errors, kept = [], {}
+    while status := ask(words=[*words, "--resume", "true"], log=str(log)):
+        errors.append(the_error(log))
+        assert (status, str(place / "run") in errors[-1], "No space left" in errors[-1]) == (2, True, True), errors[-1]
+        now = patches(run) if (run / "patches").exists() else {}
+        assert kept.items() <= now.items()
+        kept = now
+        assert all(is_whole_checkpoint(path) for path in run.rglob("*.ckpt"))
+        assert not list(run.rglob(".*"))
+        assert ask(shell=f"mount -o remount,size={384 + 32 * len(errors)}k {place}") == 0
+    assert everything(run) == everything(whole)
+    assert len({error.partition("cannot write ")[2].split()[0] for error in errors}) > 2  # files of several kinds
+
+
+MIMICRY = ("fit", "--config", "mimicry_resnet34.yaml", "--trainer.max_epochs", "1", "--model.image_size", "32")
+MIMICRY += ("--model.backbone.name", "torchvision/resnet18", "--model.backbone.weights", "random")
+COMPARE = ("compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "--seeds", "1")
+
+
+@pytest.mark.slow
+def test_every_command_that_cannot_write_says_where_and_why(tiny_fit, disk, tmp_path):
+    (ask, place, _), log, run = disk, tmp_path / "log", tmp_path / "run"
+    assert ask(words=tiny_fit(), log=str(log)) == 0
+    image = str(next((tmp_path / "first").rglob("*.png")))
+    compared = shlex.join(tiny_fit("--trainer.max_epochs", "1")[5:])
+    commands = [
+        tiny_fit(run_dir=place / "new"),
+        tiny_fit("--resume", "true", run_dir=place / "new"),
+        [*MIMICRY, "--run_dir", str(place / "mimicry")],
+        ["predict", "--run_dir", str(run), "--task", "first", "--images", image, "--output", str(place / "labels.csv")],
+        [*COMPARE, "--output", str(place / "compared"), "--options", compared],
+        ["data", "prepare", "digits", "--root", str(place / "data")],
+    ]
+    for condition, reason in (
+        (f"head -c 1M /dev/zero > {place}/filler; mkdir {place}/empty", "No space left"),
+        (f"mount -o remount,ro {place}", "Read-only file system"),
+        (f"mount -o remount,rw {place} && rm -r {place}/* && chmod 555 {place}", "Permission denied"),
+    ):
+        ask(shell=condition)
+        for words in commands:
+            assert ask(words=words, log=str(log)) == 2, (reason, words, log.read_text())
+            error = the_error(log)
+            assert str(place) in error, error
+            assert reason in error, error
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path, (soft, hard) = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    WholeCheckpoints().save_checkpoint({"weights": torch.zeros(1000)}, path)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))  # no file may grow beyond
+    try:
+        with pytest.raises(StorageError, match=r"last\.ckpt .*File too large"):
+            WholeCheckpoints().save_checkpoint({"weights": torch.zeros(2000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.ckpt", before)]
+
+
+# damage
+
+
+def changed(**entries):
+    return lambda run: json.dumps(read_summary(run) | entries)
+
+
+def other_patch(run):
+    return patches(run)["01_second.safetensors"]
+
+
+DAMAGES = {  # file, what is written there, the commands that refuse it
+    "summary-empty": ("summary.json", lambda run: "", "fit test"),
+    "summary-null": ("summary.json", lambda run: "null", "fit test"),
+    "summary-list": ("summary.json", lambda run: "[]", "fit test"),
+    "summary-half": ("summary.json", lambda run: (run / "summary.json").read_text()[:300], "fit test"),
+    "summary-type": ("summary.json", changed(tasks=7), "fit test"),
+    "summary-row": ("summary.json", changed(accuracy_matrix=[[100.0], 5]), "test"),
+    "summary-short": ("summary.json", changed(tasks=[{"name": "first"}], accuracy_matrix=[[100.0]]), "test"),
+    "config-empty": ("config.yaml", lambda run: "", "fit test predict"),
+    "config-text": ("config.yaml", lambda run: "hello", "fit test predict"),
+    "config-half": ("config.yaml", lambda run: (run / "config.yaml").read_text()[:500], "fit test predict"),
+    "config-code": ("config.yaml", lambda run: b"\xff\xfe\0", "fit test predict"),
+    "patch-empty": ("patches/00_first.safetensors", lambda run: b"", "fit test predict"),
+    "patch-other": (
+        "patches/00_first.safetensors",
+        lambda run: patches(run)["01_second.safetensors"],
+        "fit test predict",
+    ),
+    "base-empty": ("decomposition.safetensors", lambda run: b"", "fit test predict"),
+}
+
+
+def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is_restored(tiny_fit, tmp_path, capsys):
+    run, image = tmp_path / "run", str(next((tmp_path / "first").rglob("*.png")))
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    commands = {
+        "fit": ["fit", "--run_dir", str(run), "--resume", "true"],
+        "test": ["test", "--run_dir", str(run)],
+        "predict": ["predict", "--run_dir", str(run), "--task", "first", "--images", image, "--output", f"{run}.csv"],
+    }
+    assert main(commands["fit"]) == 0  # which spells the config in its own way
+    for name, content, refusing in DAMAGES.values():
+        path, before = run / name, (run / name).read_bytes()
+        damaged = content(run)
+        path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+        kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        for command in refusing.split():
+            capsys.readouterr()
+            assert main(commands[command]) == 2, (name, damaged)
+            error = capsys.readouterr().err
+            assert str(path) in error
+            assert error.count("\n") == 1
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == kept
+        path.write_bytes(before)
+    assert [main(words) for words in commands.values()] == [0, 0, 0]
+
+
+def test_a_task_whose_patch_has_gone_is_learnt_again_with_all_after_it(tiny_fit, tmp_path):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    wanted = everything(run)
+    (run / "patches" / "00_first.safetensors").unlink()
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    assert everything(run) == wanted
