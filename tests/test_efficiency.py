@@ -138,9 +138,9 @@ def test_evaluation_generates_each_weight_once(tiny_fit, monkeypatch):
     counts = {"train": 0, "evaluation": 0}
     mix = TemplateBank.mix
 
-    def counted(self, *arguments):
+    def counted(self, *arguments, **keywords):
         counts["train" if torch.is_grad_enabled() else "evaluation"] += 1
-        return mix(self, *arguments)
+        return mix(self, *arguments, **keywords)
 
     monkeypatch.setattr(TemplateBank, "mix", counted)
     assert main(tiny_fit("--trainer.max_epochs", "2")) == 0  # 5, 3 or 6 batches of training; 1 or 2 to evaluate

@@ -32,20 +32,20 @@ class TemplateBank(nn.Module):
         self.templates = nn.Parameter(templates, requires_grad=False)
 
     def mix(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-        """The weight of equations 1 and 2, reading every template once.
+        """The weight of equations 1 and 2, or those of several layers, reading every template once.
 
         Args:
-            coefficients: K sets of n coefficients (K, n).
-            out: Where to write the weight (*shape), without gradients; None for memory of its own.
+            coefficients: K sets of n coefficients (K, n), or those of L layers (L, K, n).
+            out: Where to write, without gradients; None for memory of its own.
 
         Returns:
-            The weight (*shape): Σ_i mean_k(C_ki)·T_i, which equals mean_k Σ_i C_ki·T_i.
+            The weight (*shape), or weights (L, *shape): Σ_i mean_k(C_ki)·T_i, which equals mean_k Σ_i C_ki·T_i.
         """
         # in half precision a weight would lose what its coefficients can express
         with torch.autocast(coefficients.device.type, enabled=False):
-            mean, templates = coefficients.mean(0).to(self.templates), self.templates.flatten(1)  # (n,), (n, D)
-            flat = torch.mv(templates.T, mean, out=None if out is None else out.view(-1))  # (D,)
-        return flat.view(self.templates.shape[1:])
+            mean, templates = coefficients.mean(-2).to(self.templates), self.templates.flatten(1)  # (…, n), (n, D)
+            flat = torch.matmul(mean, templates, out=None if out is None else out.view(*mean.shape[:-1], -1))  # (…, D)
+        return flat.view(*mean.shape[:-1], *self.templates.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,6 @@ class Mixture(nn.Module):
         """The weight (*shape) that coefficients (K, n) stand for."""
         return self.bank.mix(coefficients)
 
-    def write(self, coefficients: Tensor, out: Tensor) -> None:
-        """The same into memory that is there, without gradients.
-
-        Args:
-            coefficients: (K, n).
-            out: Where the weight (*shape) goes.
-        """
-        self.bank.mix(coefficients, out)
-
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
         """The coefficients (K, n) nearest to a dense weight, in all sets the same.
 

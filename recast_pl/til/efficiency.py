@@ -11,6 +11,9 @@ from lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from recast_pl.decomposition.bank import TemplateBank
+from recast_pl.decomposition.surgery import Mixture
+
 _ROWWISE = ("attn.proj", "mlp")
 """What transforms each token by itself in a block of timm's or torchvision's vision transformers."""
 
@@ -64,7 +67,7 @@ class MergedWeights:
     """
 
     def __init__(self) -> None:
-        self._memory: dict[tuple[int, str], Tensor] = {}
+        self._memory: dict[int, Tensor] = {}
 
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
@@ -74,28 +77,35 @@ class MergedWeights:
             network: With generated weights.
         """
         with parametrize.cached():
-            for module in network.modules():
-                for name in getattr(module, "parametrizations", ()):
-                    self._keep(module, name)
+            with torch.no_grad():
+                self._fill(network)
             yield
-
-    @torch.no_grad()
-    def _keep(self, module: Any, name: str) -> None:
-        key, chain = (id(module), name), module.parametrizations[name]
-        memory = self._memory.get(key)
-        if memory is None or memory.device != next(module.parameters()).device:
-            weight = getattr(module, name)
-            with torch.inference_mode(mode=False):  # or it could not be written to outside of inference
-                self._memory[key] = torch.empty_like(weight).copy_(weight)
-        elif len(chain) == 1 and hasattr(chain[0], "write"):
-            chain[0].write(chain.original0, memory)
-        else:
-            memory.copy_(getattr(module, name))
-        parametrize._cache[key] = self._memory[key]
 
     def free(self) -> None:
         """Gives the memory back."""
         self._memory.clear()
+
+    def _fill(self, network: nn.Module) -> None:
+        mixed: dict[TemplateBank, dict[tuple[int, str], Tensor]] = {}
+        for module in network.modules():
+            for name, chain in getattr(module, "parametrizations", {}).items():
+                key, first = (id(module), name), chain[0]
+                if len(chain) == 1 and isinstance(first, Mixture):
+                    mixed.setdefault(first.bank, {})[key] = chain.original0
+                else:
+                    weight = getattr(module, name)
+                    parametrize._cache[key] = self._room(id(chain), weight, weight.shape).copy_(weight)
+        for bank, layers in mixed.items():  # together, so that templates are read once for all layers of a group
+            weights = self._room(id(bank), bank.templates, (len(layers), *bank.templates.shape[1:]))  # (L, *shape)
+            bank.mix(torch.stack(list(layers.values())), out=weights)
+            parametrize._cache.update(zip(layers, weights, strict=True))
+
+    def _room(self, key: int, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        memory = self._memory.get(key)
+        if memory is None or memory.device != like.device:
+            with torch.inference_mode(mode=False):  # or it could not be written to outside of inference
+                memory = self._memory[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return memory
 
 
 class EvaluateMerged(Callback):
