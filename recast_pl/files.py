@@ -46,9 +46,9 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically; NaN is refused, because JSON has none."""
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def json_text(content: Any) -> str:
+    """Indented JSON for a file; NaN is refused, because JSON has none."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, error: type[RecastError]) -> Any:

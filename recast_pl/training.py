@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
@@ -43,16 +46,33 @@ class TrainerFactory:
         if bar and not any(isinstance(callback, ProgressBar) for callback in own):
             callbacks = [*callbacks, TaskProgressBar()]
         settings["callbacks"] = [*copy.deepcopy(own), *callbacks]
-        return Trainer(**{"default_root_dir": folder, **settings})
+        return _trainer({"default_root_dir": folder, **settings})
 
-    def alone(self) -> "TrainerFactory":
-        """The same for a single process, whatever the run was trained on."""
-        return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto"})
+    def alone(self, **settings: Any) -> "TrainerFactory":
+        """The same for a single process, whatever the run was trained on.
+
+        Args:
+            settings: Further arguments of `Trainer`.
+        """
+        return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto", **settings})
 
     def for_evaluation(self) -> Trainer:
         """A trainer that only tests or predicts, and says nothing."""
         quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
-        return Trainer(**{**self.settings, **quiet})
+        return _trainer({**self.settings, **quiet})
+
+
+def _trainer(settings: Mapping[str, Any]) -> Trainer:
+    """A trainer that under srun leaves requeueing alone.
+
+    Lightning's would write a checkpoint of its own, which it would then take for that of each later task.
+    """
+    plugins = settings.get("plugins") or []
+    plugins = list(plugins) if isinstance(plugins, Sequence) else [plugins]
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and not chosen:
+        plugins += [SLURMEnvironment(auto_requeue=False)]
+    return Trainer(**{**settings, "plugins": plugins})
 
 
 class TaskProgressBar(RichProgressBar):
