@@ -188,10 +188,11 @@ def _learn(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     learning = stream.Stream(_til(init.model), init.data, run_dir, here, seed, text, console)
     learning.check_isolated("--engine")
     _check_one_device(init.trainer)
-    learning.prepare()
+    left = learning.begin(init.only)
     words = ["fit", "--run_dir", str(run_dir), "--resume", "true", *ONE_DEVICE, "--only"]
-    units = {f"task {name}": [*words, name] for name in learning.unfinished() if name in init.only or not init.only}
-    failed = run_units(init.engine, units, lambda name: console.print(f"{name} is learnt"))
+    failed = run_units(
+        init.engine, {f"task {name}": [*words, name] for name in left}, lambda name: console.print(f"{name} is learnt")
+    )
     learning.merge()
     if failed:
         print(f"to go on: python -m recast_pl {_resuming(run_dir)}, with the engine", file=sys.stderr)

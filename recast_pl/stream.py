@@ -74,6 +74,7 @@ class Stream:
         self.module, self.data, self.run_dir, self.trainers, self.seed = module, data, Path(run_dir), trainers, seed
         self.config, self.console = config, console or Console()
         self.evaluator = trainers.for_evaluation()
+        self._names = [task.name for task in data.tasks]
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self.started = time.monotonic()
@@ -92,18 +93,30 @@ class Stream:
         Raises:
             RunError: If there is no such task, or the method does not keep tasks apart.
         """
-        wanted = self._positions(only)
-        self.prepare()
-        self._take_finished(wanted)
-        for index in wanted:
-            if index not in self.records:
-                self._learn(index)
-                if not only:
-                    self._write_results()
+        for name in self.begin(only):
+            self._learn(self._names.index(name))
+            if not only:
+                self._write_results()
         return self._conclude(write=not only)
 
-    def prepare(self) -> None:
-        """Gets the images, and writes what the tasks are learnt upon into the run folder."""
+    def begin(self, only: Sequence[str] = ()) -> list[str]:
+        """Gets the images, writes what tasks are learnt upon into the run folder, and takes what is finished.
+
+        Args:
+            only: As of `run`.
+
+        Returns:
+            Names of the tasks that are left to learn, in order.
+
+        Raises:
+            RunError: As `run`.
+        """
+        wanted = self._positions(only)
+        self._prepare()
+        self._take_finished(wanted)
+        return [self._names[index] for index in wanted if index not in self.records]
+
+    def _prepare(self) -> None:
         self.data.prepare_data()
         for piece in self.module.pieces:
             piece.load_base(self.run_dir)
@@ -117,15 +130,9 @@ class Stream:
                 for part in piece.describe():
                     self.console.print(part)
 
-    def unfinished(self) -> list[str]:
-        """Names of the tasks without a patch. Call `prepare` before."""
-        indices = range(len(self.data.tasks))
-        self._take_finished(indices)
-        return [self.data.tasks[index].name for index in indices if index not in self.records]
-
     def merge(self) -> None:
-        """Makes the results of all finished tasks, whoever learnt them. Call `prepare` before."""
-        self._take_finished(range(len(self.data.tasks)))
+        """Makes the results of all finished tasks, whoever learnt them. Call `begin` before."""
+        self._take_finished(range(len(self._names)))
         if self.records:
             self._conclude(write=True)
 
@@ -147,13 +154,12 @@ class Stream:
 
     def _positions(self, only: Sequence[str]) -> list[int]:
         """Where tasks stand in the stream, in order; all for no names."""
-        names = [task.name for task in self.data.tasks]
-        unknown = [name for name in only if name not in names]
+        unknown = [name for name in only if name not in self._names]
         if unknown:
-            raise RunError(f"--only {unknown[0]!r} is none of the tasks; choose of {', '.join(names)}")
+            raise RunError(f"--only {unknown[0]!r} is none of the tasks; choose of {', '.join(self._names)}")
         if only:
             self.check_isolated("--only")
-        return [index for index, name in enumerate(names) if name in only or not only]
+        return [index for index, name in enumerate(self._names) if name in only or not only]
 
     def _take_finished(self, indices: Iterable[int]) -> None:
         """Reads patches in place, their records, and what they share, which is as it was after the last one."""
