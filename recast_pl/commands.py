@@ -304,7 +304,7 @@ def _verify_data(options: Namespace) -> int:
 
 def compare(config: Namespace) -> int:
     """Runs `fit` for each method and seed, and prints the table."""
-    engine = compare_parser().instantiate_classes(config).engine
+    engine = compare_parser().instantiate(config).engine
     options = [*shlex.split(config.options), *(ONE_DEVICE if engine else ())]
     comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options, config.alone)
     with _interruptible() as interruption:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recast_pl import cli
+from recast_pl.cli import main
 from recast_pl.errors import RunError
 
 ONE_DEVICE = ("--trainer.devices", "1")
@@ -71,7 +71,7 @@ class Here(Engine):
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
         for index, words in enumerate(commands):
-            status = cli.main(words)
+            status = main(words)
             yield index, Outcome(status)
             if status:
                 return
@@ -162,7 +162,7 @@ def _work(words: Sequence[str], folder: str, settings: Mapping[str, str]) -> Out
         os.environ.setdefault(name, value)
     output = io.StringIO()
     with redirect_stdout(output), redirect_stderr(output):
-        status = cli.main(words)
+        status = main(words)
     if status == _STOPPED:  # this machine is being shut down; a worker that dies is replaced, one that fails is not
         os.kill(os.getpid(), signal.SIGKILL)
     return Outcome(status, output.getvalue())
@@ -244,7 +244,7 @@ class _Job:
     """A command line as a job that can be requeued."""
 
     def __call__(self, words: Sequence[str]) -> int:
-        status = cli.main(words)
+        status = main(words)
         if status == _STOPPED:  # SLURM ends this job in a moment, and requeues it unless it is cancelled
             signal.pause()
         return status

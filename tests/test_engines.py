@@ -143,19 +143,21 @@ def test_compare_on_an_engine(tiny_fit, tmp_path):
     assert tables[0][0]["seeds"] == "2"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
     words = tiny_fit("--engine", "Processes", "--trainer.max_epochs", "100000")
     driver = subprocess.Popen([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     learning = [tmp_path / "run" / "checkpoints" / name / "last.ckpt" for name in ("00_first", "01_second")]
-    assert waits_for(lambda: all(path.exists() for path in learning))
+    started = waits_for(lambda: all(path.exists() for path in learning))
     driver.send_signal(signal.SIGINT)
-    _, error = driver.communicate(timeout=60)
+    _, error = driver.communicate(timeout=120)
+    assert started
     assert driver.returncode == 128 + signal.SIGINT
     assert "interrupted by SIGINT; what is learnt is kept" in error
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
-def waits_for(condition, seconds=120):
+def waits_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.2)
@@ -300,9 +302,10 @@ def test_the_slurm_script_learns_with_two_processes_and_requeues_itself(tiny_fit
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]))[1:]
     command = ["bash", str(ROOT / "examples" / "slurm.sh"), *words]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert waits_for((tmp_path / "here").exists)
+    started = waits_for((tmp_path / "here").exists)
     job.send_signal(signal.SIGUSR1)  # SLURM: the time is nearly up
-    job.communicate(timeout=60)
+    job.communicate(timeout=120)
+    assert started
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
     run = tmp_path / "run"
     assert list(patches(run)) == ["00_first.safetensors"]
