@@ -248,6 +248,7 @@ def test_ray_learns_on_when_a_worker_dies_and_names_what_fails(number, sequentia
 # SLURM
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_is_requeued_goes_on(sequential, tiny_fit, tmp_path):
     engine = ("--engine", "Slurm", "--engine.folder", tmp_path / "jobs", "--engine.cluster", "local")
     assert main(tiny_fit(*engine, *once(tmp_path, signal.SIGUSR2))) == 0
