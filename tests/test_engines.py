@@ -145,10 +145,14 @@ def test_compare_on_an_engine(tiny_fit, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
-    words = tiny_fit("--engine", "Processes", "--trainer.max_epochs", "100000")
+    markers = [tmp_path / "at_first", tmp_path / "at_second"]
+    callbacks = [
+        {"class_path": "kill.WaitOnce", "init_args": {"task": name, "epoch": 1, "marker": str(marker)}}
+        for name, marker in zip(("first", "second"), markers, strict=True)
+    ]
+    words = tiny_fit("--engine", "Processes", "--trainer.callbacks", json.dumps(callbacks))
     driver = subprocess.Popen([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    learning = [tmp_path / "run" / "checkpoints" / name / "last.ckpt" for name in ("00_first", "01_second")]
-    started = waits_for(lambda: all(path.exists() for path in learning))
+    started = waits_for(lambda: all(marker.exists() for marker in markers))
     driver.send_signal(signal.SIGINT)
     _, error = driver.communicate(timeout=120)
     assert started
