@@ -7,6 +7,7 @@ from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout
+from recast_pl.engines import Engine, Processes, Ray, Slurm
 from recast_pl.errors import RecastError
 from recast_pl.til.module import TILModule
 from recast_pl.til.outputs import CLR, HAT, AdaptFormer
@@ -31,6 +32,7 @@ __all__ = [
     "BankLayout",
     "Decomposition",
     "DoRA",
+    "Engine",
     "FineTune",
     "FullFineTune",
     "GDumb",
@@ -41,11 +43,14 @@ __all__ = [
     "MimicryModule",
     "Piece",
     "Piggyback",
+    "Processes",
+    "Ray",
     "Recast",
     "RecastError",
     "RoSA",
     "SequentialTaskDataModule",
     "SharedState",
+    "Slurm",
     "TILModule",
     "TaskConfig",
     "TaskPatch",

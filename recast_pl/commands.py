@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,13 +21,14 @@ from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from recast_pl import cli, stream
+from recast_pl import stream
 from recast_pl.cli import COMMANDS
 from recast_pl.comparison import Comparison
 from recast_pl.data.catalogue import CATALOGUE, PAPER, source_faults
 from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data_root
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.module import MimicryModule
+from recast_pl.engines import ONE_DEVICE, Engine, Here, run_units
 from recast_pl.errors import RunError
 from recast_pl.files import STORAGE_FAULTS, remove_unfinished, write_atomic, writing
 from recast_pl.report import catalogue_table, evaluation_table, table_csv
@@ -82,6 +83,8 @@ def fit_parser() -> LightningArgumentParser:
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
     parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
     parser.add_argument("--resume", type=bool, default=False, help="Continue the run in --run_dir.")
+    parser.add_argument("--only", type=str, nargs="+", default=[], help="Tasks to learn now (default: all).")
+    parser.add_argument("--engine", type=Engine | None, help="Where to learn the tasks, one on each device.")
     parser.add_argument("--seed_everything", type=int, default=42, help="Decides all randomness of the run.")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(SequentialTaskDataModule, "data")
@@ -127,6 +130,7 @@ def compare_parser() -> ArgumentParser:
         type=str | None,
         help="Method whose runs say what each task reaches alone, such as finetune_each; adds forward transfer.",
     )
+    parser.add_argument("--engine", type=Engine | None, help="Where to make the runs, one on each device.")
     return parser
 
 
@@ -162,20 +166,58 @@ def _fit(config: Namespace, run_dir: Path) -> int:
         remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
     init = fit_parser().instantiate(config)
-    trainers = TrainerFactory(init.trainer)
-    console = Console()
+    console, status = Console(), 0
     if isinstance(init.model, MimicryModule):
+        if init.engine is not None or init.only:
+            raise RunError("MimicryModule learns no tasks; leave out --engine and --only")
+        trainers = TrainerFactory(init.trainer)
         decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
         console.print(decomposition.table())
     else:
-        learning = stream.Stream(_til(init.model), init.data, run_dir, trainers, config.seed_everything, text, console)
         with _interruptible() as interruption:
-            learning.run()
+            status = _learn(init, run_dir, text, console)
         if interruption.signal is not None:
             return _say_how_to_go_on(run_dir, interruption.signal)
     if _is_main_process():
         console.print(f"run folder: {run_dir}", soft_wrap=True)
-    return 0
+    return status
+
+
+def _learn(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
+    """Learns the tasks in this process, or on an engine; 1 if that failed for some."""
+    trainers, seed = TrainerFactory(init.trainer), init.seed_everything
+    if init.engine is None:
+        # the run's own config stays: that of a process that learns some of the tasks may name fewer devices
+        kept = None if init.only and (run_dir / "config.yaml").is_file() else text
+        stream.Stream(_til(init.model), init.data, run_dir, trainers, seed, kept, console).run(init.only)
+        return 0
+    here = trainers.alone(accelerator="cpu")  # which need not have what the engine has
+    learning = stream.Stream(_til(init.model), init.data, run_dir, here, seed, text, console)
+    learning.check_isolated("--engine")
+    _check_one_device(init.trainer)
+    left = learning.begin(init.only)
+    words = ["fit", "--run_dir", str(run_dir), "--resume", "true", *ONE_DEVICE, "--only"]
+    failed = run_units(
+        init.engine, {f"task {name}": [*words, name] for name in left}, lambda name: console.print(f"{name} is learnt")
+    )
+    learning.merge()
+    if failed:
+        print(f"to go on: python -m recast_pl {_resuming(run_dir)}, with the engine", file=sys.stderr)
+    return int(failed != 0)
+
+
+def _check_one_device(settings: Mapping[str, Any]) -> None:
+    asked = {key: settings.get(key) for key in ("devices", "num_nodes")}
+    wrong = {key: value for key, value in asked.items() if value not in ("auto", 1, "1")}
+    if wrong:
+        (key, value), *_ = wrong.items()
+        raise RunError(
+            f"--trainer.{key} {value} is not for --engine, which has one device for each task; leave out either"
+        )
+
+
+def _resuming(run_dir: Path) -> str:
+    return shlex.join(["fit", "--run_dir", str(run_dir), "--resume", "true"])
 
 
 @dataclass
@@ -210,8 +252,7 @@ def _interruptible() -> Iterator[_Interruption]:
 
 def _say_how_to_go_on(run_dir: Path, number: int) -> int:
     if _is_main_process():
-        words = shlex.join(["fit", "--run_dir", str(run_dir), "--resume", "true"])
-        kept = f"what is learnt is kept. To go on: python -m recast_pl {words}"
+        kept = f"what is learnt is kept. To go on: python -m recast_pl {_resuming(run_dir)}"
         after = kept if (run_dir / "config.yaml").is_file() else "nothing has been learnt yet"
         print(f"recast_pl: interrupted by {signal.Signals(number).name}; {after}", file=sys.stderr)
     return 128 + number
@@ -272,9 +313,13 @@ def _verify_data(options: Namespace) -> int:
 
 def compare(config: Namespace) -> int:
     """Runs `fit` for each method and seed, and prints the table."""
-    options = shlex.split(config.options)
+    engine = compare_parser().instantiate(config).engine
+    options = [*shlex.split(config.options), *(ONE_DEVICE if engine else ())]
     comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options, config.alone)
-    status = comparison.run(cli.main)
+    with _interruptible() as interruption:
+        status = comparison.run(engine or Here())
+    if interruption.signal is not None:
+        return 128 + interruption.signal
     if not status:
         Console().print(comparison.table(), f"table: {comparison.folder}/comparison.md", soft_wrap=True)
     return status
@@ -316,13 +361,15 @@ def _run_dir(config: Namespace) -> Path:
 
 
 def _is_main_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("RANK", "0")) == 0
+    """Whether this process is the first, by what torchrun (which sets all of them) or Lightning and srun say."""
+    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name, "0")) == 0 for name in names)
 
 
 def _config_text(config: Namespace) -> str:
     """The content of config.yaml: all that decides the run, with defaults spelt out."""
     kept = config.clone()
-    for key in ("config", "run_dir", "resume"):
+    for key in ("config", "run_dir", "resume", "only", "engine"):
         kept.pop(key, None)
     text: str = fit_parser().dump(kept, skip_link_targets=False)
     return text

@@ -1,7 +1,9 @@
 """Methods beside one another: several configurations, each with several seeds, and one table."""
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from recast_pl.engines import Engine, run_units
 from recast_pl.errors import RunError
 from recast_pl.files import read_json, write_atomic
 from recast_pl.metrics import forward_transfer
@@ -66,23 +69,21 @@ class Comparison:
         own = ["--seed_everything", str(seed), "--run_dir", str(run_dir), "--resume", "true"]
         return ["fit", *configs, *self.options, *own]
 
-    def run(self, fit: Callable[[list[str]], int]) -> int:
+    def run(self, engine: Engine) -> int:
         """Learns what is not learnt yet, and writes the table after every run.
 
         Args:
-            fit: The command line; returns an exit status.
+            engine: Where the runs are made.
 
         Returns:
             0, or the status of the first run that failed.
         """
-        for method, name in enumerate(self.methods):
-            for seed in self.seeds:
-                status = fit(self.words(method, seed))
-                if status:
-                    print(f"{name} with seed {seed} failed; the same command goes on from there")
-                    return status
-                self.write()
-        return 0
+        runs = itertools.product(enumerate(self.methods), self.seeds)
+        units = {f"{name} with seed {seed}": self.words(method, seed) for (method, name), seed in runs}
+        status = run_units(engine, units, lambda name: self.write())
+        if status:
+            print("the same command goes on from there", file=sys.stderr)
+        return status
 
     def write(self) -> None:
         """Writes `comparison.csv` and `comparison.md` from all finished runs in the folder, whatever their seeds."""

@@ -83,9 +83,9 @@ def remove_unfinished(folder: Path) -> None:
         part.unlink()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically; NaN is refused, because JSON has none."""
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def json_text(content: Any) -> str:
+    """Indented JSON for a file; NaN is refused, because JSON has none."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, error: type[RecastError], **entries: type) -> dict[str, Any]:
@@ -107,6 +107,33 @@ def read_json(path: Path, error: type[RecastError], **entries: type) -> dict[str
     if wrong:
         raise error(f"{path} is damaged ({wrong[0]} is missing or no {entries[wrong[0]].__name__}); restore it")
     return content
+
+
+def sealed_json(content: Mapping[str, Any]) -> str:
+    """JSON for a file, with a checksum of what it says."""
+    return json_text({**content, "checksum": sha256(_json(content).encode())})
+
+
+def read_sealed_json(path: Path, error: type[RecastError]) -> dict[str, Any]:
+    """Reads a file of `sealed_json`.
+
+    Args:
+        path: The file.
+        error: The type of error to raise.
+
+    Raises:
+        RecastError: (as `error`) if the file is missing or says something else than was written.
+    """
+    content = read_json(path, error)
+    checksum = content.pop("checksum", None)
+    if checksum != sha256(_json(content).encode()):
+        raise error(f"{path} is damaged (its checksum does not fit); restore it")
+    return content
+
+
+def sha256(content: bytes) -> str:
+    """In hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
@@ -150,7 +177,7 @@ def read_tensors(path: str | Path, error: type[RecastError]) -> tuple[dict[str, 
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    return hashlib.sha256(f"{_json(metadata)}\n{fingerprint(tensors)}".encode()).hexdigest()
+    return sha256(f"{_json(metadata)}\n{fingerprint(tensors)}".encode())
 
 
 def _json(content: Any) -> str:

@@ -3,8 +3,9 @@
 import itertools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from recast_pl.data.tasks import derive_seed
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import is_whole_checkpoint, read_json, write_atomic, write_json
+from recast_pl.files import is_whole_checkpoint, json_text, read_sealed_json, sealed_json, sha256, write_atomic
 from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backward_transfer, forgetting
 from recast_pl.plots import plot_accuracy_matrix, to_png
 from recast_pl.report import matrix_csv, stream_table
@@ -38,15 +39,18 @@ from recast_pl.training import (
     tensorboard,
 )
 
-_RECORDED = {"tasks": list, "accuracy_matrix": list, "wall_seconds": float}  # of summary.json, what is read again
+Record = dict[str, Any]
+"""What `tasks/` holds of a finished task: its facts, the accuracies measured just after it, by task, and the digest of
+its patch."""
 
 
 class Stream:
     """Learns the tasks of a datamodule in order, into a run folder.
 
-    A task is finished when its patch is in place. What stood before is never overwritten; with `resume`,
-    finished tasks are kept and an interrupted one goes on from its last epoch. Where a method does not keep tasks
-    apart, `shared/` holds what they share as it was after the last finished one.
+    A task is finished when its patch is in place; `tasks/` holds a record of each, from which all results are made.
+    What stood before is never overwritten; with `resume`, finished tasks are kept and an interrupted one goes on from
+    its last epoch. Where a method keeps tasks apart, they may be learnt in any order and by several processes; where
+    it does not, `shared/` holds what they share as it was after the last finished one.
 
     Args:
         module: The method and backbone.
@@ -71,29 +75,50 @@ class Stream:
         self.module, self.data, self.run_dir, self.trainers, self.seed = module, data, Path(run_dir), trainers, seed
         self.config, self.console = config, console or Console()
         self.evaluator = trainers.for_evaluation()
-        self.rows: list[dict[str, Any]] = []
-        self.matrix: list[list[float | None]] = []
-        self.patches: list[TaskPatch] = []
-        self.shared_bytes = 0
-        self.seconds_before, self.started = 0.0, time.monotonic()
+        self._names = [task.name for task in data.tasks]
+        self.patches: dict[int, TaskPatch] = {}
+        self.records: dict[int, Record] = {}
+        self.started = time.monotonic()
 
-    def run(self) -> dict[str, Any]:
+    def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
         """Learns all tasks that are not finished.
 
-        Returns:
-            The content of `summary.json`.
-        """
-        self.data.prepare_data()
-        self._build()
-        self._take_finished()
-        for index in range(len(self.patches), len(self.data.tasks)):
-            self._learn(index)
-        summary = self._summary()
-        if self.evaluator.is_global_zero:
-            self.console.print(stream_table(summary))
-        return summary
+        Args:
+            only: Names of the tasks to learn, and to look at, whatever others are there; `merge` makes the results
+                of all. Empty for all tasks.
 
-    def _build(self) -> None:
+        Returns:
+            The content of `summary.json`; with `only` it is of these tasks and not written, as other processes may be
+            learning others.
+
+        Raises:
+            RunError: If there is no such task, or the method does not keep tasks apart.
+        """
+        for name in self.begin(only):
+            self._learn(self._names.index(name))
+            if not only:
+                self._write_results()
+        return self._conclude(write=not only)
+
+    def begin(self, only: Sequence[str] = ()) -> list[str]:
+        """Gets the images, writes what tasks are learnt upon into the run folder, and takes what is finished.
+
+        Args:
+            only: As of `run`.
+
+        Returns:
+            Names of the tasks that are left to learn, in order.
+
+        Raises:
+            RunError: As `run`.
+        """
+        wanted = self._positions(only)
+        self._prepare()
+        self._take_finished(wanted)
+        return [self._names[index] for index in wanted if index not in self.records]
+
+    def _prepare(self) -> None:
+        self.data.prepare_data()
         for piece in self.module.pieces:
             piece.load_base(self.run_dir)
         seed_everything(self.seed, verbose=False)  # random weights, if asked for, must be found again
@@ -106,19 +131,50 @@ class Stream:
                 for part in piece.describe():
                     self.console.print(part)
 
-    def _take_finished(self) -> None:
-        """Reads the patches in place, what they share, and the results of just those tasks."""
-        paths = [self._path("patches", index) for index in range(len(self.data.tasks))]
-        self.patches = [_load_patch(path) for path in itertools.takewhile(Path.exists, paths)]
-        if self.patches:
-            self.shared_bytes = _load_shared(self.module, self._path("shared", len(self.patches) - 1))
-            for patch in self.patches:
-                self.module.activate(patch)
-            summary = read_json(self.run_dir / "summary.json", RunError, **_RECORDED)
-            count = len(self.patches)
-            self.rows = summary["tasks"][:count]
-            self.matrix = [row[:count] for row in summary["accuracy_matrix"][:count]]
-            self.seconds_before = summary["wall_seconds"]
+    def merge(self) -> None:
+        """Makes the results of all finished tasks, whoever learnt them. Call `begin` before."""
+        self._take_finished(range(len(self._names)))
+        if self.records:
+            self._conclude(write=True)
+
+    def check_isolated(self, option: str) -> None:
+        """Refuses to learn tasks apart from one another where later ones need what earlier ones leave.
+
+        Args:
+            option: What asks for it.
+
+        Raises:
+            RunError: Naming the piece that tasks share.
+        """
+        sharing = [type(piece).__name__ for piece in self.module.pieces if not piece.isolated]
+        if sharing:
+            raise RunError(
+                f"{option} learns tasks apart from one another, but they share what {sharing[0]} trains; "
+                f"learn them in order, without {option}"
+            )
+
+    def _positions(self, only: Sequence[str]) -> list[int]:
+        """Where tasks stand in the stream, in order; all for no names."""
+        unknown = [name for name in only if name not in self._names]
+        if unknown:
+            raise RunError(f"--only {unknown[0]!r} is none of the tasks; choose of {', '.join(self._names)}")
+        if only:
+            self.check_isolated("--only")
+        return [index for index, name in enumerate(self._names) if name in only or not only]
+
+    def _take_finished(self, indices: Iterable[int]) -> None:
+        """Reads patches in place, their records, and what they share, which is as it was after the last one."""
+        there = [(index, self._path("patches", index).exists()) for index in indices]
+        if not self.module.isolated:
+            there = list(itertools.takewhile(itemgetter(1), there))
+        finished = [index for index, found in there if found]
+        both = {index: _load_finished(self.run_dir, self._file_name(index)) for index in finished}
+        self.patches = {index: patch for index, (patch, _) in both.items()}
+        self.records = {index: record for index, (_, record) in both.items()}
+        if finished:
+            _load_shared(self.module, self._path("shared", finished[-1]))
+        for patch in self.patches.values():
+            self.module.activate(patch)
 
     def _learn(self, index: int) -> None:
         self.data.select(index)
@@ -151,20 +207,19 @@ class Stream:
         return None
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
-        """Measures all tasks seen, and writes all else first, then the patch that marks the task finished."""
+        """Measures the task and those before it, and writes all else first, then the patch that marks it finished."""
         probe, trained = percent(self.module.probe_accuracy), self.module.task_parameters
         patch = self.module.patch({"probe_accuracy": probe})
-        accuracies = [self._measure(j, p) for j, p in enumerate([*self.patches, patch])]
-        patch = replace(patch, metrics={"accuracy": accuracies[-1], "probe_accuracy": probe})
+        seen = {j: p for j, p in self.patches.items() if j < index} | {index: patch}
+        accuracies = {p.task: measure(self.module, self.data, j, p, self.evaluator) for j, p in seen.items()}
+        patch = replace(patch, metrics={"accuracy": accuracies[patch.task], "probe_accuracy": probe})
         self.data.select(index)
-        self.patches.append(patch)
-        self.matrix = [[*row, None] for row in self.matrix] + [list(accuracies)]
         sizes = self.data.sizes
         content = patch.to_bytes()
-        row = {
+        task = {
             "name": patch.task,
             "classes": len(patch.classes),
-            "accuracy": accuracies[-1],
+            "accuracy": accuracies[patch.task],
             "probe_accuracy": probe,
             "task_parameters": trained,
             "head_parameters": sum(t.numel() for t in patch.head.values()),
@@ -175,54 +230,73 @@ class Stream:
             "epochs": epochs,
             "seconds": round(seconds, 2),
         }
-        self.rows.append(row)
-        if not self.module.isolated:
-            self._write_shared(index)
+        shared_bytes = 0 if self.module.isolated else self._write_shared(index)
+        record = {
+            "task": task,
+            "accuracies": accuracies,
+            "patch": sha256(content),
+            "shared_bytes": shared_bytes,
+            "wall_seconds": round(time.monotonic() - self.started, 2),
+        }
+        self.started = time.monotonic()
+        self.patches[index], self.records[index] = patch, record
         if self.evaluator.is_global_zero:
-            self._write_results()
+            write_atomic(self._path("tasks", index), sealed_json(record))
             write_atomic(self._path("patches", index), content)
             for before in range(index):
                 self._path("shared", before).unlink(missing_ok=True)
 
-    def _measure(self, index: int, patch: TaskPatch) -> float:
-        return measure(self.module, self.data, index, patch, self.evaluator)
-
-    def _write_shared(self, index: int) -> None:
+    def _write_shared(self, index: int) -> int:
         state = self.module.shared_state()
-        self.shared_bytes = state.nbytes
         if self.evaluator.is_global_zero:
             state.save(self._path("shared", index))
+        return state.nbytes
+
+    def _conclude(self, write: bool) -> dict[str, Any]:
+        if write:
+            self._write_results()
+        summary = self._summary()
+        if self.evaluator.is_global_zero:
+            self.console.print(stream_table(summary))
+        return summary
 
     def _write_results(self) -> None:
-        summary = self._summary()
-        names = [row["name"] for row in self.rows]
-        write_atomic(self.run_dir / "accuracy_matrix.csv", matrix_csv(self.matrix, names))
-        figure = plot_accuracy_matrix(self.matrix, names)
+        """Writes the results of all finished tasks, unless they are there."""
+        summary, path = self._summary(), self.run_dir / "summary.json"
+        content = json_text(summary)
+        if not self.evaluator.is_global_zero or (path.exists() and path.read_text() == content):
+            return
+        matrix, names = summary["accuracy_matrix"], [task["name"] for task in summary["tasks"]]
+        write_atomic(self.run_dir / "accuracy_matrix.csv", matrix_csv(matrix, names))
+        figure = plot_accuracy_matrix(matrix, names)
         write_atomic(self.run_dir / "accuracy_matrix.png", to_png(figure))
-        write_json(self.run_dir / "summary.json", summary)
         if self.trainers.settings.get("logger") in (None, True):
             _log_stream(tensorboard(self.run_dir, "stream"), summary, figure)
+        write_atomic(path, content)
 
     def _summary(self) -> dict[str, Any]:
+        records = [record for _, record in sorted(self.records.items())]
+        matrix = _accuracy_matrix(records)
         return {
             "method": " + ".join(self.module.method),
             "backbone": self.module.backbone_config.name,
             "seed": self.seed,
-            "tasks": self.rows,
-            "accuracy_matrix": self.matrix,
-            "average_accuracy": average_accuracy(self.matrix),
-            "average_anytime_accuracy": average_anytime_accuracy(self.matrix),
-            "backward_transfer": backward_transfer(self.matrix),
-            "forgetting": forgetting(self.matrix),
-            "shared_bytes": self.shared_bytes,
-            "wall_seconds": round(self.seconds_before + time.monotonic() - self.started, 2),
+            "tasks": [record["task"] for record in records],
+            "accuracy_matrix": matrix,
+            "average_accuracy": average_accuracy(matrix),
+            "average_anytime_accuracy": average_anytime_accuracy(matrix),
+            "backward_transfer": backward_transfer(matrix),
+            "forgetting": forgetting(matrix),
+            "shared_bytes": records[-1]["shared_bytes"],
+            "wall_seconds": round(sum(record["wall_seconds"] for record in records), 2),
         }
 
     def _file_name(self, index: int) -> str:
         return f"{index:02d}_{self.data.tasks[index].name}"
 
     def _path(self, kind: str, index: int) -> Path:
-        return self.run_dir / kind / f"{self._file_name(index)}.safetensors"
+        suffix = ".json" if kind == "tasks" else ".safetensors"
+        return self.run_dir / kind / f"{self._file_name(index)}{suffix}"
 
 
 def measure(
@@ -262,14 +336,13 @@ def evaluate_run(
     evaluator = trainers.for_evaluation()
     patches = load_patches(run_dir)
     _restore(module, run_dir, data.image_size)
-    recorded = _recorded(run_dir / "summary.json")
-    unknown = [name for name in patches if name not in recorded]
-    if unknown:
-        raise RunError(f"{run_dir / 'summary.json'} says nothing of task {unknown[0]!r}; restore it")
+    records = [_load_finished(run_dir, path.stem)[1] for path in _patch_paths(run_dir)]
+    recorded = _accuracy_matrix(records)[-1]
     positions = {task.name: index for index, task in enumerate(data.tasks)}
     return [
-        (name, recorded[name], measure(module, data, positions[name], patch, evaluator))
-        for name, patch in patches.items()
+        (name, accuracy, measure(module, data, positions[name], patch, evaluator))
+        for (name, patch), accuracy in zip(patches.items(), recorded, strict=True)
+        if accuracy is not None
     ]
 
 
@@ -310,7 +383,7 @@ def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
     Raises:
         RunError: If there are none.
     """
-    patches = (_load_patch(path) for path in _patch_paths(run_dir))
+    patches = (_load_finished(run_dir, path.stem)[0] for path in _patch_paths(run_dir))
     return {patch.task: patch for patch in patches}
 
 
@@ -348,6 +421,19 @@ def check_run_folder(run_dir: Path, resume: bool) -> None:
         raise RunError(f"run folder {run_dir} exists; add --resume true to continue it, or name another --run_dir")
 
 
+def _accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
+    """Accuracies by task learnt and task tested.
+
+    Of a task that was learnt later, or by another process, nothing was measured after the ones behind it: as such
+    tasks are kept apart, what it reached itself is what it would have reached.
+    """
+    own = {record["task"]["name"]: record["task"]["accuracy"] for record in records}
+    return [
+        [record["accuracies"].get(name, own[name]) if j <= i else None for j, name in enumerate(own)]
+        for i, record in enumerate(records)
+    ]
+
+
 def percent(fraction: float) -> float:
     """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
     return round(100 * fraction, 4)
@@ -360,21 +446,18 @@ def _patch_paths(run_dir: Path) -> list[Path]:
     return paths
 
 
-def _load_patch(path: Path) -> TaskPatch:
-    """Reads a patch, which must be in its own place."""
-    patch = TaskPatch.load(path)
-    if path.stem.partition("_")[2] != patch.task:
-        raise PatchError(f"{path} holds the patch of task {patch.task!r}; put the right one there")
-    return patch
+def _load_finished(run_dir: Path, name: str) -> tuple[TaskPatch, Record]:
+    """Reads the patch and the record of a finished task, which must belong together and to that task.
 
-
-def _recorded(path: Path) -> dict[str, float]:
-    """The last row of the accuracy matrix in `summary.json`, by task."""
-    summary = read_json(path, RunError, **_RECORDED)
-    try:
-        return dict(zip([row["name"] for row in summary["tasks"]], summary["accuracy_matrix"][-1], strict=True))
-    except (TypeError, ValueError, KeyError, IndexError) as cause:
-        raise RunError(f"{path} is damaged ({cause!r}); restore it") from cause
+    Args:
+        run_dir: The run folder.
+        name: Of the files, without their endings.
+    """
+    path = run_dir / "patches" / f"{name}.safetensors"
+    patch, record = TaskPatch.load(path), read_sealed_json(run_dir / "tasks" / f"{name}.json", RunError)
+    if name.partition("_")[2] != patch.task or record["patch"] != sha256(path.read_bytes()):
+        raise PatchError(f"{path} is not the patch that tasks/{name}.json tells of; restore the one that was there")
+    return patch, record
 
 
 def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
@@ -385,13 +468,10 @@ def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
     _load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
 
 
-def _load_shared(module: TILModule, path: Path) -> int:
-    """Takes what tasks share, if they share anything, and returns its bytes."""
-    if module.isolated:
-        return 0
-    state = SharedState.load(path)
-    module.load_shared_state(state)
-    return state.nbytes
+def _load_shared(module: TILModule, path: Path) -> None:
+    """Takes what tasks share, if they share anything."""
+    if not module.isolated:
+        module.load_shared_state(SharedState.load(path))
 
 
 def _log_stream(logger: Logger, summary: Mapping[str, Any], figure: Figure) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -48,9 +51,13 @@ class TrainerFactory:
         settings["plugins"] = [*_listed(settings.get("plugins")), WholeCheckpoints()]
         return _trainer({"default_root_dir": folder, **settings})
 
-    def alone(self) -> "TrainerFactory":
-        """The same for a single process, whatever the run was trained on."""
-        return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto"})
+    def alone(self, **settings: Any) -> "TrainerFactory":
+        """The same for a single process, whatever the run was trained on.
+
+        Args:
+            settings: Further arguments of `Trainer`.
+        """
+        return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto", **settings})
 
     def for_evaluation(self) -> Trainer:
         """A trainer that only tests or predicts, and says nothing."""
@@ -205,8 +212,16 @@ def tensorboard(folder: Path, version: str) -> Logger:
 
 
 def _trainer(settings: Mapping[str, Any]) -> Trainer:
-    trainer = Trainer(**settings)
-    # at SIGTERM, Lightning would talk to the other processes in the midst of whatever they say, and could hang them all
+    """A trainer that leaves signals and requeueing alone.
+
+    At SIGTERM, Lightning's would talk to the other processes in the midst of whatever they say, and could hang them
+    all. Under srun, it would write a checkpoint of its own, which it would then take for that of each later task.
+    """
+    plugins = _listed(settings.get("plugins"))
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and not chosen:
+        plugins += [SLURMEnvironment(auto_requeue=False)]
+    trainer = Trainer(**{**settings, "plugins": plugins})
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 

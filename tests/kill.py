@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 from lightning import Callback
 
@@ -37,3 +39,31 @@ class Poison(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if (pl_module.task_name, trainer.current_epoch) == (self.task, self.epoch):
             pl_module.head.bias.data.fill_(float("nan"))
+
+
+class SignalOnce(SignalAt):
+    """The same, the first time only: a marker tells a process that comes later."""
+
+    def __init__(self, number: int, task: str, epoch: int, marker: str) -> None:
+        super().__init__(number, task, epoch)
+        self.marker = Path(marker)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.marker.exists() and (pl_module.task_name, trainer.current_epoch) == (self.task, self.epoch):
+            self.marker.touch()
+            os.kill(os.getpid(), self.number)
+
+
+class WaitOnce(Callback):
+    """Waits in the middle of an epoch to be killed, the first time, and says on which node of Ray."""
+
+    def __init__(self, task: str, epoch: int, marker: str) -> None:
+        self.task, self.epoch, self.marker = task, epoch, Path(marker)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (pl_module.task_name, trainer.current_epoch) == (self.task, self.epoch) and not self.marker.exists():
+            import ray
+
+            here = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+            self.marker.write_text(here)
+            time.sleep(600)

@@ -220,22 +220,22 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
 # damage
 
 
-def changed(**entries):
-    return lambda run: json.dumps(read_summary(run) | entries)
+RECORD = "tasks/00_first.json"
 
 
-def other_patch(run):
-    return patches(run)["01_second.safetensors"]
+def from_another_run(run):
+    """A patch of the same task, base and method, and a record that does not know it."""
+    return patches(run.parent / "other")["00_first.safetensors"]
 
 
 DAMAGES = {  # file, what is written there, the commands that refuse it
-    "summary-empty": ("summary.json", lambda run: "", "fit test"),
-    "summary-null": ("summary.json", lambda run: "null", "fit test"),
-    "summary-list": ("summary.json", lambda run: "[]", "fit test"),
-    "summary-half": ("summary.json", lambda run: (run / "summary.json").read_text()[:300], "fit test"),
-    "summary-type": ("summary.json", changed(tasks=7), "fit test"),
-    "summary-row": ("summary.json", changed(accuracy_matrix=[[100.0], 5]), "test"),
-    "summary-short": ("summary.json", changed(tasks=[{"name": "first"}], accuracy_matrix=[[100.0]]), "test"),
+    "record-empty": (RECORD, lambda run: "", "fit test predict"),
+    "record-null": (RECORD, lambda run: "null", "fit test predict"),
+    "record-list": (RECORD, lambda run: "[]", "fit test predict"),
+    "record-half": (RECORD, lambda run: (run / RECORD).read_text()[:300], "fit test predict"),
+    "record-number": (RECORD, lambda run: (run / RECORD).read_text().replace("100.0", "99.0"), "fit test predict"),
+    "record-other": (RECORD, lambda run: (run / "tasks" / "01_second.json").read_text(), "fit test predict"),
+    "patch-other-run": ("patches/00_first.safetensors", from_another_run, "fit test predict"),
     "config-empty": ("config.yaml", lambda run: "", "fit test predict"),
     "config-text": ("config.yaml", lambda run: "hello", "fit test predict"),
     "config-half": ("config.yaml", lambda run: (run / "config.yaml").read_text()[:500], "fit test predict"),
@@ -253,6 +253,7 @@ DAMAGES = {  # file, what is written there, the commands that refuse it
 def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is_restored(tiny_fit, tmp_path, capsys):
     run, image = tmp_path / "run", str(next((tmp_path / "first").rglob("*.png")))
     assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    assert main(tiny_fit("--trainer.max_epochs", "2", run_dir=tmp_path / "other")) == 0
     commands = {
         "fit": ["fit", "--run_dir", str(run), "--resume", "true"],
         "test": ["test", "--run_dir", str(run)],
@@ -262,13 +263,14 @@ def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is
     for name, content, refusing in DAMAGES.values():
         path, before = run / name, (run / name).read_bytes()
         damaged = content(run)
+        assert damaged not in (before, before.decode(errors="replace"))
         path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
         kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         for command in refusing.split():
             capsys.readouterr()
             assert main(commands[command]) == 2, (name, damaged)
             error = capsys.readouterr().err
-            assert str(path) in error
+            assert str(path) in error or (path.parent.name == "tasks" and f"tasks/{path.name}" in error)
             assert error.count("\n") == 1
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == kept
         path.write_bytes(before)

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recast_pl import BackboneConfig, LinearProbe, SequentialTaskDataModule, TaskConfig, TaskPatch, TILModule
 from recast_pl.cli import main
-from recast_pl.files import is_whole_checkpoint
+from recast_pl.errors import RunError
+from recast_pl.files import is_whole_checkpoint, read_sealed_json, sealed_json
 from recast_pl.metrics import (
     average_accuracy,
     average_anytime_accuracy,
@@ -134,9 +135,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(run, tiny_fit, 
 def test_test_measures_again_and_finds_a_difference(run, capsys):
     assert main(["test", "--run_dir", str(run)]) == 0
     assert capsys.readouterr().out.count("equal") == 2
-    summary = read_summary(run)
-    summary["accuracy_matrix"][-1][1] += 1
-    (run / "summary.json").write_text(json.dumps(summary))
+    path = run / "tasks" / "01_second.json"
+    record = read_sealed_json(path, RunError)
+    record["accuracies"]["second"] += 1
+    path.write_text(sealed_json(record))
     assert main(["test", "--run_dir", str(run)]) == 1
     assert "DIFFERENT" in capsys.readouterr().out
 
