@@ -467,6 +467,17 @@ def test_a_warm_start_is_the_probe_and_counts_before_training(data):
     assert seen["accuracy"] == module.probe_score[0]
 
 
+def test_the_probe_follows_the_gradient_of_cross_entropy():
+    head = nn.Linear(6, 3).double()
+    start = [p.detach().clone().requires_grad_() for p in head.parameters()]
+    features = Features(torch.randn(11, 6).double(), torch.randint(0, 3, (11,)))
+    loss = nn.functional.cross_entropy(nn.functional.linear(features.features, *start), features.labels)
+    gradients = torch.autograd.grad(loss, start)
+    fit_probe(head, features, features, 1, 11, lambda p: ([torch.optim.SGD(p, lr=0.5)], []))
+    for parameter, before, gradient in zip(head.parameters(), start, gradients, strict=True):
+        torch.testing.assert_close(parameter, before - 0.5 * gradient)
+
+
 def test_the_probe_keeps_its_best_epoch():
     torch.manual_seed(0)
     features = torch.randn(60, 5)
