@@ -163,7 +163,8 @@ def _fit(config: Namespace, run_dir: Path) -> int:
     if _is_main_process():
         stream.check_run_folder(run_dir, config.resume)
         _check_same_run(run_dir / "config.yaml", text)
-        remove_unfinished(run_dir)
+        if not config.only:  # else others may be writing
+            remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
     init = fit_parser().instantiate(config)
     console, status = Console(), 0

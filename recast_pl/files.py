@@ -80,7 +80,7 @@ def writing(path: Path) -> Iterator[None]:
 def remove_unfinished(folder: Path) -> None:
     """Removes what `write_atomic` was writing below a folder when it was killed; no one else may write there."""
     for part in folder.rglob(f".*{_PART}"):
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def json_text(content: Any) -> str:
