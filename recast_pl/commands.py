@@ -239,7 +239,8 @@ def _interruptible() -> Iterator[_Interruption]:
 
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants to go on
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [number for number in numbers if not (nohup and number == signal.SIGHUP)]
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield interruption

@@ -115,6 +115,7 @@ def test_processes_learn_the_bytes_of_one(sequential, tiny_fit, tmp_path, capsys
     assert (tmp_path / "run" / "config.yaml").read_text() == (sequential / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_is_named_the_others_are_learnt_and_the_command_goes_on(
     sequential, tiny_fit, tmp_path, capsys
 ):
@@ -130,6 +131,7 @@ def test_a_task_that_fails_is_named_the_others_are_learnt_and_the_command_goes_o
     assert_same(tmp_path / "run", sequential)
 
 
+@pytest.mark.slow
 def test_compare_on_an_engine(tiny_fit, tmp_path):
     options = shlex.join(tiny_fit("--trainer.max_epochs", "1")[5:])  # less fit, config and run folder
     words = ["compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "--seeds", "1", "2"]
@@ -261,6 +263,7 @@ def test_a_slurm_job_that_is_requeued_goes_on(sequential, tiny_fit, tmp_path):
     assert_same(tmp_path / "run", sequential)
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_fails_is_named(tiny_fit, tmp_path, capsys):
     callback = {"class_path": "kill.Poison", "init_args": {"task": "first", "epoch": 1}}
     engine = ("--engine", "Slurm", "--engine.folder", tmp_path / "jobs", "--engine.cluster", "local")
