@@ -59,7 +59,7 @@ def everything(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kills"), [(None, 36), ("derpp", 12)])
+@pytest.mark.parametrize(("method", "kills"), [(None, 30), ("derpp", 8)])
 def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(method, kills, tiny_fit, tmp_path):
     more = () if method is None else ("--config", f"methods/{method}.yaml")
     generator, log, killed = random.Random(0), tmp_path / "log", tmp_path / "killed"
