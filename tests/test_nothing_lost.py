@@ -170,7 +170,7 @@ def test_a_run_whose_disk_is_too_small_again_and_again_ends_as_if_it_had_not_bee
         assert not list(run.rglob(".*"))
         assert ask(shell=f"mount -o remount,size={384 + 32 * len(errors)}k {place}") == 0
     assert everything(run) == everything(whole)
-    assert len({error.partition("cannot write ")[2].split()[0] for error in errors}) > 2  # files of several kinds
+    assert len(errors) > 2  # or the disk was hardly ever full
 
 
 MIMICRY = ("fit", "--config", "mimicry_resnet34.yaml", "--trainer.max_epochs", "1", "--model.image_size", "32")
