@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-import recast_pl.commands  # noqa: F401
+import recast_pl.commands.fit  # noqa: F401
 from recast_pl.cli import main
 
 

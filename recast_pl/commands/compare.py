@@ -1,0 +1,43 @@
+"""`compare`: several methods and seeds, and one table."""
+
+import shlex
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from recast_pl.commands.configs import new_parser
+from recast_pl.commands.interruption import interruptible
+from recast_pl.comparison import Comparison
+from recast_pl.engines import ONE_DEVICE, Engine, Here
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs that all methods share.")
+    parser.add_argument("--configs", type=str, nargs="+", required=True, help="A config for each method.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Seeds to learn with.")
+    parser.add_argument("--output", type=str, required=True, help="Folder: METHOD/SEED for each run, and the table.")
+    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
+    parser.add_argument(
+        "--alone",
+        type=str | None,
+        help="Method whose runs say what each task reaches alone, such as finetune_each; adds forward transfer.",
+    )
+    parser.add_argument("--engine", type=Engine | None, help="Where to make the runs, one on each device.")
+
+
+def run(config: Namespace) -> int:
+    """Runs `fit` for each method and seed, and prints the table."""
+    parser = new_parser("compare")
+    declare(parser)
+    engine = parser.instantiate(config).engine
+    options = [*shlex.split(config.options), *(ONE_DEVICE if engine else ())]
+    comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options, config.alone)
+    with interruptible() as interruption:
+        status = comparison.run(engine or Here())
+    if interruption.signal is not None:
+        return 128 + interruption.signal
+    if not status:
+        Console().print(comparison.table(), f"table: {comparison.folder}/comparison.md", soft_wrap=True)
+    return status
