@@ -9,27 +9,24 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from recast_pl.data.images import FileDataset
 from recast_pl.data.module import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.module import MimicryModule
-from recast_pl.errors import PatchError, RunError
-from recast_pl.files import is_whole_checkpoint, json_text, read_sealed_json, sealed_json, sha256, write_atomic
+from recast_pl.errors import RunError
+from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256, write_atomic
 from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backward_transfer, forgetting
 from recast_pl.plots import plot_accuracy_matrix, to_png
 from recast_pl.report import matrix_csv, stream_table
+from recast_pl.runs import Record, accuracy_matrix, load_finished, load_shared, measure, percent
 from recast_pl.til.module import TILModule
-from recast_pl.til.patch import SharedState, TaskPatch
+from recast_pl.til.patch import TaskPatch
 from recast_pl.training import (
     BestEpoch,
     CoefficientHistograms,
@@ -38,10 +35,6 @@ from recast_pl.training import (
     TrainerFactory,
     tensorboard,
 )
-
-Record = dict[str, Any]
-"""What `tasks/` holds of a finished task: its facts, the accuracies measured just after it, by task, and the digest of
-its patch."""
 
 
 class Stream:
@@ -168,11 +161,11 @@ class Stream:
         if not self.module.isolated:
             there = list(itertools.takewhile(itemgetter(1), there))
         finished = [index for index, found in there if found]
-        both = {index: _load_finished(self.run_dir, self._file_name(index)) for index in finished}
+        both = {index: load_finished(self.run_dir, self._file_name(index)) for index in finished}
         self.patches = {index: patch for index, (patch, _) in both.items()}
         self.records = {index: record for index, (_, record) in both.items()}
         if finished:
-            _load_shared(self.module, self._path("shared", finished[-1]))
+            load_shared(self.module, self._path("shared", finished[-1]))
         for patch in self.patches.values():
             self.module.activate(patch)
 
@@ -276,7 +269,7 @@ class Stream:
 
     def _summary(self) -> dict[str, Any]:
         records = [record for _, record in sorted(self.records.items())]
-        matrix = _accuracy_matrix(records)
+        matrix = accuracy_matrix(records)
         return {
             "method": " + ".join(self.module.method),
             "backbone": self.module.backbone_config.name,
@@ -297,94 +290,6 @@ class Stream:
     def _path(self, kind: str, index: int) -> Path:
         suffix = ".json" if kind == "tasks" else ".safetensors"
         return self.run_dir / kind / f"{self._file_name(index)}{suffix}"
-
-
-def measure(
-    module: TILModule, data: SequentialTaskDataModule, index: int, patch: TaskPatch, evaluator: Trainer
-) -> float:
-    """Accuracy in percent of a learnt task on its test split.
-
-    Args:
-        module: Built, of the method and base of the patch.
-        data: Its stream.
-        index: Position of the task in the stream.
-        patch: The learnt task.
-        evaluator: Runs the test.
-    """
-    data.select(index)
-    if data.classes != patch.classes:
-        raise PatchError(
-            f"task {patch.task!r} has classes {data.classes}, its patch has {patch.classes}; restore the images"
-        )
-    module.activate(patch)
-    (result,) = evaluator.test(module, datamodule=data, verbose=False)
-    return percent(result["test/accuracy"])
-
-
-def evaluate_run(
-    module: TILModule, data: SequentialTaskDataModule, run_dir: Path, trainers: TrainerFactory
-) -> list[tuple[str, float, float]]:
-    """Measures every learnt task of a run again, from its patch.
-
-    Returns:
-        Task, accuracy recorded in percent, accuracy measured in percent.
-
-    Raises:
-        RunError: If nothing has been learnt.
-    """
-    data.prepare_data()
-    evaluator = trainers.for_evaluation()
-    patches = load_patches(run_dir)
-    _restore(module, run_dir, data.image_size)
-    records = [_load_finished(run_dir, path.stem)[1] for path in _patch_paths(run_dir)]
-    recorded = _accuracy_matrix(records)[-1]
-    positions = {task.name: index for index, task in enumerate(data.tasks)}
-    return [
-        (name, accuracy, measure(module, data, positions[name], patch, evaluator))
-        for (name, patch), accuracy in zip(patches.items(), recorded, strict=True)
-        if accuracy is not None
-    ]
-
-
-def predict_images(
-    module: TILModule, run_dir: Path, task: str, images: Sequence[Path], trainers: TrainerFactory
-) -> list[tuple[Path, str, float]]:
-    """Classifies image files with a learnt task.
-
-    Args:
-        module: Of the run's method and backbone.
-        run_dir: The run folder.
-        task: Name of the learnt task.
-        images: Files.
-        trainers: Makes the trainer that runs it.
-
-    Returns:
-        For each image its path, the most probable class, and its probability.
-
-    Raises:
-        RunError: If the run has not learnt the task.
-    """
-    patches = load_patches(run_dir)
-    if task not in patches:
-        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
-    patch = patches[task]
-    _restore(module, run_dir, patch.image_size)
-    module.activate(patch)
-    loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
-    batches = trainers.for_evaluation().predict(module, loader)
-    probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
-    best, labels = probabilities.max(1)
-    return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
-
-
-def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
-    """The learnt tasks of a run by name, in order.
-
-    Raises:
-        RunError: If there are none.
-    """
-    patches = (_load_finished(run_dir, path.stem)[0] for path in _patch_paths(run_dir))
-    return {patch.task: patch for patch in patches}
 
 
 def fit_mimicry(
@@ -419,59 +324,6 @@ def check_run_folder(run_dir: Path, resume: bool) -> None:
     """
     if not resume and run_dir.exists() and any(run_dir.iterdir()):
         raise RunError(f"run folder {run_dir} exists; add --resume true to continue it, or name another --run_dir")
-
-
-def _accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
-    """Accuracies by task learnt and task tested.
-
-    Of a task that was learnt later, or by another process, nothing was measured after the ones behind it: as such
-    tasks are kept apart, what it reached itself is what it would have reached.
-    """
-    own = {record["task"]["name"]: record["task"]["accuracy"] for record in records}
-    return [
-        [record["accuracies"].get(name, own[name]) if j <= i else None for j, name in enumerate(own)]
-        for i, record in enumerate(records)
-    ]
-
-
-def percent(fraction: float) -> float:
-    """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
-    return round(100 * fraction, 4)
-
-
-def _patch_paths(run_dir: Path) -> list[Path]:
-    paths = sorted((run_dir / "patches").glob("*.safetensors"))
-    if not paths:
-        raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
-    return paths
-
-
-def _load_finished(run_dir: Path, name: str) -> tuple[TaskPatch, Record]:
-    """Reads the patch and the record of a finished task, which must belong together and to that task.
-
-    Args:
-        run_dir: The run folder.
-        name: Of the files, without their endings.
-    """
-    path = run_dir / "patches" / f"{name}.safetensors"
-    patch, record = TaskPatch.load(path), read_sealed_json(run_dir / "tasks" / f"{name}.json", RunError)
-    if name.partition("_")[2] != patch.task or record["patch"] != sha256(path.read_bytes()):
-        raise PatchError(f"{path} is not the patch that tasks/{name}.json tells of; restore the one that was there")
-    return patch, record
-
-
-def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
-    """Builds the module as the run's tasks need it."""
-    for piece in module.pieces:
-        piece.load_base(run_dir)
-    module.build(image_size)
-    _load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
-
-
-def _load_shared(module: TILModule, path: Path) -> None:
-    """Takes what tasks share, if they share anything."""
-    if not module.isolated:
-        module.load_shared_state(SharedState.load(path))
 
 
 def _log_stream(logger: Logger, summary: Mapping[str, Any], figure: Figure) -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl import stream
 from recast_pl.commands.configs import open_run
 from recast_pl.files import write_atomic
 from recast_pl.report import table_csv
+from recast_pl.runs import predict_images
 from recast_pl.training import TrainerFactory
 
 
@@ -24,7 +24,7 @@ def run(config: Namespace) -> int:
     run_dir, init = open_run(config.run_dir)
     images = [Path(image) for image in config.images]
     trainers = TrainerFactory(init.trainer).alone()
-    rows = stream.predict_images(init.model, run_dir, config.task, images, trainers)
+    rows = predict_images(init.model, run_dir, config.task, images, trainers)
     lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
     write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
     return 0

@@ -3,9 +3,9 @@
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recast_pl import stream
 from recast_pl.commands.configs import open_run
 from recast_pl.report import evaluation_table
+from recast_pl.runs import evaluate_run
 from recast_pl.training import TrainerFactory
 
 
@@ -17,6 +17,6 @@ def declare(parser: ArgumentParser) -> None:
 def run(config: Namespace) -> int:
     """Evaluates all learnt tasks from their patches; 1 if a number differs from the recorded one."""
     run_dir, init = open_run(config.run_dir)
-    rows = stream.evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer).alone())
+    rows = evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer).alone())
     Console().print(evaluation_table(rows))
     return int(any(recorded != measured for _, recorded, measured in rows))

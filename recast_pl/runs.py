@@ -1,0 +1,163 @@
+"""A run folder read again: its learnt tasks, evaluated or used."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from recast_pl.data.images import FileDataset
+from recast_pl.data.module import SequentialTaskDataModule
+from recast_pl.errors import PatchError, RunError
+from recast_pl.files import read_sealed_json, sha256
+from recast_pl.til.module import TILModule
+from recast_pl.til.patch import SharedState, TaskPatch
+from recast_pl.training import TrainerFactory
+
+Record = dict[str, Any]
+"""What `tasks/` holds of a finished task: its facts, the accuracies measured just after it, by task, and the digest of
+its patch."""
+
+
+def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
+    """The learnt tasks of a run by name, in order.
+
+    Raises:
+        RunError: If there are none.
+    """
+    patches = (load_finished(run_dir, path.stem)[0] for path in _patch_paths(run_dir))
+    return {patch.task: patch for patch in patches}
+
+
+def load_finished(run_dir: Path, name: str) -> tuple[TaskPatch, Record]:
+    """Reads the patch and the record of a finished task, which must belong together and to that task.
+
+    Args:
+        run_dir: The run folder.
+        name: Of the files, without their endings.
+    """
+    path = run_dir / "patches" / f"{name}.safetensors"
+    patch, record = TaskPatch.load(path), read_sealed_json(run_dir / "tasks" / f"{name}.json", RunError)
+    if name.partition("_")[2] != patch.task or record["patch"] != sha256(path.read_bytes()):
+        raise PatchError(f"{path} is not the patch that tasks/{name}.json tells of; restore the one that was there")
+    return patch, record
+
+
+def evaluate_run(
+    module: TILModule, data: SequentialTaskDataModule, run_dir: Path, trainers: TrainerFactory
+) -> list[tuple[str, float, float]]:
+    """Measures every learnt task of a run again, from its patch.
+
+    Returns:
+        Task, accuracy recorded in percent, accuracy measured in percent.
+
+    Raises:
+        RunError: If nothing has been learnt.
+    """
+    data.prepare_data()
+    evaluator = trainers.for_evaluation()
+    patches = load_patches(run_dir)
+    _restore(module, run_dir, data.image_size)
+    records = [load_finished(run_dir, path.stem)[1] for path in _patch_paths(run_dir)]
+    recorded = accuracy_matrix(records)[-1]
+    positions = {task.name: index for index, task in enumerate(data.tasks)}
+    return [
+        (name, accuracy, measure(module, data, positions[name], patch, evaluator))
+        for (name, patch), accuracy in zip(patches.items(), recorded, strict=True)
+        if accuracy is not None
+    ]
+
+
+def predict_images(
+    module: TILModule, run_dir: Path, task: str, images: Sequence[Path], trainers: TrainerFactory
+) -> list[tuple[Path, str, float]]:
+    """Classifies image files with a learnt task.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        task: Name of the learnt task.
+        images: Files.
+        trainers: Makes the trainer that runs it.
+
+    Returns:
+        For each image its path, the most probable class, and its probability.
+
+    Raises:
+        RunError: If the run has not learnt the task.
+    """
+    patches = load_patches(run_dir)
+    if task not in patches:
+        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
+    patch = patches[task]
+    _restore(module, run_dir, patch.image_size)
+    module.activate(patch)
+    loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
+    batches = trainers.for_evaluation().predict(module, loader)
+    probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
+    best, labels = probabilities.max(1)
+    return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
+
+
+def measure(
+    module: TILModule, data: SequentialTaskDataModule, index: int, patch: TaskPatch, evaluator: Trainer
+) -> float:
+    """Accuracy in percent of a learnt task on its test split.
+
+    Args:
+        module: Built, of the method and base of the patch.
+        data: Its stream.
+        index: Position of the task in the stream.
+        patch: The learnt task.
+        evaluator: Runs the test.
+    """
+    data.select(index)
+    if data.classes != patch.classes:
+        raise PatchError(
+            f"task {patch.task!r} has classes {data.classes}, its patch has {patch.classes}; restore the images"
+        )
+    module.activate(patch)
+    (result,) = evaluator.test(module, datamodule=data, verbose=False)
+    return percent(result["test/accuracy"])
+
+
+def accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
+    """Accuracies by task learnt and task tested.
+
+    Of a task that was learnt later, or by another process, nothing was measured after the ones behind it: as such
+    tasks are kept apart, what it reached itself is what it would have reached.
+    """
+    own = {record["task"]["name"]: record["task"]["accuracy"] for record in records}
+    return [
+        [record["accuracies"].get(name, own[name]) if j <= i else None for j, name in enumerate(own)]
+        for i, record in enumerate(records)
+    ]
+
+
+def percent(fraction: float) -> float:
+    """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
+    return round(100 * fraction, 4)
+
+
+def _patch_paths(run_dir: Path) -> list[Path]:
+    paths = sorted((run_dir / "patches").glob("*.safetensors"))
+    if not paths:
+        raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
+    return paths
+
+
+def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
+    """Builds the module as the run's tasks need it."""
+    for piece in module.pieces:
+        piece.load_base(run_dir)
+    module.build(image_size)
+    load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
+
+
+def load_shared(module: TILModule, path: Path) -> None:
+    """Takes what tasks share, if they share anything."""
+    if not module.isolated:
+        module.load_shared_state(SharedState.load(path))
