@@ -9,6 +9,7 @@ from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.engines import Engine, Processes, Ray, Slurm
 from recast_pl.errors import RecastError
+from recast_pl.til.minimal import LoRAXS, Scale, Spectral
 from recast_pl.til.module import TILModule
 from recast_pl.til.outputs import CLR, HAT, AdaptFormer
 from recast_pl.til.patch import SharedState, TaskPatch
@@ -39,6 +40,7 @@ __all__ = [
     "InfLoRA",
     "LinearProbe",
     "LoRA",
+    "LoRAXS",
     "LwF",
     "MimicryModule",
     "Piece",
@@ -48,9 +50,11 @@ __all__ = [
     "Recast",
     "RecastError",
     "RoSA",
+    "Scale",
     "SequentialTaskDataModule",
     "SharedState",
     "Slurm",
+    "Spectral",
     "TILModule",
     "TaskConfig",
     "TaskPatch",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from recast_pl import CLR, AdaptFormer, DoRA, FullFineTune, LoRA, Piggyback, RoSA
+from recast_pl import CLR, AdaptFormer, DoRA, FullFineTune, LoRA, LoRAXS, Piggyback, RoSA, Scale, Spectral
 from recast_pl.errors import MethodError
 from recast_pl.til.weights import ATTENTION, CONVOLUTIONS, MLP
 
@@ -234,6 +234,40 @@ def test_piggyback_masks_weights_and_hands_gradients_straight_through():
     assert np.unpackbits(state["mask"].numpy())[:6].tolist() == [0, 0, 1, 1, 1, 1]
 
 
+# a few numbers for each weight
+
+
+@pytest.mark.parametrize("target", ["layer", "conv"])
+@pytest.mark.parametrize("cls", [Spectral, LoRAXS])
+def test_cores_lie_between_the_leading_singular_directions(cls, target):
+    torch.manual_seed(6)
+    network = Small()
+    weight = network.get_submodule(target).weight.detach().clone()
+    piece = attached(cls(rank=2, targets=[rf"{target}\.weight"]), network)
+    assert torch.equal(network.get_submodule(target).weight, weight)
+    randomise(piece)
+    (core,) = (p.detach().double().numpy() for p in piece.parameters.values())
+    u, s, vt = np.linalg.svd(weight.flatten(1).double().numpy())
+    signs = np.array([np.sign(max(u[:, k], key=abs)) for k in range(2)])  # the largest entry on the left is positive
+    core = np.diag(core) if core.ndim == 1 else core * np.outer(signs, signs)
+    by_hand = weight.flatten(1).double().numpy() + (u[:, :2] * s[:2]) @ core @ vt[:2]
+    assert np.allclose(network.get_submodule(target).weight.detach().flatten(1).numpy(), by_hand, atol=1e-5)
+    assert [p.shape for p in piece.parameters.values()] == [(2,) if cls is Spectral else (2, 2)]
+
+
+def test_a_fused_weight_has_a_factor_for_each_of_its_parts():
+    network = nn.Sequential()
+    network.qkv = nn.Linear(2, 6)
+    weight = network.qkv.weight.detach().clone()
+    piece = attached(Scale(targets=["qkv"]), network)
+    assert torch.equal(network.qkv.weight, weight)
+    with torch.no_grad():
+        piece.parameters["qkv.weight:factors"].copy_(torch.tensor([1.0, 2.0, -0.5]))
+    factors = torch.tensor([1, 1, 2, 2, -0.5, -0.5])[:, None]
+    assert torch.equal(network.qkv.weight, weight * factors)
+    assert piece.task_state()["numbers"].tolist() == [1.0, 2.0, -0.5]
+
+
 # activations
 
 
@@ -288,6 +322,9 @@ def resnet34():
         (lambda: DoRA(rank=1), 41_472),
         (lambda: AdaptFormer(rank=1), 13_836),
         (lambda: RoSA(density=1e-5), 120),
+        (Scale, 72),
+        (Spectral, 48),
+        (LoRAXS, 96),
         (lambda: RoSA(density=0.003, targets=[ATTENTION]), 12 * int(0.003 * 384 * 1152)),
     ],
 )
@@ -332,6 +369,8 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: LoRA(targets=["nothing"]), "match none of 2 names"),
         (lambda: LoRA(targets=["("]), "no regular expressions"),
         (lambda: LoRA(parts=()), "parts"),
+        (lambda: Spectral(rank=6, targets=["layer"]), "Spectral: rank=6 must be from 1 to 5"),
+        (lambda: LoRAXS(rank=0, targets=["layer"]), "LoRAXS: rank=0"),
         (AdaptFormer, "AdaptFormer: targets .* match none"),
         (lambda: AdaptFormer(targets=["layer"]), "AdaptFormer fits none of the 1 modules"),
         (lambda: CLR(targets=["layer"]), "CLR fits none of the 1 modules"),

@@ -26,12 +26,15 @@ from recast_pl import (
     InfLoRA,
     LinearProbe,
     LoRA,
+    LoRAXS,
     LwF,
     Piggyback,
     Recast,
     RoSA,
+    Scale,
     SequentialTaskDataModule,
     SharedState,
+    Spectral,
     TaskConfig,
     TaskPatch,
     TILModule,
@@ -63,6 +66,8 @@ METHODS = {
             "adaptformer": lambda: [AdaptFormer(rank=4)],  # of one unit, a ReLU may be dead
             "clr": lambda: [CLR()],
             "finetune": lambda: [FullFineTune()],
+            "scale": lambda: [Scale(learning_rate=2e-2)],
+            "spectral": lambda: [Spectral(learning_rate=2e-2)],
         }.items()
         for backbone, config in (("vit", VIT), ("resnet", RESNET))
     },
@@ -91,6 +96,8 @@ METHODS = {
         }.items()
         for backbone, config in (("vit", VIT), ("resnet", RESNET))
     },
+    "loraxs-vit": lambda: (VIT, [LoRAXS(learning_rate=2e-2)]),
+    "recast+spectral-vit": lambda: (VIT, [Recast(VIT_MLP, learning_rate=2e-2), Spectral(learning_rate=2e-2)]),
     "inflora-vit": lambda: (VIT, [InfLoRA(rank=3)]),
     "inflora-resnet": lambda: (RESNET, [InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])]),
     "ewc+erace-vit": lambda: (VIT, [FineTune(), EWC(), ERACE(per_class=4)]),

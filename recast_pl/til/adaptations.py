@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
 
@@ -200,6 +202,63 @@ class BinaryMask(Adaptation):
     def change(self, weight: Tensor) -> Tensor:
         """The masked weight; the second term is zero, and has the gradient of the scores."""
         return weight * (self.scores > self.threshold) + (self.scores - self.scores.detach()) * weight.detach()
+
+
+class Scales(Adaptation):
+    """A factor for each of the equal parts of a weight's rows.
+
+    Args:
+        weight: What is scaled (rows, *columns).
+        parts: Number of parts.
+    """
+
+    def __init__(self, weight: Tensor, parts: int) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(weight.new_ones(parts))
+
+    def reset(self, weight: Tensor) -> None:
+        """All factors 1, so that nothing changes."""
+        nn.init.ones_(self.factors)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The scaled parts."""
+        parts = weight.reshape(len(self.factors), -1)  # (parts, numbers of a part)
+        return (self.factors[:, None] * parts).view_as(weight)
+
+
+class SingularCore(Adaptation):
+    """W + UΣ·R·Vᵀ, with the r leading singular directions of the weight that it is put on.
+
+    The directions are worked out from the weight, so that no file needs to hold them.
+
+    Args:
+        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
+        rank: r, below the rows and the columns.
+        diagonal: Whether R is diagonal, with r numbers in place of r².
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, diagonal: bool) -> None:
+        super().__init__()
+        matrix = weight.flatten(1).double().cpu().numpy()
+        start = np.ones(min(matrix.shape))  # or the directions would differ by rounding from call to call
+        u, s, vt = svds(matrix, k=rank, v0=start)  # (rows, r), (r,), (r, columns), the leading direction last
+        signs = np.sign(np.take_along_axis(u, np.abs(u).argmax(0, keepdims=True), 0))[0]  # which nothing else fixes
+        left, right = (u * s * signs)[:, ::-1], (signs[:, None] * vt)[::-1]
+        self.register_buffer("left", torch.from_numpy(left.copy()).to(weight), persistent=False)
+        self.register_buffer("right", torch.from_numpy(right.copy()).to(weight), persistent=False)
+        self.core = nn.Parameter(weight.new_zeros(rank) if diagonal else weight.new_zeros(rank, rank))
+
+    def reset(self, weight: Tensor) -> None:
+        """R = 0, so that nothing changes."""
+        nn.init.zeros_(self.core)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + UΣ·R·Vᵀ."""
+        left = self.left * self.core if self.core.ndim == 1 else self.left @ self.core  # (rows, r)
+        return weight + (left @ self.right).view_as(weight)
 
 
 def weight_below(module: nn.Module, attribute: str, adaptation: Adaptation) -> Tensor:

@@ -99,13 +99,14 @@ class TILModule(LightningModule):
         """
         if self.backbone is None:
             backbone = self.backbone_config.build(image_size).requires_grad_(False)
+            buffers = dict(backbone.named_buffers())  # those of pieces are worked out anew, and may differ by rounding
             for piece in self.pieces:
                 piece.learner = self
                 piece.attach(backbone.net)
             skip_unread_tokens(backbone.net, image_size)
             trained = {id(p) for piece in self.pieces for p in piece.parameters.values()}
             frozen = {n: p for n, p in backbone.named_parameters() if id(p) not in trained}
-            self.base = fingerprint(frozen | dict(backbone.named_buffers()))
+            self.base = fingerprint(frozen | buffers)
             self.backbone = backbone
         return self.backbone
 
