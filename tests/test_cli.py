@@ -46,7 +46,7 @@ def test_every_method_is_laid_over_a_config_and_keeps_the_rest_of_it(method, cap
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_is_measured_again_the_same(method, tiny_fit, tmp_path):
-    words = tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "2")
+    words = tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")
     if method in ON_RESNET:
         words[2] = "resnet34.yaml"
         words[words.index("vit_tiny_patch16_224")] = "torchvision/resnet34"

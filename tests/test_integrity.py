@@ -153,7 +153,7 @@ KIND = st.sampled_from(sorted(KINDS))
 
 
 @pytest.mark.slow
-@MANY
+@settings(MANY, max_examples=2_000)  # each takes as long as five of the others
 @given(
     facts=st.dictionaries(st.sampled_from(sorted(GENUINE)), JSON),
     real=st.sets(st.sampled_from(sorted(GENUINE))),

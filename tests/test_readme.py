@@ -1,7 +1,8 @@
-"""Every command of the README does what it says, in a folder of its own."""
+"""Every command and every example of the README and of docs/ does what it says, in a folder of its own."""
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from conftest import ROOT
 from recast_pl.cli import main
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+DOCS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", DOCS, re.DOTALL)
 COMMANDS = [
     line.partition("uv run python ")[2]
     for language, block in BLOCKS
@@ -47,19 +49,42 @@ def test_commands_in_their_order(folder):
 
 @pytest.mark.slow
 def test_the_python_example(folder):
-    code = _blocks("python")[-1]
+    (code,) = (text for language, text in BLOCKS if language == "python" and text.startswith("import lightning"))
     run(["-c", code], folder)
     assert (folder / "signs.safetensors").stat().st_size > 0
 
 
-def test_the_piece_of_ones_own(tiny_fit, tmp_path, monkeypatch):
-    (tmp_path / "my_pieces.py").write_text(_blocks("python")[0])
-    (tmp_path / "biases.yaml").write_text(_blocks("yaml")[0])
+FILES = {name: text for _, text in BLOCKS for name in re.findall(r"\A# (\w+\.(?:py|yaml))", text)}
+PARAMETERS = {
+    "biases": 12 * (2 * 32 + 96 + 32 + 128 + 32) + 32 + 32,  # blocks, norm, patches
+    "offset": 32,
+    "tiny": 2 * 2 * 2,  # in each of two blocks two weights, of two templates
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_what_is_of_ones_own(name, tiny_fit, tmp_path, monkeypatch):
+    for file, text in FILES.items():
+        (tmp_path / file).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(tiny_fit("--config", tmp_path / "biases.yaml", "--trainer.max_epochs", "1")) == 0
+    words = tiny_fit("--config", tmp_path / f"{name}.yaml", "--trainer.max_epochs", "1")
+    if name == "tiny":  # a backbone of its own takes the place of the fixture's
+        words = [*words, "--model.backbone.name", "tiny.tiny", "--model.backbone.args", "{}"]
+    assert main(words) == 0
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
     first = json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]
-    assert first["task_parameters"] == 12 * (2 * 32 + 96 + 32 + 128 + 32) + 32 + 32  # blocks, norm, patches
+    assert first["task_parameters"] == PARAMETERS[name]
+
+
+def test_the_configuration_reference_is_that_of_the_code():
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert (ROOT / "docs" / "configuration.md").read_text() == generate["reference"]()
+
+
+def test_the_tables_of_the_mathematics_name_what_there_is():
+    text = (ROOT / "docs" / "maths.md").read_text()
+    for path in re.findall(r"`((?:decomposition|til)/\w+\.py|metrics\.py)`", text):
+        assert (ROOT / "recast_pl" / path).is_file()
 
 
 def test_the_readme_names_every_method():
@@ -67,11 +92,7 @@ def test_the_readme_names_every_method():
         assert f"`{config.name}`" in README
 
 
-def _blocks(wanted):
-    return [block for language, block in BLOCKS if language == wanted]
-
-
 def test_the_readme_names_every_config():
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
     for config in (ROOT / "configs").glob("*.yaml"):
         assert f"`{config.name}`" in README

@@ -1,11 +1,13 @@
 """What holds for every method: what is trained, what is kept, what a patch brings back."""
 
 import dataclasses
+import subprocess
+import sys
 
 import lightning as L
 import pytest
 import torch
-from conftest import TINY_VIT
+from conftest import ROOT, TINY_VIT
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
@@ -296,8 +298,28 @@ def test_trains_in_fp16_with_gradients_that_are_scaled_and_may_overflow(module, 
     assert all(t.isfinite().all() for state in states for t in state.values())
 
 
+# every method on one backbone
+ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
+
+
 @pytest.mark.slow
-def test_compiles_into_one_graph(module, data):
+def test_two_processes_end_with_the_same_state(image_folder):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launch, str(ROOT / "tests" / "two_processes.py"), str(image_folder("first", 3)), *ONCE]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr[-2000:]
+    found = {
+        name: [line.split()[2] for line in process.stdout.splitlines() if line.split()[0] == name] for name in ONCE
+    }
+    assert all(len(digests) == 2 for digests in found.values())
+    assert [name for name, (one, other) in found.items() if one != other] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONCE)
+def test_compiles_into_one_graph(name, data):
+    backbone, pieces = METHODS[name]()
+    module = TILModule(backbone, pieces)
     torch._dynamo.reset()  # or graphs of the module before would be taken for those of this one
     images = torch.rand(2, 3, 32, 32)
     module.build(32)

@@ -1,0 +1,29 @@
+"""Learns a task by every method in two processes, started by torchrun; prints the digest of each one's patch.
+
+Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER NAMES...
+"""
+
+import os
+import sys
+
+import lightning as L
+import torch
+from test_til import METHODS, QUIET
+
+from recast_pl import SequentialTaskDataModule, TaskConfig, TILModule
+from recast_pl.files import sha256
+
+folder, *names = sys.argv[1:]
+for name in names:
+    torch.manual_seed(0)
+    backbone, pieces = METHODS[name]()
+    module = TILModule(backbone, pieces)
+    data = SequentialTaskDataModule([TaskConfig("first", folder)], image_size=32, batch_size=4)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", **QUIET)
+    trainer.fit(module, datamodule=data)
+    trainer.strategy.barrier()
+    states = [
+        module.patch({}).to_bytes(),
+        *(t.numpy().tobytes() for s in module.shared_state().pieces for t in s.values()),
+    ]
+    print(f"{name} {os.environ['RANK']} {sha256(b''.join(states))}", flush=True)
