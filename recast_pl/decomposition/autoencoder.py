@@ -89,7 +89,7 @@ class TemplateAutoencoder(TemplateSource):
         dense: Tensor,
         count: int,
         patch: int = 4,
-        hidden: int = 64,
+        hidden: int = 16,
         latent: int | None = None,
         kl_weight: float = 1e-2,
     ) -> None:
