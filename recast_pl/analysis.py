@@ -201,7 +201,7 @@ def frobenius_diversity(templates: Tensor) -> tuple[float, float]:
         and that mean. NaN for n = 1, which has no pairs.
     """
     flat = templates.flatten(1)  # (n, D)
-    pairs = [float((a - b).double().norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]]
+    pairs = [float((a.double() - b.double()).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]]
     mean = sum(pairs) / len(pairs) if pairs else math.nan
     return mean / 2, mean
 

@@ -117,9 +117,13 @@ def test_a_basis_is_nothing_for_the_gradient_fit():
 
 
 def test_the_basis_is_chosen_on_the_command_line(tiny_fit, tmp_path):
-    layout = {"targets": [MLP], "groups": 6, "basis": "layers"}
+    layout = {"targets": [MLP], "groups": 1, "basis": "layers"}
     pieces = [{"class_path": "recast_pl.Recast", "init_args": {"layout": layout}}]
-    assert main(tiny_fit("--model.pieces", json.dumps(pieces), "--trainer.max_epochs", "1")) == 0
+    small = ("--model.backbone.args", json.dumps(TINY_VIT | {"depth": 2}))
+    assert (
+        main(tiny_fit("--model.pieces", json.dumps(pieces), *small, "--trainer.max_epochs", "1", "--only", "first"))
+        == 0
+    )
     bank = Decomposition.load(tmp_path / "run" / "decomposition.safetensors").banks[0]
     assert torch.equal(bank.coefficients[:, 0], torch.eye(2))
 
@@ -201,9 +205,8 @@ def test_gradients_of_the_encoder_are_those_of_the_written_out_loss(loss):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
-def test_a_fit_finds_the_weights_and_keeps_the_templates_of_the_means(loss, tmp_path):
-    fit = module(loss)
+def test_a_fit_finds_the_weights_and_keeps_the_templates_of_the_means(tmp_path):
+    fit = module()
     fit.configure_model()
     start = min(fit.similarities().values())
     Trainer(max_epochs=150, accelerator="cpu", **QUIET).fit(fit)
