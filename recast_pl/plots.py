@@ -15,6 +15,7 @@ from recast_pl.analysis import FeatureSimilarity, GroupAnalysis
 from recast_pl.metrics import Matrix
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito, 2008
+_ROW = 4  # heat maps side by side, where no kind of weight has a row of its own
 _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 _TEXT_CELLS = 6  # layers of a group up to which a heat map has its values written in
 
@@ -69,24 +70,32 @@ def plot_template_diversity(groups: Sequence[GroupAnalysis]) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     frobenius, entropy = figure.subplots(1, 2)
     kinds = _by_kind(groups)
-    for (kind, members), style in zip(kinds.items(), _styles()):  # noqa: B905
-        numbers = [group.number for group in members]
+    single = len(kinds) == len(groups)  # then kinds are what there is to compare
+    lines = {"each kind": list(groups)} if single else kinds
+    for (kind, members), style in zip(lines.items(), _styles()):  # noqa: B905
+        numbers = range(len(members))
         frobenius.plot(numbers, [group.frobenius for group in members], label=kind, **style)
         entropy.plot(numbers, [group.entropy for group in members], **style)
     frobenius.set_ylabel("Frobenius norm (units of weights)")
     entropy.set_ylabel("entropy (nats)")
     for axes in (frobenius, entropy):
-        axes.set_xlabel("group, in order of depth")
-        axes.set_xticks(range(max(len(members) for members in kinds.values())))
         axes.grid(alpha=0.3)
+        if single:
+            axes.set_xticks(range(len(kinds)), list(kinds), rotation=45, ha="right", fontsize="small")
+        else:
+            axes.set_xlabel("group, in order of depth")
+            axes.set_xticks(range(max(map(len, kinds.values()))))
     if all(math.isnan(group.frobenius) for group in groups):
         frobenius.text(0.5, 0.5, "banks of one template have no pairs", ha="center", transform=frobenius.transAxes)
-    figure.legend(loc="outside lower center", ncols=min(2, len(kinds)), fontsize="small")
+    if not single:
+        figure.legend(loc="outside lower center", ncols=min(2, len(kinds)), fontsize="small")
     return figure
 
 
 def plot_coefficient_similarity(groups: Sequence[GroupAnalysis]) -> Figure:
-    """Cosines of the coefficients of the layers of each group (figure 10): a row of maps for each kind of weight.
+    """Cosines of the coefficients of the layers of each group (figure 10).
+
+    Each kind of weight is a row of maps; where all kinds have one group, they fill rows together.
 
     Args:
         groups: Of all kinds of weights.
@@ -94,16 +103,20 @@ def plot_coefficient_similarity(groups: Sequence[GroupAnalysis]) -> Figure:
     Returns:
         A figure; light colours are high values.
     """
-    kinds = _by_kind(groups)
-    rows, columns = len(kinds), max(len(members) for members in kinds.values())
+    lines = list(_by_kind(groups).values())
+    single = len(lines) == len(groups)
+    if single:
+        lines = [list(groups[start : start + _ROW]) for start in range(0, len(groups), _ROW)]
+    rows, columns = len(lines), max(map(len, lines))
     figure = Figure(figsize=(1.6 + 1.7 * columns, 0.8 + 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for (kind, members), line in zip(kinds.items(), grid, strict=True):
+    for members, line in zip(lines, grid, strict=True):
         for group, axes in zip(members, line):  # noqa: B905
             image = _similarity_map(axes, group)
-        line[0].set_ylabel(f"{kind}\nlayer", fontsize="small")
+            axes.set_title(group.kind if single else f"group {group.number}", fontsize="small")
+        line[0].set_ylabel("layer" if single else f"{members[0].kind}\nlayer", fontsize="small")
     figure.colorbar(image, ax=grid, label="cosine of coefficients", shrink=0.8)
     return figure
 
@@ -159,10 +172,11 @@ def _similarity_map(axes: Any, group: GroupAnalysis) -> Any:
     labels = [".".join(re.findall(r"(?<![^.])\d+(?=\.)", name)) for name in group.targets]
     axes.set_xticks(range(len(labels)), labels, fontsize="x-small")
     axes.set_yticks(range(len(labels)), labels, fontsize="x-small")
-    axes.set_title(f"group {group.number}", fontsize="small")
     for (row, column), value in np.ndenumerate(values) if len(labels) <= _TEXT_CELLS else ():
-        colour = "black" if value > 0 else "white"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="x-small")
+        colour = "black" if value > -0.3 else "white"
+        axes.text(
+            column, row, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=colour, fontsize="x-small"
+        )
     return image
 
 

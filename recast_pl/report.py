@@ -114,7 +114,7 @@ class Sheet:
         """For the terminal."""
         table = Table(box=box.SIMPLE, pad_edge=False)
         for index, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if index else "left", overflow="fold")
+            table.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
         for row in self.rows:
             table.add_row(*row)
         return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes), "")
@@ -252,7 +252,7 @@ def _short_names(analysis: Analysis) -> tuple[dict[str, str], str]:
 
 
 def _number(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+    return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:

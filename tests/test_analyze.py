@@ -145,18 +145,33 @@ def test_all_that_is_written_can_be_read(tmp_path, capsys):
     assert cells == ["group", "---", "a:0", "b:0", "group", "---", "a:0", "b:0", "total"]
 
 
+def maps(figure):
+    return [axes.images[0].get_array().tolist() for axes in figure.axes if axes.images and axes.get_xlabel() == ""]
+
+
 def test_pictures_show_the_numbers():
-    groups = analyze(Decomposition((bank("a", 2, 3, (4, 4)), bank("b", 3, 2, (4, 5))))).groups
+    model = nn.ModuleDict({"a": nn.ModuleList(nn.Linear(4, 8) for _ in range(6))})
+    model["b"] = nn.ModuleList(nn.Linear(8, 4) for _ in range(6))
+    groups = analyze(decompose(model, BankLayout(["weight"], groups=2))).groups
     frobenius, entropy = plot_template_diversity(groups).axes
-    assert [line.get_ydata()[0] for line in frobenius.lines] == [group.frobenius for group in groups]
-    assert [line.get_ydata()[0] for line in entropy.lines] == [group.entropy for group in groups]
-    looks = {(line.get_marker(), line.get_linestyle()) for line in frobenius.lines}
-    assert len(looks) == 2  # told apart without colours
-    maps = [axes.images[0].get_array() for axes in plot_coefficient_similarity(groups).axes if axes.images]
-    for shown, group in zip(maps, groups, strict=False):
-        assert np.array_equal(shown, group.similarity)
-    (image, *_) = (axes.images[0] for axes in plot_displacements({"t": {"a": 1.0, "b": 3.0}}).axes if axes.images)
-    assert image.get_array().tolist() == [[1.0, 3.0]]
+    for axes, key in ((frobenius, "frobenius"), (entropy, "entropy")):
+        values = [getattr(group, key) for group in groups]
+        assert [line.get_ydata().tolist() for line in axes.lines] == [values[:2], values[2:]]  # a line for each kind
+        assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2  # told apart in grey
+        assert axes.get_xlabel()
+        assert "(" in axes.get_ylabel()
+    shown = maps(plot_coefficient_similarity(groups))
+    assert shown[:4] == [list(map(list, group.similarity)) for group in groups]
+    assert maps(plot_displacements({"t": {"a": 1.0, "b": 3.0}}))[0] == [[1.0, 3.0]]
+
+
+def test_kinds_of_one_group_are_beside_one_another():
+    groups = analyze(Decomposition(tuple(bank(f"k{i}", 2, 3, (4, 4), seed=i) for i in range(6)))).groups
+    (line,) = plot_template_diversity(groups).axes[0].lines
+    assert line.get_ydata().tolist() == [group.frobenius for group in groups]
+    figure = plot_coefficient_similarity(groups)
+    assert maps(figure)[:6] == [list(map(list, group.similarity)) for group in groups]
+    assert [axes.get_title() for axes in figure.axes[:6]] == [f"k{i}.*.weight" for i in range(6)]
 
 
 # with the network
