@@ -3,6 +3,7 @@
 from recast_pl.backbones import Backbone, BackboneConfig
 from recast_pl.data.module import SequentialTaskDataModule
 from recast_pl.data.tasks import TaskConfig
+from recast_pl.decomposition.autoencoder import FreeTemplates, TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.module import MimicryModule
 from recast_pl.decomposition.surgery import install
@@ -35,6 +36,7 @@ __all__ = [
     "DoRA",
     "Engine",
     "FineTune",
+    "FreeTemplates",
     "FullFineTune",
     "GDumb",
     "InfLoRA",
@@ -58,6 +60,7 @@ __all__ = [
     "TILModule",
     "TaskConfig",
     "TaskPatch",
+    "TemplateAutoencoder",
     "decompose",
     "install",
 ]

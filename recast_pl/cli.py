@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "Evaluate every learnt task of a run again.",
     "predict": "Classify images with a learnt task.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
+    "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
     "data": "List, download and verify data sets.",
 }
 

@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recast_pl.data.images import FileDataset
-from recast_pl.data.module import SequentialTaskDataModule
+from recast_pl.data.module import SequentialTaskDataModule, TaskSplit
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_sealed_json, sha256
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import SharedState, TaskPatch
+from recast_pl.til.weights import Recast
 from recast_pl.training import TrainerFactory
 
 Record = dict[str, Any]
@@ -100,6 +102,41 @@ def predict_images(
     probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
     best, labels = probabilities.max(1)
     return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
+
+
+def learnt_coefficients(module: TILModule, run_dir: Path) -> dict[str, Tensor]:
+    """What the tasks of a run have made of the coefficients.
+
+    Args:
+        module: Of the run's method; it need not be built.
+        run_dir: The run folder.
+
+    Returns:
+        Mean coefficients, weight after weight (Σ n,), by learnt task; none if nothing has been learnt.
+    """
+    if not any((run_dir / "patches").glob("*.safetensors")):
+        return {}
+    (index,) = (i for i, piece in enumerate(module.pieces) if isinstance(piece, Recast))
+    return {task: patch.pieces[index]["coefficients"] for task, patch in load_patches(run_dir).items()}
+
+
+def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
+    """Test images of the first task, evenly spaced, so that they are of many classes.
+
+    Args:
+        data: The stream.
+        count: How many at most.
+
+    Returns:
+        Images (N, 3, S, S) in [0, 1].
+    """
+    data.prepare_data()
+    data.select(0)
+    split = data.plain_dataloader("test").dataset
+    assert isinstance(split, TaskSplit)
+    positions = np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int).tolist()
+    images, _ = data.on_after_batch_transfer(split.__getitems__([(0, position) for position in positions]), 0)
+    return images
 
 
 def measure(

@@ -73,6 +73,23 @@ def open_run(folder: str) -> tuple[Path, Namespace]:
     Raises:
         RunError: If the folder holds no run of tasks.
     """
+    run_dir, init = read_run(folder)
+    til(init.model)
+    return run_dir, init
+
+
+def read_run(folder: str) -> tuple[Path, Namespace]:
+    """Finds a run again, be it of tasks or of a gradient fit.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The folder, and the run's seed, model, datamodule and settings of the trainer.
+
+    Raises:
+        RunError: If the folder holds no run.
+    """
     run_dir = Path(folder)
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -81,9 +98,7 @@ def open_run(folder: str) -> tuple[Path, Namespace]:
     parser = run_parser()
     config = parser.parse_path(path)
     seed_everything(config.seed_everything, verbose=False)
-    init = parser.instantiate(config)
-    til(init.model)
-    return run_dir, init
+    return run_dir, parser.instantiate(config)
 
 
 def check_same_run(path: Path, text: str) -> None:

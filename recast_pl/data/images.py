@@ -125,6 +125,24 @@ class FileDataset(Dataset[tuple[Tensor, str]]):
         return tv.to_dtype(image, torch.float32, scale=True), str(self.paths[index])
 
 
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Image files, those given and those in folders given, at any depth, in order of name.
+
+    Args:
+        paths: Files and folders.
+
+    Raises:
+        DataError: Naming a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"{path} has no image in it; name image files, or a folder of them")
+        found += inside
+    return found
+
+
 def decode_file(path: Path, size: int) -> Tensor:
     """One image as uint8 (3, size, size): upright, RGB on white, its shorter side resized, its centre cropped.
 

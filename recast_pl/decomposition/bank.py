@@ -1,5 +1,6 @@
 """Template banks, and the decomposition of a network as a value: solved, saved, loaded, inspected."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -164,12 +165,13 @@ def decompose(model: nn.Module, layout: BankLayout) -> Decomposition:
     """
     targets = find_targets(model, layout.targets)
     groups = group_targets({name: tuple(w.shape) for name, w in targets.items()}, layout)
-    return Decomposition(tuple(_solve(group, targets, layout.coefficient_sets) for group in groups))
+    return Decomposition(tuple(_solve(group, targets, layout) for group in groups))
 
 
-def _solve(group: Group, weights: Mapping[str, Tensor], sets: int) -> Bank:
-    templates, coefficients = solve_group([weights[name] for name in group.targets], group.templates)
-    return Bank(group, templates, coefficients[:, None].repeat(1, sets, 1))  # (L, K, n)
+def _solve(group: Group, weights: Mapping[str, Tensor], layout: BankLayout) -> Bank:
+    dense, seed = [weights[name] for name in group.targets], zlib.crc32(group.name.encode())
+    templates, coefficients = solve_group(dense, group.templates, layout.basis, seed)
+    return Bank(group, templates, coefficients[:, None].repeat(1, layout.coefficient_sets, 1))  # (L, K, n)
 
 
 def _bank_from(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:

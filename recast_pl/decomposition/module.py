@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torch.utils.data import DataLoader
 
 from recast_pl.backbones import BackboneConfig
+from recast_pl.decomposition.autoencoder import FreeTemplates, TemplateSource
 from recast_pl.decomposition.bank import Bank, Decomposition
 from recast_pl.decomposition.targets import BankLayout, Group, find_targets, group_targets
 from recast_pl.errors import DecompositionError
@@ -33,7 +34,9 @@ class MimicryModule(LightningModule):
         backbone: The teacher.
         layout: Which of its weights, and how they share templates.
         image_size: Height and width in pixels for which the teacher is built; weights do not depend on it.
-        loss: `smooth_l1`, or `mse`.
+        source: Makes, from the weights (L, *shape) of a group and n, where its templates come from: `FreeTemplates`, or
+            `TemplateAutoencoder`.
+        loss: `smooth_l1`, or `mse`. As weights are far below 1, the first is half the second, but for the clipping.
         loss_scale: Factor of the loss, which is a mean over the numbers of a layer, summed over layers.
         noise_std: σ of the Gaussian noise added to the coefficients in training only; 0 for none.
         gradient_clip: Largest norm of a group's gradient; 0 for no limit.
@@ -42,7 +45,8 @@ class MimicryModule(LightningModule):
         similarity_every: Epochs between two records of the similarity of each layer, and of all.
 
     Raises:
-        DecompositionError: If the layout does not fit the teacher (when training starts).
+        DecompositionError: If the layout does not fit the teacher, or asks for a basis, of which only the closed form
+            has a choice (when training starts).
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class MimicryModule(LightningModule):
         backbone: BackboneConfig,
         layout: BankLayout,
         image_size: int = 224,
+        source: Callable[[Tensor, int], TemplateSource] = FreeTemplates,
         loss: Literal["smooth_l1", "mse"] = "smooth_l1",
         loss_scale: float = 2.0,
         noise_std: float = 1e-4,
@@ -60,34 +65,37 @@ class MimicryModule(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone, self.layout, self.image_size = backbone, layout, image_size
+        self.source = source
         self.loss, self.loss_scale, self.noise_std = _LOSSES[loss], loss_scale, noise_std
         self.gradient_clip, self.similarity_every = gradient_clip, similarity_every
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.automatic_optimization = False
         self.groups: list[Group] = []
         self._scratch = torch.empty(0)  # the gradient of one group's templates at a time
-        self.teacher, self.templates, self.coefficients = (nn.ParameterList() for _ in range(3))  # of each group
+        self.teacher, self.coefficients = nn.ParameterList(), nn.ParameterList()  # of each group
+        self.sources = nn.ModuleList()
 
     def configure_model(self) -> None:
-        """Loads the teacher and draws the start: templates Kaiming normal, coefficients orthogonal."""
+        """Loads the teacher and draws the start: templates as their source says, coefficients orthogonal."""
         if self.groups:
             return
+        if self.layout.basis != "svd":
+            raise DecompositionError(
+                f"basis={self.layout.basis!r} is a choice of the closed form; leave it out, as MimicryModule fits "
+                "templates of its own"
+            )
         weights = find_targets(self.backbone.build(self.image_size).net, self.layout.targets)
         self.groups = group_targets({name: tuple(w.shape) for name, w in weights.items()}, self.layout)
         for group in self.groups:
             dense = torch.stack([weights[name].detach() for name in group.targets])  # (L, *shape)
             self.teacher.append(nn.Parameter(dense, requires_grad=False))
-            templates = torch.empty(group.templates, *group.shape)
-            for template in templates:
-                nn.init.kaiming_normal_(template)
+            self.sources.append(self.source(dense, group.templates))
             sets = [torch.empty(self.layout.coefficient_sets, group.templates) for _ in group.targets]
-            self.templates.append(nn.Parameter(templates))
             self.coefficients.append(nn.Parameter(torch.stack([nn.init.orthogonal_(s) for s in sets])))
 
     def configure_optimizers(self) -> Any:
         """One optimizer and one schedule for each group."""
-        pairs = zip(self.templates, self.coefficients, strict=True)
-        optimizers = [self.optimizer(pair) for pair in pairs]
+        optimizers = [self.optimizer(self._trained(i)) for i in range(len(self.groups))]
         return optimizers, [self.lr_scheduler(o) for o in optimizers]
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -114,6 +122,12 @@ class MimicryModule(LightningModule):
         if self.current_epoch % self.similarity_every == 0 or self.current_epoch + 1 == self.trainer.max_epochs:
             self._log_similarity()
 
+    @property
+    def templates(self) -> list[Tensor]:
+        """The templates (n, *shape) of each group as they stand."""
+        return [source(dense) for source, dense in zip(self.sources, self.teacher, strict=True)]
+
+    @torch.no_grad()
     def decomposition(self) -> Decomposition:
         """The fit as it stands.
 
@@ -145,16 +159,17 @@ class MimicryModule(LightningModule):
             index: Position of the group.
 
         Returns:
-            The group's term of equation 3, a scalar.
+            The group's term of equation 3, and what the source of its templates adds, a scalar.
         """
-        templates, coefficients = self.templates[index], self.coefficients[index]
+        source, coefficients, dense = self._source(index), self.coefficients[index], self.teacher[index]
         noise = self.noise_std * torch.randn_like(coefficients)
         mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, of equation 3's noisy sets
-        flat, teacher, leaf = templates.detach().flatten(1), self.teacher[index].flatten(1), mixed.detach()
+        templates, term = source.draw(dense)  # (n, *shape)
+        flat, teacher, leaf = templates.detach().flatten(1), dense.flatten(1), mixed.detach()
         if self._scratch.numel() < templates.numel() or self._scratch.device != templates.device:
             self._scratch = torch.empty_like(templates).flatten()
-        templates.grad = self._scratch[: templates.numel()].view_as(templates)
-        gradient, leaf_gradient = templates.grad.flatten(1), torch.zeros_like(leaf)
+        whole = self._scratch[: templates.numel()].view_as(templates)
+        gradient, leaf_gradient = whole.flatten(1), torch.zeros_like(leaf)
         total = torch.zeros((), device=self.device)
         for start in range(0, flat.shape[1], _BLOCK):
             columns = slice(start, start + _BLOCK)
@@ -165,14 +180,23 @@ class MimicryModule(LightningModule):
             leaf_gradient += slope @ flat[:, columns].T
             total += loss.detach()
         mixed.backward(leaf_gradient)
-        return total
+        source.receive(templates, term, whole)
+        return total + term.detach()
 
     def limit_gradients(self, index: int) -> None:
         """Scales the gradients of a group down to the largest norm; where they are below, reads them only once."""
-        pair = [self.templates[index], self.coefficients[index]]
-        norm = get_total_norm([p.grad for p in pair if p.grad is not None])
+        trained = self._trained(index)
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         if 0 < self.gradient_clip < norm:
-            clip_grads_with_norm_(pair, self.gradient_clip, norm)
+            clip_grads_with_norm_(trained, self.gradient_clip, norm)
+
+    def _source(self, index: int) -> TemplateSource:
+        source = self.sources[index]
+        assert isinstance(source, TemplateSource)
+        return source
+
+    def _trained(self, index: int) -> list[nn.Parameter]:
+        return [*self.sources[index].parameters(), self.coefficients[index]]
 
     def _log_similarity(self) -> None:
         similarities = self.similarities()

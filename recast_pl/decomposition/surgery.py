@@ -55,9 +55,7 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
     Raises:
         DecompositionError: If a target is missing, of another shape, or decomposed already.
     """
-    for bank in decomposition.banks:
-        for name in bank.group.targets:
-            _check_target(model, name, bank.group.shape)
+    check_fits(model, decomposition)
     installed: dict[str, nn.Parameter] = {}
     for bank in decomposition.banks:
         templates = TemplateBank(bank.templates.clone())
@@ -65,6 +63,21 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
             mixture = Mixture(templates, len(values), owner=name == bank.group.targets[0])
             installed[name] = _parametrize(model, name, mixture, values)
     return installed
+
+
+def check_fits(model: nn.Module, decomposition: Decomposition) -> None:
+    """Makes sure that a network has, as parameters, the weights that a decomposition stands for.
+
+    Args:
+        model: The network.
+        decomposition: The decomposition.
+
+    Raises:
+        DecompositionError: If a target is missing, of another shape, or decomposed already.
+    """
+    for bank in decomposition.banks:
+        for name in bank.group.targets:
+            _check_target(model, name, bank.group.shape)
 
 
 def _check_target(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 
+from recast_pl.decomposition.solve import Basis
 from recast_pl.errors import DecompositionError
 
 Shape = tuple[int, ...]
@@ -29,6 +31,9 @@ class BankLayout:
         templates: n, the templates of each bank. None for as many as the group has layers, which is exact.
         coefficient_sets: K. Sets are averaged, so that K > 1 is algebraically redundant (equation 2); it is
             kept for comparison with the paper.
+        basis: Which templates, of those that the closed form may choose from with equal error: `svd`, the leading
+            singular directions of the group; `layers`, the weights of the layers themselves, with a coefficient of 1
+            each, which needs n = L; `random`, a rotation of `svd` drawn anew, but always the same, for each group.
     """
 
     targets: Sequence[str]
@@ -36,6 +41,7 @@ class BankLayout:
     layers_per_group: int | None = None
     templates: int | None = None
     coefficient_sets: int = 1
+    basis: Basis = "svd"
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,8 @@ def _check_layout(layout: BankLayout) -> None:
         value = getattr(layout, name)
         if value is not None and value < 1:
             raise DecompositionError(f"{name}={value} must be at least 1")
+    if layout.basis not in get_args(Basis):
+        raise DecompositionError(f"basis={layout.basis!r} is none of {', '.join(get_args(Basis))}; choose one")
 
 
 def _group_size(kind: str, layers: int, layout: BankLayout) -> int:
@@ -179,5 +187,10 @@ def _templates(name: str, members: Sequence[str], layout: BankLayout) -> int:
         raise DecompositionError(
             f"templates={wanted} is more than the {len(members)} layers of group {name}, which "
             f"{len(members)} templates represent exactly; lower templates, or leave it out"
+        )
+    if layout.basis == "layers" and wanted < len(members):
+        raise DecompositionError(
+            f"basis='layers' takes each of the {len(members)} layers of group {name} as a template, templates={wanted} "
+            "has room for fewer; leave templates out, or choose basis='svd'"
         )
     return wanted
