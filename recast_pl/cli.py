@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "Evaluate every learnt task of a run again.",
     "predict": "Classify images with a learnt task.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
+    "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",
     "data": "List, download and verify data sets.",
 }
 

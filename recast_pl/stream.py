@@ -23,8 +23,8 @@ from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256, write_atomic
 from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backward_transfer, forgetting
 from recast_pl.plots import plot_accuracy_matrix, to_png
-from recast_pl.report import matrix_csv, stream_table
 from recast_pl.runs import Record, accuracy_matrix, load_finished, load_shared, measure, percent
+from recast_pl.tables import matrix_csv, stream_table
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import TaskPatch
 from recast_pl.training import (

@@ -36,6 +36,7 @@ def run(words, folder):
 
 @pytest.mark.slow
 def test_commands_in_their_order(folder):
+    (folder / "targets.yaml").write_text(_blocks("yaml")[0])
     for command in COMMANDS:
         run(shlex.split(command), folder)
     (run_dir,) = (folder / "logs" / "quickstart").iterdir()
@@ -54,7 +55,7 @@ def test_the_python_example(folder):
 
 def test_the_piece_of_ones_own(tiny_fit, tmp_path, monkeypatch):
     (tmp_path / "my_pieces.py").write_text(_blocks("python")[0])
-    (tmp_path / "biases.yaml").write_text(_blocks("yaml")[0])
+    (tmp_path / "biases.yaml").write_text(_blocks("yaml")[1])
     monkeypatch.syspath_prepend(tmp_path)
     assert main(tiny_fit("--config", tmp_path / "biases.yaml", "--trainer.max_epochs", "1")) == 0
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
@@ -72,6 +73,6 @@ def _blocks(wanted):
 
 
 def test_the_readme_names_every_config():
-    assert len(COMMANDS) == 11
-    for config in (ROOT / "configs").glob("*.yaml"):
+    assert len(COMMANDS) == 12
+    for config in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "sweeps").glob("*.yaml")]:
         assert f"`{config.name}`" in README

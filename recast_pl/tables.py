@@ -1,4 +1,4 @@
-"""What a run prints, and the files that state its results."""
+"""Tables: for the terminal, as CSV and as Markdown."""
 
 import csv
 import io
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from recast_pl.data.catalogue import DataSet
 from recast_pl.metrics import Matrix
+
+Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows of a table."""
 
 
 def stream_table(summary: Mapping[str, Any]) -> RenderableType:
@@ -105,6 +108,35 @@ def table_csv(header: Sequence[str], rows: Any) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def markdown_table(cells: Cells, texts: int = 1) -> str:
+    """A table as Markdown.
+
+    Args:
+        cells: Header and rows.
+        texts: How many columns, from the left, hold text; the others are set flush right.
+    """
+    header, rows = cells
+    rule = ["---" if column < texts else "---:" for column in range(len(header))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+
+
+def terminal_table(cells: Cells, texts: int = 1, title: str | None = None) -> Table:
+    """A table for the terminal.
+
+    Args:
+        cells: Header and rows.
+        texts: How many columns, from the left, hold text; the others are set flush right.
+        title: What stands above it; None for nothing.
+    """
+    header, rows = cells
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for column, heading in enumerate(header):
+        table.add_column(heading, justify="left" if column < texts else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _points(value: float) -> str:
