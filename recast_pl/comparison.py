@@ -11,12 +11,14 @@ from rich.console import RenderableType
 
 from recast_pl.engines import Engine, run_units
 from recast_pl.errors import RunError
-from recast_pl.files import read_json, write_atomic
+from recast_pl.files import json_text, read_json, write_atomic
 from recast_pl.metrics import forward_transfer, spread
 from recast_pl.tables import Cells, markdown_table, table_csv, terminal_table
 
 Summary = dict[str, Any]
 Label = str | int | float
+PLAN = "plan.json"
+"""What the last command in a folder was to learn."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Comparison:
         Returns:
             0, or the status of the first run that failed.
         """
+        write_atomic(self.folder / PLAN, json_text(self.plan()))
         units = {f"{p.name} with seed {seed}": self.words(p, seed) for p in self.points for seed in self.seeds}
         left = {name: words for name, words in units.items() if not is_finished(words)}
         if len(left) < len(units):
@@ -103,6 +106,10 @@ class Comparison:
         if status:
             print("the same command goes on from there", file=sys.stderr)
         return status
+
+    def plan(self) -> dict[str, Any]:
+        """What is to be learnt, for `plan.json`, by which a report knows what is missing."""
+        return {"points": {point.name: dict(point.labels) for point in self.points}, "seeds": list(self.seeds)}
 
     def write(self) -> None:
         """Writes the table as CSV and Markdown, from all finished runs in the folder, whatever their seeds."""
@@ -121,7 +128,7 @@ class Comparison:
         runs = {point.name: self._runs(point.name) for point in self.points}
         tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
         whole = {  # all runs have the same tasks
-            name: {seed: run for seed, run in seeds.items() if len(run["tasks"]) == tasks}
+            name: {seed: run for seed, run in seeds.items() if is_whole(run) and len(run["tasks"]) == tasks}
             for name, seeds in runs.items()
         }
         return {name: seeds for name, seeds in whole.items() if seeds}
@@ -147,17 +154,31 @@ class Comparison:
             for point in self.points
             if point.name in finished
         ]
-        return [self.HEADING, *keys, *_FACTS, *_MEASURES, *transfer], rows
+        return [self.HEADING, *keys, *MEASURES, *transfer], rows
 
     def _measures(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
         runs = finished[name]
-        facts = [f"{measure(list(runs.values())):,.0f}" for measure in _FACTS.values()]
-        cells = [*facts, *(str(spread([run[key] for run in runs.values()])) for key in _MEASURES.values())]
+        cells = measures(list(runs.values()))
         if self.alone is not None:
             alone = finished.get(self.alone, {})
             gains = [_forward_transfer(runs[seed], alone[seed]) for seed in runs.keys() & alone.keys()]
             cells.append(str(spread(gains)) if gains else "")
         return cells
+
+
+def is_whole(summary: Summary) -> bool:
+    """Whether a run has learnt all its tasks, as far as it says so."""
+    return bool(summary["tasks"]) and not summary.get("unlearnt")
+
+
+def measures(runs: Sequence[Summary]) -> list[str]:
+    """What finished runs with different seeds say, in the order of `MEASURES`.
+
+    Args:
+        runs: At least one.
+    """
+    facts = [f"{measure(runs):,.0f}" for measure in _FACTS.values()]
+    return [*facts, *(str(spread([run[key] for run in runs])) for key in _ACCURACIES.values())]
 
 
 def task_mean(key: str) -> Callable[[Sequence[Summary]], float]:
@@ -179,8 +200,10 @@ _FACTS: dict[str, Callable[[Sequence[Summary]], float]] = {
     "bytes per task": task_mean("patch_bytes"),
     "bytes shared": lambda runs: statistics.mean(run.get("shared_bytes", 0) for run in runs),
 }
-_MEASURES = {
+_ACCURACIES = {
     "average accuracy %": "average_accuracy",
     "anytime accuracy %": "average_anytime_accuracy",
     "forgetting": "forgetting",
 }
+MEASURES = (*_FACTS, *_ACCURACIES)
+"""Headings of what `measures` gives."""

@@ -60,37 +60,42 @@ class Mark(NamedTuple):
     Args:
         series: Name of the line, or of the bars of one colour, that it belongs to; empty for none.
         x: Where it stands: a number, or the name of a group of bars.
-        accuracy: In percent, over seeds.
+        y: Its height, over seeds.
         numbers: Trained for a task; the marker's area grows with them.
+        name: Written beside it; empty for nothing. Marks with names are not joined by lines.
     """
 
     series: str
     x: float | str
-    accuracy: Spread
+    y: Spread
     numbers: float = 0
+    name: str = ""
 
 
-def plot_marks(marks: Sequence[Mark], x: str) -> Figure:
-    """Accuracy against numbers, as lines, or against names, as groups of bars; whiskers are a standard deviation.
+def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -> Figure:
+    """Heights over numbers, as lines, or over names, as groups of bars; whiskers are a standard deviation.
 
     Args:
         marks: At least one; they are drawn in the order of their series.
-        x: Name of the horizontal axis. That of numbers is logarithmic where they span more than a factor of 20.
+        x: Name of the horizontal axis, or `task_parameters`. One of numbers is logarithmic where they span more than a
+            factor of 20.
+        y: Name of the vertical axis, with its unit.
 
     Returns:
         A figure.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 5.5) if any(mark.name for mark in marks) else (6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     series = list(dict.fromkeys(mark.series for mark in marks))
+    axes.set_xlabel("numbers trained for a task" if x == "task_parameters" else x.replace("_", " "))
+    axes.set_ylabel(y)
     if all(isinstance(mark.x, int | float) for mark in marks):
         _draw_lines(axes, marks, series)
     else:
         _draw_bars(axes, marks, series)
-    axes.set_xlabel(x)
-    axes.set_ylabel("average accuracy (%)")
     if any(series):
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(series)))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(series)))
+    _write_names(figure, axes, [mark for mark in marks if mark.name])
     return figure
 
 
@@ -99,15 +104,45 @@ def _draw_lines(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> Non
     looks = zip(series, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_STYLES), strict=False)
     for name, colour, marker, style in looks:
         line = sorted((mark for mark in marks if mark.series == name), key=lambda mark: float(mark.x))
-        xs, means = [float(mark.x) for mark in line], [mark.accuracy.mean for mark in line]
-        errors = [mark.accuracy.deviation or 0 for mark in line]
-        axes.errorbar(xs, means, errors, color=colour, linestyle=style, capsize=3)
-        sizes = [30 + 120 * math.sqrt(mark.numbers / largest) for mark in line]
+        xs, means = [float(mark.x) for mark in line], [mark.y.mean for mark in line]
+        joined = style if not any(mark.name for mark in line) else "none"
+        axes.errorbar(xs, means, _whiskers(line), color=colour, linestyle=joined, capsize=3)
+        sizes = 40.0 if joined == "none" else [30 + 120 * math.sqrt(mark.numbers / largest) for mark in line]
         axes.scatter(xs, means, sizes, color=colour, marker=marker, edgecolors="black", zorder=3, label=name)
-    xs = [float(mark.x) for mark in marks]
-    if max(xs) > 20 * min(x for x in (*xs, math.inf) if x > 0):
-        axes.set_xscale("symlog" if min(xs) <= 0 else "log", **({"linthresh": 10} if min(xs) <= 0 else {}))
+    _scale(axes, [float(mark.x) for mark in marks])
     axes.grid(alpha=0.3)
+
+
+def _scale(axes: Axes, xs: Sequence[float]) -> None:
+    """A logarithmic axis for numbers far apart, on which 0 has its place."""
+    if max(xs) <= 20 * min((x for x in xs if x > 0), default=math.inf):
+        if all(x == int(x) for x in xs) and len(set(xs)) < 10:
+            axes.set_xticks(sorted(set(xs)))
+    elif min(xs) <= 0:
+        axes.set_xscale("symlog", linthresh=10)
+    else:
+        axes.set_xscale("log")
+
+
+def _whiskers(marks: Sequence[Mark]) -> list[float]:
+    return [mark.y.deviation or 0.0 for mark in marks]
+
+
+def _write_names(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
+    """Writes names beside marks, each moved up until it is clear of those before."""
+    figure.draw_without_rendering()  # so that it is known where marks are
+    spots = [axes.transData.transform((float(mark.x), mark.y.mean)) for mark in marks]
+    placed = [(x - 5, x + 5, y) for x, y in spots]  # left, right and height of what must stay clear, in pixels
+    for mark, (x, y) in sorted(zip(marks, spots, strict=True), key=lambda pair: pair[0].y.mean):
+        width, at = 5.7 * len(mark.name), y
+        side = "left" if x + 7 + width < axes.bbox.x1 else "right"
+        left = x + 7 if side == "left" else x - 7 - width
+        while any(left < end and left + width > begin and abs(at - other) < 10 for begin, end, other in placed):
+            at += 1
+        placed.append((left, left + width, at))
+        offset = (5 if side == "left" else -5, 72 * (at - y) / figure.dpi - 2.5)
+        spot = (float(mark.x), mark.y.mean)
+        axes.annotate(mark.name, spot, offset, textcoords="offset points", fontsize=7.5, ha=side)
 
 
 def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None:
@@ -117,11 +152,8 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
     for position, (name, colour, hatch) in enumerate(looks):
         bars = [mark for mark in marks if mark.series == name]
         xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
-        errors = [mark.accuracy.deviation or 0 for mark in bars]
-        heights = [mark.accuracy.mean for mark in bars]
+        heights, errors = [mark.y.mean for mark in bars], _whiskers(bars)
         axes.bar(xs, heights, width, yerr=errors, color=colour, hatch=hatch, edgecolor="black", capsize=3, label=name)
-    lowest = min(mark.accuracy.mean - (mark.accuracy.deviation or 0) for mark in marks)
-    axes.set_ylim(bottom=max(0, 10 * math.floor(lowest / 10 - 0.5)))
     long = sum(map(len, groups)) > 60
     axes.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center")
     axes.grid(axis="y", alpha=0.3)
@@ -135,7 +167,17 @@ def write_figure(figure: Figure, path: Path) -> None:
         path: Without an ending.
     """
     write_atomic(f"{path}.png", to_png(figure))
+    write_atomic(f"{path}.svg", to_svg(figure, path.name))
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The content of an SVG file of a figure.
+
+    Args:
+        figure: What is drawn.
+        name: From which its inner names are made.
+    """
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": path.name}):
+    with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomic(f"{path}.svg", buffer.getvalue())
+    return buffer.getvalue()

@@ -133,8 +133,9 @@ class Sweep(Comparison):
             name = f"{self.FILE}_over_{self.over.rpartition('.')[2]}"
             write_atomic(self.folder / f"{name}.csv", table_csv(*cells))
             write_atomic(self.folder / f"{name}.md", markdown_table(cells, len(cells[0]) - _OVER_COLUMNS))
-        if marks := self.marks():
-            write_figure(plot_marks(marks, self.x.replace("_", " ")), self.folder / self.FILE)
+        finished = {name: list(runs.values()) for name, runs in self.finished().items()}
+        if marks := sweep_marks({point.name: point.labels for point in self.points}, finished, self.x, self.series):
+            write_figure(plot_marks(marks, self.x), self.folder / self.FILE)
 
     def table(self) -> RenderableType:
         """The same tables, for the terminal."""
@@ -143,16 +144,9 @@ class Sweep(Comparison):
         cells = self._over_cells(self.over)
         return Group(super().table(), terminal_table(cells, len(cells[0]) - _OVER_COLUMNS, f"over {self.over}"))
 
-    def marks(self) -> list[Mark]:
-        """The points that have finished runs, as they are drawn."""
-        marks, finished = [], self.finished()
-        for point in self.points:
-            if runs := list(finished.get(point.name, {}).values()):
-                numbers = task_mean("task_parameters")(runs)
-                x = numbers if self.x == TASK_PARAMETERS else point.labels[self.x]
-                series = ", ".join(str(point.labels[key]) for key in self.series if key in point.labels)
-                marks.append(Mark(series, x, spread([run["average_accuracy"] for run in runs]), numbers))
-        return marks
+    def plan(self) -> dict[str, Any]:
+        """What is to be learnt, and how it is drawn."""
+        return {**super().plan(), "x": self.x, "series": list(self.series)}
 
     def _over_cells(self, over: str) -> Cells:
         """Means over the points that differ in one key alone."""
@@ -165,6 +159,27 @@ class Sweep(Comparison):
         keys = [key for key in self._keys if key != over]
         header = [*keys, f"values of {over}", "average accuracy %", "range", "largest change of a task"]
         return header, [[*others, *_over_measures(points)] for others, points in alike.items()]
+
+
+def sweep_marks(
+    points: Mapping[str, Mapping[str, Label]], finished: Mapping[str, Sequence[Summary]], x: str, series: Sequence[str]
+) -> list[Mark]:
+    """The points that have finished runs, as they are drawn.
+
+    Args:
+        points: Labels of each point, by its name.
+        finished: Finished runs by name of the point.
+        x: Key on the horizontal axis, or `task_parameters`.
+        series: Keys of what lines or bars stand for.
+    """
+    marks = []
+    for name, labels in points.items():
+        if runs := finished.get(name, ()):
+            numbers = task_mean("task_parameters")(runs)
+            where = numbers if x == TASK_PARAMETERS else labels[x]
+            belongs = ", ".join(str(labels[key]) for key in series if key in labels)
+            marks.append(Mark(belongs, where, spread([run["average_accuracy"] for run in runs]), numbers))
+    return marks
 
 
 _OVER_COLUMNS = 4
