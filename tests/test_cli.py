@@ -13,7 +13,7 @@ from conftest import ROOT, TINY_VIT
 
 from recast_pl.cli import main
 
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - {"imagenet.yaml"})  # which is not for fit
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 ON_RESNET = ("recast_clr", "recast_piggyback")
 
