@@ -130,7 +130,7 @@ class Sweep(Comparison):
         super().write()
         if self.over is not None:
             cells = self._over_cells(self.over)
-            name = f"{self.FILE}_over_{self.over.rpartition('.')[2]}"
+            name = f"{self.FILE}_over_{_short(self.over)}"
             write_atomic(self.folder / f"{name}.csv", table_csv(*cells))
             write_atomic(self.folder / f"{name}.md", markdown_table(cells, len(cells[0]) - _OVER_COLUMNS))
         finished = {name: list(runs.values()) for name, runs in self.finished().items()}
@@ -177,7 +177,8 @@ def sweep_marks(
         if runs := finished.get(name, ()):
             numbers = task_mean("task_parameters")(runs)
             where = numbers if x == TASK_PARAMETERS else labels[x]
-            belongs = ", ".join(str(labels[key]) for key in series if key in labels)
+            parts = {key: labels[key] for key in series if key in labels}
+            belongs = ", ".join(v if isinstance(v, str) else f"{_short(k)} {v}" for k, v in parts.items())
             marks.append(Mark(belongs, where, spread([run["average_accuracy"] for run in runs]), numbers))
     return marks
 
@@ -284,7 +285,7 @@ def _choices(key: str, values: Any) -> list[tuple[Label, Any]]:
     wrong = [value for value in listed if isinstance(value, list | dict)]
     if wrong:
         raise RunError(f"{key} has the value {wrong[0]}, which needs a label; write {key}: {{LABEL: VALUE, …}}")
-    return [(_label(value), value) for value in listed]
+    return [(_label(key, value), value) for value in listed]
 
 
 def _listed(point: Any) -> Values:
@@ -297,11 +298,17 @@ def _listed(point: Any) -> Values:
     return {key: (None, value) if isinstance(value, list) else _choices(key, value)[0] for key, value in point.items()}
 
 
-def _label(value: Any) -> Label:
-    """How a scalar is called: a number by itself, a configuration by its name."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+def _label(key: str, value: Any) -> Label:
+    """How a scalar is called: a number by itself, a configuration by its name, true, false and null with their key."""
+    if value is None or isinstance(value, bool):
+        return f"{_short(key)} {json.dumps(value)}"
+    if isinstance(value, int | float):
         return value
     return Path(value).stem if _config_names(value) else str(value)
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _named(points: Sequence[Values], path: Path) -> dict[str, Values]:

@@ -92,6 +92,8 @@ def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, caps
             "'groups-6_a_depth-1' and 'groups-6_a_depth-2'",
         ),
         ({"grid": {"groups": {"a b": 6, "a/b": 3}, "targets": "x"}}, "'a-b_x'"),
+        ({"grid": {"a": [True], "b": [None]}, "config": {"data": {"seed": "${a}", "root": ["${b}", "${c}"]}}}, "${c}"),
+        ({"grid": {"a": [True, "a true"]}, "config": {"data": "${a}"}}, "'a-true'"),
         ({"x": "depth"}, "'depth' is no key"),
         ({"over": "depth"}, "'depth' is no key"),
         ({"points": [{"groups": 6}]}, "both of grid and points"),
