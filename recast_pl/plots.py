@@ -152,8 +152,13 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
     for position, (name, colour, hatch) in enumerate(looks):
         bars = [mark for mark in marks if mark.series == name]
         xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
-        heights, errors = [mark.y.mean for mark in bars], _whiskers(bars)
-        axes.bar(xs, heights, width, yerr=errors, color=colour, hatch=hatch, edgecolor="black", capsize=3, label=name)
+        heights = [mark.y.mean for mark in bars]
+        drawn = axes.bar(
+            xs, heights, width, yerr=_whiskers(bars), color=colour, hatch=hatch, edgecolor="black", capsize=3
+        )
+        drawn.set_label(name)
+        if len(marks) <= 16:  # else they would cover one another
+            axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
     long = sum(map(len, groups)) > 60
     axes.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center")
     axes.grid(axis="y", alpha=0.3)

@@ -149,7 +149,8 @@ def compose(collections: Sequence[Collection], folders: Sequence[Path], output: 
     unfinished = {run: why for collection in collections for run, why in collection.unfinished.items()}
     if unfinished:
         blocks += [Heading("Not finished"), Paragraph([Text("These runs are in no table and no figure.")])]
-        blocks.append(Items([[_to(run, output, str(run)), Text(f": {why}")] for run, why in unfinished.items()]))
+        names = {run: _to(run, output, str(run)) if run.is_dir() else Text(str(run)) for run in unfinished}
+        blocks.append(Items([[names[run], Text(f": {why}")] for run, why in unfinished.items()]))
     for collection in collections:
         if collection.runs:
             blocks += _collection(collection, output)
@@ -173,7 +174,8 @@ def _collection(collection: Collection, output: Path) -> Iterator[Block]:
         summaries = {point: [run.summary for run in runs] for point, runs in collection.runs.items()}
         marks = sweep_marks(collection.labels, summaries, collection.x, collection.series)
         if marks:
-            caption = f"Accuracy by {collection.x.replace('_', ' ')}; larger markers train more numbers"
+            sizes = "" if isinstance(marks[0].x, str) else "; larger markers train more numbers"
+            caption = f"Accuracy by {collection.x.replace('_', ' ')}{sizes}"
             yield Picture(f"{name}_sweep", caption, plot_marks(marks, collection.x))
     elif len(collection.runs) > 1:
         yield _against_parameters(collection, name)
@@ -200,7 +202,7 @@ def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], bac
                 _links(runs, output),
             ]
         )
-    header = ["run", *keys, "method", "tasks", *_COLUMNS, "seeds"]
+    header = ["run", *keys, "pieces", "tasks", *_COLUMNS, "seeds"]
     return Grid(f"Tables 1 and 2: accuracy on {short_name(backbone)}", header, rows, 3 + len(keys))
 
 

@@ -131,7 +131,7 @@ def terminal_table(cells: Cells, texts: int = 1, title: str | None = None) -> Ta
         title: What stands above it; None for nothing.
     """
     header, rows = cells
-    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False, collapse_padding=True)
     for column, heading in enumerate(header):
         table.add_column(heading, justify="left" if column < texts else "right")
     for row in rows:
