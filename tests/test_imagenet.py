@@ -47,7 +47,7 @@ def test_accuracies_are_those_of_timms_own_network(predicted, tmp_path, capsys):
     assert facts["images"] == len(predicted) > 5
     assert facts["dense_accuracy"] == facts["decomposed_accuracy"] == pytest.approx(right)
     assert facts["agreement"] == 100
-    assert facts["similarity"] == pytest.approx(1, abs=1e-5)
+    assert facts["similarity"] == pytest.approx(1, abs=1e-6)
     assert "dense_accuracy" in capsys.readouterr().out
 
 
@@ -87,7 +87,7 @@ def test_other_classifiers_have_their_own_head_and_preprocessing(name, predicted
     assert main([*words, "--layout.targets", targets, "--output", str(tmp_path / "out")]) == 0
     facts = json.loads((tmp_path / "out" / "imagenet.json").read_text())
     assert (facts["images"], facts["agreement"]) == (1, 100)
-    assert facts["similarity"] == pytest.approx(1, abs=1e-5)
+    assert facts["similarity"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.slow
