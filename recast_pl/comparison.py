@@ -1,161 +1,209 @@
-"""Methods beside one another: several configurations, each with several seeds, and one table."""
+"""Runs beside one another: several points, such as methods, each with several seeds, and one table."""
 
-import itertools
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from rich.console import RenderableType
 
 from recast_pl.engines import Engine, run_units
 from recast_pl.errors import RunError
-from recast_pl.files import read_json, write_atomic
-from recast_pl.metrics import forward_transfer
-from recast_pl.report import table_csv
+from recast_pl.files import json_text, read_json, write_atomic
+from recast_pl.metrics import forward_transfer, spread
+from recast_pl.tables import Cells, markdown_table, table_csv, terminal_table
 
 Summary = dict[str, Any]
+Label = str | int | float
+PLAN = "plan.json"
+"""What the last command in a folder was to learn."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What runs with different seeds have in common.
+
+    Args:
+        name: Of the folder that holds the runs.
+        words: Words of `fit`.
+        labels: What the point stands for, by the key in whose column the table says it; none if the name is enough.
+    """
+
+    name: str
+    words: Sequence[str]
+    labels: Mapping[str, Label] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of methods × seeds below one folder, as `FOLDER/METHOD/SEED`.
+    """Runs of points × seeds below one folder, as `FOLDER/POINT/SEED`.
 
     Args:
         folder: Of the comparison.
-        base: Configurations that all methods share, in order; empty for none.
-        configs: One configuration for each method, laid over the base.
+        points: What is compared, such as methods.
         seeds: Of the runs.
         options: Further words of `fit`, for all runs.
-        alone: The method, of those in `configs`, whose runs say what each task reaches by itself, such as
-            `finetune_each`; it adds forward transfer, from runs of the same seed, to the table. None for none.
+        alone: The point, of those given, whose runs say what each task reaches by itself, such as `finetune_each`; it
+            adds forward transfer, from runs of the same seed, to the table. None for none.
 
     Raises:
-        RunError: If two configurations have one name, or `alone` names none.
+        RunError: If there is no point, two points have one name, or `alone` names none.
     """
 
     folder: Path
-    base: Sequence[str]
-    configs: Sequence[str]
+    points: Sequence[Point]
     seeds: Sequence[int]
-    options: Sequence[str] = field(default=())
+    options: Sequence[str] = ()
     alone: str | None = None
 
+    FILE = "comparison"
+    """Name of the files that are written, less their endings."""
+    HEADING = "method"
+    """What a point is called."""
+
     def __post_init__(self) -> None:
-        names = self.methods
-        twice = [name for name in names if names.count(name) > 1]
+        names = [point.name for point in self.points]
+        folded = [name.casefold() for name in names]  # some file systems do not tell them apart
+        twice = [name for name in names if folded.count(name.casefold()) > 1]
+        if not names:
+            raise RunError(f"there is no {self.HEADING} to learn by; give at least one")
         if twice:
-            raise RunError(f"two configurations are named {twice[0]!r}; rename one, as its runs are kept by that name")
+            raise RunError(f"two {self.HEADING}s are named {twice[0]!r}; rename one, as its runs are kept by that name")
         if self.alone is not None and self.alone not in names:
-            raise RunError(f"--alone {self.alone!r} is none of the configurations; choose one of {', '.join(names)}")
+            raise RunError(f"--alone {self.alone!r} is none of the {self.HEADING}s; choose one of {', '.join(names)}")
 
-    @property
-    def methods(self) -> list[str]:
-        """Names of the configurations, less their folders."""
-        return [Path(config).stem for config in self.configs]
-
-    def words(self, method: int, seed: int) -> list[str]:
+    def words(self, point: Point, seed: int) -> list[str]:
         """The command line of `fit` for one run, which goes on with what is there.
 
         Args:
-            method: Position of the configuration.
+            point: What is learnt.
             seed: Seed of the run.
         """
-        configs = [word for config in (*self.base, self.configs[method]) for word in ("--config", config)]
-        run_dir = self.folder / self.methods[method] / str(seed)
+        run_dir = self.folder / point.name / str(seed)
         own = ["--seed_everything", str(seed), "--run_dir", str(run_dir), "--resume", "true"]
-        return ["fit", *configs, *self.options, *own]
+        return ["fit", *point.words, *self.options, *own]
 
-    def run(self, engine: Engine) -> int:
+    def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
         """Learns what is not learnt yet, and writes the table after every run.
 
         Args:
             engine: Where the runs are made.
+            is_finished: Whether the run of a command line is finished; refuses one that cannot be understood, so that
+                this is known before the first run rather than hours later.
 
         Returns:
             0, or the status of the first run that failed.
         """
-        runs = itertools.product(enumerate(self.methods), self.seeds)
-        units = {f"{name} with seed {seed}": self.words(method, seed) for (method, name), seed in runs}
-        status = run_units(engine, units, lambda name: self.write())
+        write_atomic(self.folder / PLAN, json_text(self.plan()))
+        units = {f"{p.name} with seed {seed}": self.words(p, seed) for p in self.points for seed in self.seeds}
+        left = {name: words for name, words in units.items() if not is_finished(words)}
+        if len(left) < len(units):
+            print(f"{len(units) - len(left)} of {len(units)} runs are finished", file=sys.stderr)
+            self.write()
+        status = run_units(engine, left, lambda name: self.write()) if left else 0
         if status:
             print("the same command goes on from there", file=sys.stderr)
         return status
 
+    def plan(self) -> dict[str, Any]:
+        """What is to be learnt, for `plan.json`, by which a report knows what is missing."""
+        return {"points": {point.name: dict(point.labels) for point in self.points}, "seeds": list(self.seeds)}
+
     def write(self) -> None:
-        """Writes `comparison.csv` and `comparison.md` from all finished runs in the folder, whatever their seeds."""
-        header, *rows = self._cells()
-        write_atomic(self.folder / "comparison.csv", table_csv(header, rows))
-        write_atomic(self.folder / "comparison.md", _markdown(header, rows))
+        """Writes the table as CSV and Markdown, from all finished runs in the folder, whatever their seeds."""
+        cells = self._cells()
+        write_atomic(self.folder / f"{self.FILE}.csv", table_csv(*cells))
+        write_atomic(self.folder / f"{self.FILE}.md", markdown_table(cells, 1 + len(self._keys)))
 
-    def table(self) -> Table:
-        """The same table, for the terminal."""
-        table = Table(box=box.SIMPLE, pad_edge=False)
-        header, *rows = self._cells()
-        for heading in header:
-            table.add_column(heading, justify="left" if heading == "method" else "right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+    def table(self) -> RenderableType:
+        """The same table, for the terminal: where labels tell points apart, without their names."""
+        header, rows = self._cells()
+        first = 1 if self._keys else 0
+        return terminal_table((header[first:], [row[first:] for row in rows]), len(self._keys) or 1)
 
-    def _cells(self) -> list[list[str]]:
-        runs = {name: self._runs(name) for name in self.methods}
+    def finished(self) -> dict[str, dict[int, Summary]]:
+        """What finished runs say, by name of the point and seed; points without any are left out."""
+        runs = {point.name: self._runs(point.name) for point in self.points}
         tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
-        finished = {  # all runs have the same tasks
-            name: {seed: run for seed, run in seeds.items() if len(run["tasks"]) == tasks}
+        whole = {  # all runs have the same tasks
+            name: {seed: run for seed, run in seeds.items() if is_whole(run) and len(run["tasks"]) == tasks}
             for name, seeds in runs.items()
         }
-        alone = None if self.alone is None else finished[self.alone]
-        header = [*_FACTS, *_MEASURES, *([] if alone is None else ["forward transfer"])]
-        return [header, *(_row(name, seeds, alone) for name, seeds in finished.items() if seeds)]
+        return {name: seeds for name, seeds in whole.items() if seeds}
 
     def _runs(self, name: str) -> dict[int, Summary]:
-        """What the runs of a method say, by seed."""
+        """What the runs of a point say, by seed."""
         paths = sorted((self.folder / name).glob("*/summary.json"))
         return {
             run["seed"]: run
             for run in (read_json(path, RunError, seed=int, tasks=list, accuracy_matrix=list) for path in paths)
         }
 
+    @property
+    def _keys(self) -> list[str]:
+        """Keys of the labels of all points."""
+        return list(dict.fromkeys(key for point in self.points for key in point.labels))
 
-def _row(name: str, runs: Mapping[int, Summary], alone: Mapping[int, Summary] | None) -> list[str]:
-    summaries = list(runs.values())
-    tasks = [task for summary in summaries for task in summary["tasks"]]
-    cells = [
-        name,
-        str(len(summaries)),
-        f"{statistics.mean(task['task_parameters'] for task in tasks):,.0f}",
-        f"{statistics.mean(task['patch_bytes'] for task in tasks):,.0f}",
-        f"{statistics.mean(summary.get('shared_bytes', 0) for summary in summaries):,.0f}",
-        *(_spread([summary[key] for summary in summaries]) for key in _MEASURES.values()),
-    ]
-    if alone is not None:
-        gains = [_forward_transfer(runs[seed], alone[seed]) for seed in runs.keys() & alone.keys()]
-        cells.append(_spread(gains) if gains else "")
-    return cells
+    def _cells(self) -> Cells:
+        finished, keys = self.finished(), self._keys
+        transfer = [] if self.alone is None else ["forward transfer"]
+        rows = [
+            [point.name, *(str(point.labels.get(key, "")) for key in keys), *self._measures(finished, point.name)]
+            for point in self.points
+            if point.name in finished
+        ]
+        return [self.HEADING, *keys, *MEASURES, *transfer], rows
+
+    def _measures(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
+        runs = finished[name]
+        cells = measures(list(runs.values()))
+        if self.alone is not None:
+            alone = finished.get(self.alone, {})
+            gains = [_forward_transfer(runs[seed], alone[seed]) for seed in runs.keys() & alone.keys()]
+            cells.append(str(spread(gains)) if gains else "")
+        return cells
+
+
+def is_whole(summary: Summary) -> bool:
+    """Whether a run has learnt all its tasks, as far as it says so."""
+    return bool(summary["tasks"]) and not summary.get("unlearnt")
+
+
+def measures(runs: Sequence[Summary]) -> list[str]:
+    """What finished runs with different seeds say, in the order of `MEASURES`.
+
+    Args:
+        runs: At least one.
+    """
+    facts = [f"{measure(runs):,.0f}" for measure in _FACTS.values()]
+    return [*facts, *(str(spread([run[key] for run in runs])) for key in _ACCURACIES.values())]
+
+
+def task_mean(key: str) -> Callable[[Sequence[Summary]], float]:
+    """The mean, over all tasks of some runs, of what `summary.json` says of a task.
+
+    Args:
+        key: Of the task's facts.
+    """
+    return lambda runs: statistics.mean(task[key] for run in runs for task in run["tasks"])
 
 
 def _forward_transfer(run: Summary, alone: Summary) -> float:
     return forward_transfer(run["accuracy_matrix"], [task["accuracy"] for task in alone["tasks"]])
 
 
-_FACTS = ["method", "seeds", "numbers per task", "bytes per task", "bytes shared"]
-_MEASURES = {
+_FACTS: dict[str, Callable[[Sequence[Summary]], float]] = {
+    "seeds": len,
+    "numbers per task": task_mean("task_parameters"),
+    "bytes per task": task_mean("patch_bytes"),
+    "bytes shared": lambda runs: statistics.mean(run.get("shared_bytes", 0) for run in runs),
+}
+_ACCURACIES = {
     "average accuracy %": "average_accuracy",
     "anytime accuracy %": "average_anytime_accuracy",
     "forgetting": "forgetting",
 }
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, the sample standard deviation."""
-    mean = f"{statistics.mean(values) + 0.0:.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+MEASURES = (*_FACTS, *_ACCURACIES)
+"""Headings of what `measures` gives."""

@@ -1,6 +1,8 @@
 """Measures of a stream, from its accuracy matrix."""
 
+import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +56,31 @@ def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
     """
     differences = _square(matrix).diagonal() - np.asarray(alone, dtype=float)
     return float(differences[1:].mean()) if len(differences) > 1 else 0.0
+
+
+class Spread(NamedTuple):
+    """What several values have in common.
+
+    Args:
+        mean: Their mean.
+        deviation: Their sample standard deviation; None of a single value.
+    """
+
+    mean: float
+    deviation: float | None = None
+
+    def __str__(self) -> str:
+        mean = f"{round(self.mean, 2) + 0.0:.2f}"  # adding 0 turns -0.0 into 0.0
+        return mean if self.deviation is None else f"{mean} ± {self.deviation:.2f}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and, of several values, the sample standard deviation.
+
+    Args:
+        values: At least one.
+    """
+    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _square(matrix: Matrix) -> np.ndarray:

@@ -1,23 +1,28 @@
-"""Pictures of a stream, and of a decomposition. All are told apart in grey and by those who see no colours."""
+"""Pictures of streams, of runs beside one another and of decompositions: for the colour-blind, and readable in grey."""
 
 import io
 import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from recast_pl.analysis import FeatureSimilarity, GroupAnalysis
-from recast_pl.metrics import Matrix
+from recast_pl.files import write_atomic
+from recast_pl.metrics import Matrix, Spread
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito, 2008
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
+_MARKERS = "osD^vP*X"
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 _ROW = 4  # heat maps side by side, where no kind of weight has a row of its own
-_MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 _TEXT_CELLS = 6  # layers of a group up to which a heat map has its values written in
+_STYLES = ("-", "--", "-.", ":")
 
 
 def plot_accuracy_matrix(matrix: Matrix, tasks: list[str]) -> Figure:
@@ -53,10 +58,136 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def to_svg(figure: Figure) -> bytes:
-    """The content of an SVG file of a figure; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "recast_pl"}):
+class Mark(NamedTuple):
+    """One point of a figure.
+
+    Args:
+        series: Name of the line, or of the bars of one colour, that it belongs to; empty for none.
+        x: Where it stands: a number, or the name of a group of bars.
+        y: Its height, over seeds.
+        numbers: Trained for a task; the marker's area grows with them.
+        name: Written beside it; empty for nothing. Marks with names are not joined by lines.
+    """
+
+    series: str
+    x: float | str
+    y: Spread
+    numbers: float = 0
+    name: str = ""
+
+
+def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -> Figure:
+    """Heights over numbers, as lines, or over names, as groups of bars; whiskers are a standard deviation.
+
+    Args:
+        marks: At least one; they are drawn in the order of their series.
+        x: Name of the horizontal axis, or `task_parameters`. One of numbers is logarithmic where they span more than a
+            factor of 20.
+        y: Name of the vertical axis, with its unit.
+
+    Returns:
+        A figure.
+    """
+    figure = Figure(figsize=(8, 5.5) if any(mark.name for mark in marks) else (6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    series = list(dict.fromkeys(mark.series for mark in marks))
+    axes.set_xlabel("numbers trained for a task" if x == "task_parameters" else x.replace("_", " "))
+    axes.set_ylabel(y)
+    if all(isinstance(mark.x, int | float) for mark in marks):
+        _draw_lines(axes, marks, series)
+    else:
+        _draw_bars(axes, marks, series)
+    if any(series):
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(series)))
+    _write_names(figure, axes, [mark for mark in marks if mark.name])
+    return figure
+
+
+def _draw_lines(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None:
+    largest = max(mark.numbers for mark in marks) or 1
+    looks = zip(series, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_STYLES), strict=False)
+    for name, colour, marker, style in looks:
+        line = sorted((mark for mark in marks if mark.series == name), key=lambda mark: float(mark.x))
+        xs, means = [float(mark.x) for mark in line], [mark.y.mean for mark in line]
+        joined = style if not any(mark.name for mark in line) else "none"
+        axes.errorbar(xs, means, _whiskers(line), color=colour, linestyle=joined, capsize=3)
+        sizes = 40.0 if joined == "none" else [30 + 120 * math.sqrt(mark.numbers / largest) for mark in line]
+        axes.scatter(xs, means, sizes, color=colour, marker=marker, edgecolors="black", zorder=3, label=name)
+    _scale(axes, [float(mark.x) for mark in marks])
+    axes.grid(alpha=0.3)
+
+
+def _scale(axes: Axes, xs: Sequence[float]) -> None:
+    """A logarithmic axis for numbers far apart, on which 0 has its place."""
+    if max(xs) <= 20 * min((x for x in xs if x > 0), default=math.inf):
+        if all(x == int(x) for x in xs) and len(set(xs)) < 10:
+            axes.set_xticks(sorted(set(xs)))
+    elif min(xs) <= 0:
+        axes.set_xscale("symlog", linthresh=10)
+    else:
+        axes.set_xscale("log")
+
+
+def _whiskers(marks: Sequence[Mark]) -> list[float]:
+    return [mark.y.deviation or 0.0 for mark in marks]
+
+
+def _write_names(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
+    """Writes names beside marks, each moved up until it is clear of those before."""
+    figure.draw_without_rendering()  # so that it is known where marks are
+    spots = [axes.transData.transform((float(mark.x), mark.y.mean)) for mark in marks]
+    placed = [(x - 5, x + 5, y) for x, y in spots]  # left, right and height of what must stay clear, in pixels
+    for mark, (x, y) in sorted(zip(marks, spots, strict=True), key=lambda pair: pair[0].y.mean):
+        width, at = 5.7 * len(mark.name), y
+        side = "left" if x + 7 + width < axes.bbox.x1 else "right"
+        left = x + 7 if side == "left" else x - 7 - width
+        while any(left < end and left + width > begin and abs(at - other) < 10 for begin, end, other in placed):
+            at += 1
+        placed.append((left, left + width, at))
+        offset = (5 if side == "left" else -5, 72 * (at - y) / figure.dpi - 2.5)
+        spot = (float(mark.x), mark.y.mean)
+        axes.annotate(mark.name, spot, offset, textcoords="offset points", fontsize=7.5, ha=side)
+
+
+def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None:
+    groups = list(dict.fromkeys(str(mark.x) for mark in marks))
+    width = 0.8 / len(series)
+    looks = zip(series, itertools.cycle(_COLOURS), itertools.cycle(_HATCHES), strict=False)
+    for position, (name, colour, hatch) in enumerate(looks):
+        bars = [mark for mark in marks if mark.series == name]
+        xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
+        heights = [mark.y.mean for mark in bars]
+        drawn = axes.bar(
+            xs, heights, width, yerr=_whiskers(bars), color=colour, hatch=hatch, edgecolor="black", capsize=3
+        )
+        drawn.set_label(name)
+        if len(marks) <= 16:  # else they would cover one another
+            axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
+    long = sum(map(len, groups)) > 60
+    axes.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG and SVG; equal figures give equal bytes.
+
+    Args:
+        figure: What is written.
+        path: Without an ending.
+    """
+    write_atomic(f"{path}.png", to_png(figure))
+    write_atomic(f"{path}.svg", to_svg(figure, path.name))
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The content of an SVG file of a figure.
+
+    Args:
+        figure: What is drawn.
+        name: From which its inner names are made.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
@@ -188,6 +319,6 @@ def _by_kind(groups: Sequence[GroupAnalysis]) -> dict[str, list[GroupAnalysis]]:
 
 
 def _styles() -> Any:
-    """Colour, marker and dashes of lines, no two of the first 28 alike in grey."""
-    cycles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_LINES))
+    """Colour, marker and dashes of lines, no two of the first eight alike in grey."""
+    cycles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_STYLES))
     return ({"color": colour, "marker": marker, "linestyle": line} for colour, marker, line in cycles)

@@ -1,276 +1,401 @@
-"""What a run prints, and the files that state its results."""
+"""Runs as a report: tables in the form of the paper's 1, 2, 4, 5 and 6, figures in that of its 3 to 10."""
 
-import csv
-import io
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+import yaml
 
-from recast_pl.analysis import Analysis, GroupAnalysis, Scaling
-from recast_pl.data.catalogue import DataSet
-from recast_pl.metrics import Matrix
+from recast_pl.comparison import MEASURES, PLAN, Label, Summary, is_whole, measures, task_mean
+from recast_pl.document import Block, Cell, Grid, Heading, Items, Paragraph, Picture, Text
+from recast_pl.errors import RunError
+from recast_pl.files import read_json
+from recast_pl.metrics import Spread, spread
+from recast_pl.plots import Mark, plot_marks
+from recast_pl.sweep import TASK_PARAMETERS, sweep_marks
 
-
-def stream_table(summary: Mapping[str, Any]) -> RenderableType:
-    """The result of a stream, for the terminal.
-
-    Args:
-        summary: The content of `summary.json`.
-    """
-    title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
-    table.add_column("task", no_wrap=True)
-    final = summary["accuracy_matrix"][-1]
-    changed = final != [task["accuracy"] for task in summary["tasks"]]
-    end = ("at the end %",) if changed else ()
-    for heading in ("classes", "images", "probe %", "accuracy %", *end, "numbers", "patch bytes", "seconds"):
-        table.add_column(heading, justify="right")
-    for task, last in zip(summary["tasks"], final, strict=True):
-        table.add_row(
-            task["name"],
-            str(task["classes"]),
-            str(task["train_images"]),
-            f"{task['probe_accuracy']:.2f}",
-            f"{task['accuracy']:.2f}",
-            *([f"{last:.2f}"] if changed else []),
-            f"{task['task_parameters']:,}",
-            f"{task['patch_bytes']:,}",
-            f"{task['seconds']:.0f}",
-        )
-    probes = [task["probe_accuracy"] for task in summary["tasks"]]
-    table.add_section()
-    learnt = [f"{sum(task['accuracy'] for task in summary['tasks']) / len(final):.2f}"] if changed else []
-    average = f"{summary['average_accuracy']:.2f}"
-    table.add_row("average", "", "", f"{sum(probes) / len(probes):.2f}", *learnt, average)
-    shared = f", {summary['shared_bytes'] / 1e6:,.1f} MB shared by all tasks" if summary["shared_bytes"] else ""
-    facts = (
-        f"forgetting {_points(summary['forgetting'])}, backward transfer {_points(summary['backward_transfer'])} "
-        f"points{shared}; {summary['wall_seconds']:.0f} s in all"
-    )
-    return Group(table, facts)
-
-
-def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
-    """Recorded and measured accuracies of tasks, for the terminal.
-
-    Args:
-        rows: Task, accuracy recorded in percent, accuracy measured in percent.
-    """
-    table = Table(box=box.SIMPLE)
-    table.add_column("task")
-    for heading in ("recorded %", "measured %", ""):
-        table.add_column(heading, justify="right")
-    for task, recorded, measured in rows:
-        verdict = "equal" if recorded == measured else "[bold red]DIFFERENT[/]"
-        table.add_row(task, f"{recorded:.4f}", f"{measured:.4f}", verdict)
-    return table
-
-
-def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableType:
-    """The data sets known by name, for the terminal.
-
-    Args:
-        catalogue: Data sets by name.
-        root: Folder in which they are looked for.
-    """
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("name", "classes", "images", "pixels", "on disk", "what it is"):
-        right = heading in ("classes", "images", "pixels")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for name, row in catalogue.items():
-        size = f"{row.native}×{row.native}" if row.native else "various"
-        on_disk = "yes" if row.is_present(root) else "no"
-        table.add_row(name, str(row.classes), f"{sum(row.images.values()):,}", size, on_disk, row.title)
-    notes = [f"{name}: {row.note}" for name, row in catalogue.items() if row.note]
-    return Group(
-        table, *notes, f"looked for in {root}; any classification set of torchvision too, as torchvision/CLASS"
-    )
+ANALYSIS = "analysis.json"
+"""Of a run folder: `groups`, a list of template banks, each with a `name` that ends in `:NUMBER`, and its `frobenius`,
+`entropy` and `similarity_mean`, as far as they have been measured."""
+_FIGURES = {
+    "frobenius": ("Figure 9a: diversity of templates", "mean Frobenius distance of templates"),
+    "entropy": ("Figure 9b: versatility of templates", "mean entropy of singular values (nats)"),
+    "similarity_mean": ("Figure 10: similarity of coefficients", "mean cosine similarity"),
+}
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table that reads the same on the terminal and in a file.
+class Run:
+    """A finished run.
 
     Args:
-        title: What it shows.
-        headings: Of its columns; the first column holds names.
-        rows: Cells.
-        notes: What a reader must know, a paragraph each.
+        folder: Of the run.
+        summary: The content of `summary.json`.
     """
 
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def printed(self) -> RenderableType:
-        """For the terminal."""
-        table = Table(box=box.SIMPLE, pad_edge=False)
-        for index, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
-        for row in self.rows:
-            table.add_row(*row)
-        return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes), "")
-
-    def markdown(self) -> str:
-        """For a file."""
-        lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return "\n\n".join([f"## {self.title}", table, *self.notes]).replace("*", "\\*") + "\n"
+    folder: Path
+    summary: Summary
 
 
-def analysis_sheets(analysis: Analysis) -> list[Sheet]:
-    """What an analysis found, as tables.
+@dataclass
+class Collection:
+    """Runs that are compared: those of one folder, as `FOLDER/POINT/SEED` or `FOLDER/RUN`.
 
     Args:
-        analysis: Of a decomposition; what it has no numbers of has no table.
+        folder: Of the comparison or sweep, or that of a single run's folder.
+        runs: Finished runs by name of the point, or of the run folder.
+        labels: Of the points of a sweep.
+        x: Horizontal axis of a sweep's figure; None if this is none.
+        series: What its lines or bars stand for.
+        unfinished: What is missing, by where it should be; why.
     """
-    sheets = [_templates_sheet(analysis), _scaling_sheet(analysis)]
-    if analysis.targets:
-        sheets.append(_targets_sheet(analysis))
-    if analysis.features:
-        sheets.append(_features_sheet(analysis))
-    if analysis.displacements:
-        sheets.append(_displacements_sheet(analysis))
-    return sheets
+
+    folder: Path
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    labels: dict[str, dict[str, Label]] = field(default_factory=dict)
+    x: str | None = None
+    series: Sequence[str] = ()
+    unfinished: dict[Path, str] = field(default_factory=dict)
 
 
-def _templates_sheet(analysis: Analysis) -> Sheet:
-    names, meaning = _short_names(analysis)
-    rows = [
-        [
-            names[group.name],
-            "×".join(map(str, group.shape)),
-            str(len(group.targets)),
-            str(group.templates),
-            _number(group.frobenius, 4),
-            _number(group.frobenius_mean, 4),
-            _number(group.entropy, 4),
-            _number(100 * group.entropy / group.entropy_limit if group.entropy_limit else math.nan, 2),
-            _number(group.similarity_mean, 4),
-        ]
-        for group in analysis.groups
-    ]
-    single = any(1 in (group.templates, len(group.targets)) for group in analysis.groups)
-    return Sheet(
-        "Templates and coefficients of each group",
-        ["group", "shape", "L", "n", "Frobenius", "pair", "entropy", "% max", "cosine"],
-        rows,
-        [
-            f"{meaning} Groups are of one kind of weight; the paper's hold all weights of a layer.",
-            "Frobenius: Σ ‖Ti − Tj‖ over pairs i<j / (n(n−1)), as the paper prints it: half the mean of a pair. "
-            "Entropy: of the singular values divided by their sum, in nats, mean over templates; its largest value is "
-            "ln min(rows, columns). Cosine: of the coefficients of two layers, mean over pairs."
-            + (" –: one template, or one layer, has no pairs." if single else ""),
-        ],
-    )
+def find_collections(folders: Iterable[Path]) -> list[Collection]:
+    """Finds all runs in some folders.
+
+    Args:
+        folders: Run folders, or folders of them at any depth.
+
+    Returns:
+        What belongs together, in order of folders.
+
+    Raises:
+        RunError: If a folder holds no run, or a file of a run is damaged.
+    """
+    collections: dict[Path, Collection] = {}
+    for folder in folders:
+        runs = sorted({path.parent for name in ("summary.json", "config.yaml") for path in folder.rglob(name)})
+        if not runs:
+            raise RunError(f"{folder} holds no run, that is no summary.json at any depth; give a folder made by fit")
+        for run in runs:
+            home = run.parent.parent if run.name.isdigit() else run.parent
+            collection = collections.setdefault(home.resolve(), Collection(home))
+            _take(collection, run)
+    for collection in collections.values():
+        _leave_out_parts(collection)
+        _take_plan(collection)
+    return list(collections.values())
 
 
-def _scaling_sheet(analysis: Analysis) -> Sheet:
-    names, _ = _short_names(analysis)
-    parts = [(names[group.name], group.scaling) for group in analysis.groups]
-    paper = analysis.paper
-    approximation = (
-        f"Paper's symbols: d²={paper.d2:,}, M={paper.modules}, L={paper.layers}, G={paper.groups}, "
-        f"n={paper.templates}, K={paper.coefficient_sets}; d²·M·(L − G·n) = {paper.approximation:,}."
-        if paper
-        else "Groups differ in d², n, K or number, so that the paper's symbols have no one value; ≈ S sums d²·(L − n)."
-    )
-    return Sheet(
-        "Numbers saved (section 3.3)",
-        ["group", "dense", "templates", "coefficients", "kept", "S", "≈ S"],
-        [[name, *_scaling_cells(scaling)] for name, scaling in [*parts, ("total", analysis.scaling)]],
-        [
-            "S = dense − templates − coefficients. A task trains the coefficients, and keeps the mean of their sets. "
-            + approximation
-        ],
-    )
+def _take(collection: Collection, run: Path) -> None:
+    path = run / "summary.json"
+    if path.is_file():
+        entries = {"seed": int, "tasks": list, "accuracy_matrix": list, "method": str, "backbone": str}
+        known = collection.runs.setdefault(run.parent.name if run.name.isdigit() else run.name, [])
+        if run.resolve() not in [other.folder.resolve() for other in known]:
+            known.append(Run(run, read_json(path, RunError, **entries)))
+    elif not (run / "mimicry.json").is_file():
+        collection.unfinished[run] = "no task is learnt, or templates are not fitted yet"
 
 
-def _scaling_cells(scaling: Scaling) -> list[str]:
-    counts = (scaling.dense, scaling.templates, scaling.coefficients, scaling.kept, scaling.saved)
-    return [f"{count:,}" for count in (*counts, scaling.approximation)]
-
-
-def _targets_sheet(analysis: Analysis) -> Sheet:
-    found = {target.name: target for target in analysis.targets}
-    names, _ = _short_names(analysis)
-    rows = [[names[g.name], *_fidelity(g, [found[name].cosine for name in g.targets], min)] for g in analysis.groups]
-    errors = [_fidelity(g, [found[name].relative_error for name in g.targets], max) for g in analysis.groups]
-    mean = sum(target.cosine for target in analysis.targets) / len(analysis.targets)
-    return Sheet(
-        "Generated weights beside the pretrained ones",
-        ["group", "cosine", "lowest", "relative error", "largest"],
-        [[*row, *error] for row, error in zip(rows, errors, strict=True)],
-        [f"Mean over all {len(analysis.targets)} weights: cosine {mean:.6f}."],
-    )
-
-
-def _fidelity(group: GroupAnalysis, values: Sequence[float], worst: Any) -> list[str]:
-    return [f"{value:.6g}" for value in (sum(values) / len(group.targets), worst(values))]
-
-
-def _features_sheet(analysis: Analysis) -> Sheet:
-    rows = [[f.name, f"{f.mean:.6f}", f"{f.lowest:.6f}"] for f in analysis.features if f.kind != "layer"]
-    return Sheet(
-        "Features of the decomposed network beside those of the dense one",
-        ["output of", "cosine", "lowest"],
-        rows,
-        ["Cosine of the flattened output, mean over images and lowest of them; layers are in analysis.json."],
-    )
-
-
-def _displacements_sheet(analysis: Analysis) -> Sheet:
-    rows = []
-    for task, moved in analysis.displacements.items():
-        farthest = max(moved, key=lambda name: moved[name])
-        rows.append([task, f"{sum(moved.values()) / len(moved):.4f}", f"{moved[farthest]:.4f}", farthest])
-    return Sheet("Coefficients moved by each task", ["task", "mean ‖ΔC‖", "largest", "of"], rows)
-
-
-def _short_names(analysis: Analysis) -> tuple[dict[str, str], str]:
-    """Names of groups without what all kinds have in common, and what that is."""
-    kinds = [group.kind.split(".") for group in analysis.groups]
-    start, end = 0, 0
-    while len({tuple(kind[: start + 1]) for kind in kinds}) == 1 and start + 1 < min(map(len, kinds)):
-        start += 1
-    while len({tuple(kind[len(kind) - end - 1 :]) for kind in kinds}) == 1 and start + end + 1 < min(map(len, kinds)):
-        end += 1
-    names = {
-        group.name: f"{'.'.join(kind[start : len(kind) - end])}:{group.number}"
-        for group, kind in zip(analysis.groups, kinds, strict=True)
+def _leave_out_parts(collection: Collection) -> None:
+    """All runs of a collection have the same tasks: those with fewer are not finished."""
+    tasks = max((len(run.summary["tasks"]) for runs in collection.runs.values() for run in runs), default=0)
+    for name, runs in list(collection.runs.items()):
+        whole = [run for run in runs if is_whole(run.summary) and len(run.summary["tasks"]) == tasks]
+        for run in runs:
+            if run not in whole:
+                learnt = ", ".join(task["name"] for task in run.summary["tasks"]) or "nothing"
+                collection.unfinished[run.folder] = f"only {learnt} learnt"
+        collection.runs[name] = whole
+    collection.runs = {
+        name: sorted(runs, key=lambda run: int(run.summary["seed"])) for name, runs in collection.runs.items() if runs
     }
-    whole = ".".join([*kinds[0][:start], "…", *kinds[0][len(kinds[0]) - end :]])
-    return names, f"Groups NAME:NUMBER, of weights {whole} in order of depth."
 
 
-def _number(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
+def _take_plan(collection: Collection) -> None:
+    """Knows from `plan.json` in which order points come, how they are drawn, and what has not even been begun."""
+    path = collection.folder / PLAN
+    if not path.is_file():
+        return
+    plan = read_json(path, RunError, points=dict, seeds=list)
+    collection.labels, collection.x, collection.series = plan["points"], plan.get("x"), plan.get("series", ())
+    order = [*plan["points"], *(name for name in collection.runs if name not in plan["points"])]
+    collection.runs = {name: collection.runs[name] for name in order if name in collection.runs}
+    for name, seed in itertools.product(plan["points"], plan["seeds"]):
+        run = collection.folder / name / str(seed)
+        if not run.is_dir():
+            collection.unfinished[run] = "not begun"
 
 
-def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:
-    """The accuracy matrix as CSV: a row for each task learnt, a column for each task tested, blank where none."""
-    return table_csv(
-        ["after", *tasks],
-        ([name, *("" if v is None else v for v in row)] for name, row in zip(tasks, matrix, strict=True)),
+def compose(collections: Sequence[Collection], folders: Sequence[Path], output: Path) -> list[Block]:
+    """Says what runs have reached.
+
+    Args:
+        collections: The runs.
+        folders: Where they were found, and results other than of streams are looked for.
+        output: Folder of the report, from which links lead to the runs.
+
+    Returns:
+        The report.
+    """
+    count = sum(len(runs) for collection in collections for runs in collection.runs.values())
+    facts = (
+        f"{count} finished runs. Accuracies are those of the test images after the last task, in percent: mean and, of "
+        "several seeds, sample standard deviation. Each row leads to its runs."
+    )
+    blocks: list[Block] = [Heading("Report", 1), Paragraph([Text(facts)])]
+    unfinished = {run: why for collection in collections for run, why in collection.unfinished.items()}
+    if unfinished:
+        blocks += [Heading("Not finished"), Paragraph([Text("These runs are in no table and no figure.")])]
+        names = {run: _to(run, output, str(run)) if run.is_dir() else Text(str(run)) for run in unfinished}
+        blocks.append(Items([[names[run], Text(f": {why}")] for run, why in unfinished.items()]))
+    for collection in collections:
+        if collection.runs:
+            blocks += _collection(collection, output)
+    blocks += _by_backbone(collections)
+    blocks += _reconstructions(folders, output)
+    return blocks
+
+
+def _collection(collection: Collection, output: Path) -> Iterator[Block]:
+    yield Heading(str(collection.folder))
+    backbones = dict.fromkeys(run.summary["backbone"] for runs in collection.runs.values() for run in runs)
+    for backbone in backbones:
+        chosen = {
+            name: [run for run in runs if run.summary["backbone"] == backbone] for name, runs in collection.runs.items()
+        }
+        chosen = {name: runs for name, runs in chosen.items() if runs}
+        yield _accuracies(collection, chosen, backbone, output)
+        yield from _by_task(chosen, backbone, output)
+    name = _file_name(collection.folder)
+    if collection.x is not None:
+        summaries = {point: [run.summary for run in runs] for point, runs in collection.runs.items()}
+        marks = sweep_marks(collection.labels, summaries, collection.x, collection.series)
+        if marks:
+            sizes = "" if isinstance(marks[0].x, str) else "; larger markers train more numbers"
+            caption = f"Accuracy by {collection.x.replace('_', ' ')}{sizes}"
+            yield Picture(f"{name}_sweep", caption, plot_marks(marks, collection.x))
+    elif len(collection.runs) > 1:
+        yield _against_parameters(collection, name)
+    yield from _by_reconstruction(collection, name)
+
+
+def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -> Grid:
+    """In the form of tables 1 and 2: methods whose tasks share weights above, those that keep tasks apart below."""
+    keys = list(dict.fromkeys(key for name in chosen for key in collection.labels.get(name, ())))
+    shares = {name: any(run.summary.get("shared_bytes") for run in runs) for name, runs in chosen.items()}
+    best = max(_accuracy(runs).mean for runs in chosen.values())
+    rows: list[list[Cell]] = []
+    for name in sorted(chosen, key=lambda name: not shares[name]):
+        runs, labels = chosen[name], collection.labels.get(name, {})
+        says = dict(zip(MEASURES, measures(_said(runs)), strict=True))
+        strong = _accuracy(runs).mean == best
+        rows.append(
+            [
+                [Text(name)],
+                *([Text(str(labels.get(key, "")))] for key in keys),
+                [Text(runs[0].summary["method"])],
+                [Text("shared" if shares[name] else "apart")],
+                *([Text(says[heading], None, strong and heading == _AVERAGE)] for heading in _COLUMNS),
+                _links(runs, output),
+            ]
+        )
+    header = ["run", *keys, "pieces", "tasks", *_COLUMNS, "seeds"]
+    return Grid(f"Tables 1 and 2: accuracy on {short_name(backbone)}", header, rows, 3 + len(keys))
+
+
+def _by_task(chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -> Iterator[Grid]:
+    """In the form of table 4; runs with other tasks, as of another order, in one table if only the order differs."""
+    alike: dict[frozenset[str], dict[str, Sequence[Run]]] = {}
+    for name, runs in chosen.items():
+        alike.setdefault(frozenset(task["name"] for task in runs[0].summary["tasks"]), {})[name] = runs
+    for points in alike.values():
+        tasks = [task["name"] for task in next(iter(points.values()))[0].summary["tasks"]]
+        values = {name: {task: _task_accuracy(runs, task) for task in tasks} for name, runs in points.items()}
+        best = {task: max(values[name][task].mean for name in points) for task in tasks}
+        rows = [
+            [
+                [Text(name)],
+                *([Text(str(values[name][task]), None, values[name][task].mean == best[task])] for task in tasks),
+                _links(runs, output),
+            ]
+            for name, runs in points.items()
+        ]
+        yield Grid(f"Table 4: accuracy on each task % on {short_name(backbone)}", ["run", *tasks, "seeds"], rows)
+
+
+def _task_accuracy(runs: Sequence[Run], task: str) -> Spread:
+    found = [dict(zip((t["name"] for t in r["tasks"]), r["accuracy_matrix"][-1], strict=True)) for r in _said(runs)]
+    return spread([accuracies[task] for accuracies in found if task in accuracies])
+
+
+def _against_parameters(collection: Collection, name: str) -> Picture:
+    """In the form of figure 4, a mark for each method."""
+    marks = [
+        Mark(_family(runs[0]), _numbers(runs), _accuracy(runs), name=point) for point, runs in collection.runs.items()
+    ]
+    order = [family for family in _FAMILIES if any(mark.series == family for mark in marks)]
+    marks.sort(key=lambda mark: order.index(mark.series))
+    return Picture(
+        f"{name}_parameters", "Figure 4: accuracy against what a task trains", plot_marks(marks, TASK_PARAMETERS)
     )
 
 
-def table_csv(header: Sequence[str], rows: Any) -> str:
-    """Rows as CSV text with a header line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+_FAMILIES = ("RECAST", "RECAST with an adapter", "others, tasks kept apart", "tasks share weights")
 
 
-def _points(value: float) -> str:
-    return f"{value + 0.0:.2f}"  # adding 0 turns -0.0 into 0.0
+def _family(run: Run) -> str:
+    pieces = run.summary["method"].split(" + ")
+    if run.summary.get("shared_bytes"):
+        return _FAMILIES[3]
+    if "Recast" not in pieces:
+        return _FAMILIES[2]
+    return _FAMILIES[0] if len(pieces) == 1 else _FAMILIES[1]
+
+
+def _by_reconstruction(collection: Collection, name: str) -> Iterator[Picture]:
+    """In the form of figures 5, 6, 9 and 10."""
+    fitted = {point: runs for point, runs in collection.runs.items() if _uses_fitted_templates(runs[0].folder)}
+    if len(fitted) > 1:
+        bars = [Mark("", point, _accuracy(runs)) for point, runs in fitted.items()]
+        caption = "Figure 5: accuracy by how templates were made"
+        yield Picture(f"{name}_reconstruction", caption, plot_marks(bars, "templates"))
+    banks = {point: _analysed(runs[0].folder) for point, runs in collection.runs.items()}
+    for key, (caption, y) in _FIGURES.items():
+        measured = {point: [g for g in groups if g.get(key) is not None] for point, groups in banks.items()}
+        measured = {point: groups for point, groups in measured.items() if groups}
+        if measured:
+            lines = [mark for point, groups in measured.items() for mark in _group_marks(point, groups, key)]
+            yield Picture(f"{name}_{key}", f"{caption} by group", plot_marks(lines, "group", y))
+            means = [Mark("", p, Spread(spread([g[key] for g in groups]).mean)) for p, groups in measured.items()]
+            overall = f"Figure 6: {caption.partition(': ')[2]}, over all groups"
+            yield Picture(f"{name}_{key}_mean", overall, plot_marks(means, "templates", y))
+
+
+def _group_marks(point: str, banks: Sequence[Mapping[str, Any]], key: str) -> list[Mark]:
+    """A mark for each number of group, over the kinds of layers."""
+    by_number: dict[int, list[float]] = {}
+    for bank in banks:
+        by_number.setdefault(int(bank["name"].rpartition(":")[2]), []).append(bank[key])
+    return [Mark(point, number, Spread(spread(values).mean)) for number, values in by_number.items()]
+
+
+def _by_backbone(collections: Sequence[Collection]) -> Iterator[Block]:
+    """In the form of figure 3: methods learnt on several backbones, each comparison with one."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for collection in collections:
+        for name, runs in collection.runs.items() if collection.x is None else ():
+            for run in runs:
+                found.setdefault((name, short_name(run.summary["backbone"])), []).append(run)
+    backbones = list(dict.fromkeys(backbone for _, backbone in found))
+    several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
+    if several:
+        marks = [Mark(n, b, _accuracy(found[n, b])) for b in backbones for n in several if (n, b) in found]
+        marks.sort(key=lambda mark: mark.series)
+        yield Heading("Backbones")
+        yield Picture("backbones", "Figure 3: accuracy by backbone", plot_marks(marks, "backbone"))
+
+
+def _reconstructions(folders: Sequence[Path], output: Path) -> Iterator[Block]:
+    """In the form of tables 5 and 6."""
+    fits, checks = _results(folders, "mimicry.json"), _results(folders, "imagenet.json")
+    if fits or checks:
+        yield Heading("Reconstruction")
+    if fits:
+        rows = [[_link(path, output), *_cells(facts, _RESOURCES.values())] for path, facts in fits.items()]
+        yield Grid("Table 5: what fitting templates takes", ["run", *_RESOURCES], rows, 2)
+    if checks:
+        rows = [[_link(path, output), *_cells(facts, _IMAGENET.values())] for path, facts in checks.items()]
+        yield Grid("Table 6: the pretrained classifier, dense and decomposed", ["run", *_IMAGENET], rows, 2)
+
+
+Format = Callable[[Mapping[str, Any]], str]
+
+
+def _number(key: str, digits: int, factor: float = 1) -> Format:
+    """How a number is said; a dash where it was not measured."""
+    return lambda facts: "–" if facts.get(key) is None else f"{factor * facts[key]:,.{digits}f}"
+
+
+_RESOURCES: dict[str, Format] = {
+    "backbone": lambda facts: short_name(facts["backbone"]),
+    "weights": _number("weights", 0),
+    "peak GPU memory (GB)": _number("gpu_gigabytes", 2),
+    "cores busy (%)": _number("cpu_percent", 1),
+    "ms per epoch": lambda facts: f"{1000 * facts['seconds'] / max(1, facts['epochs']):,.1f}",
+    "epochs": _number("epochs", 0),
+    "seconds": _number("seconds", 1),
+    "similarity (%)": _number("similarity", 2, 100),
+}
+_IMAGENET: dict[str, Format] = {
+    "backbone": lambda facts: short_name(facts["backbone"]),
+    "images": _number("images", 0),
+    "dense top-1 (%)": _number("dense_accuracy", 2),
+    "decomposed top-1 (%)": _number("decomposed_accuracy", 2),
+    "equal predictions (%)": _number("agreement", 2),
+    "similarity (%)": _number("similarity", 2, 100),
+}
+_AVERAGE = "average accuracy %"
+_COLUMNS = [heading for heading in MEASURES if heading != "seeds"]  # which are named one by one
+
+
+def _results(folders: Sequence[Path], name: str) -> dict[Path, dict[str, Any]]:
+    paths = sorted({path for folder in folders for path in folder.rglob(name)})
+    return {path: read_json(path, RunError, backbone=str) for path in paths}
+
+
+def _cells(facts: Mapping[str, Any], formats: Iterable[Format]) -> list[Cell]:
+    return [[Text(say(facts))] for say in formats]
+
+
+def _uses_fitted_templates(run: Path) -> bool:
+    """Whether a run took its templates from a file."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        pieces = config["model"]["init_args"]["pieces"]
+        return any((piece.get("init_args") or {}).get("decomposition") for piece in pieces)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return False  # a run made from Python has no config.yaml
+
+
+def _analysed(run: Path) -> list[dict[str, Any]]:
+    """Template banks of a run, as far as it has been analysed."""
+    path = run / ANALYSIS
+    return list(read_json(path, RunError, groups=list)["groups"]) if path.is_file() else []
+
+
+def short_name(backbone: str) -> str:
+    """The name of a backbone, without the module it is made in."""
+    return backbone.rpartition(".")[2] if backbone.startswith("recast_pl.") else backbone
+
+
+def _said(runs: Sequence[Run]) -> list[Summary]:
+    return [run.summary for run in runs]
+
+
+def _accuracy(runs: Sequence[Run]) -> Spread:
+    return spread([summary["average_accuracy"] for summary in _said(runs)])
+
+
+def _numbers(runs: Sequence[Run]) -> float:
+    return task_mean("task_parameters")(_said(runs))
+
+
+def _file_name(folder: Path) -> str:
+    return folder.resolve().name or "runs"
+
+
+def _links(runs: Sequence[Run], output: Path) -> Cell:
+    """Each seed, leading to its run."""
+    links = [_to(run.folder / "summary.json", output, str(run.summary["seed"])) for run in runs]
+    return [part for link in links for part in (Text(" "), link)][1:]
+
+
+def _link(path: Path, output: Path) -> Cell:
+    return [_to(path, output, path.parent.name)]
+
+
+def _to(path: Path, output: Path, text: str) -> Text:
+    return Text(text, Path(os.path.relpath(path.resolve(), output.resolve())).as_posix())

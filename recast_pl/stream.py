@@ -23,14 +23,15 @@ from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256, write_atomic
 from recast_pl.metrics import average_accuracy, average_anytime_accuracy, backward_transfer, forgetting
 from recast_pl.plots import plot_accuracy_matrix, to_png
-from recast_pl.report import matrix_csv, stream_table
 from recast_pl.runs import Record, accuracy_matrix, load_finished, load_shared, measure, percent
+from recast_pl.tables import matrix_csv, stream_table
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import TaskPatch
 from recast_pl.training import (
     BestEpoch,
     CoefficientHistograms,
     FiniteLoss,
+    Resources,
     SeedEpochs,
     TrainerFactory,
     tensorboard,
@@ -275,6 +276,7 @@ class Stream:
             "backbone": self.module.backbone_config.name,
             "seed": self.seed,
             "tasks": [record["task"] for record in records],
+            "unlearnt": [name for index, name in enumerate(self._names) if index not in self.records],
             "accuracy_matrix": matrix,
             "average_accuracy": average_accuracy(matrix),
             "average_anytime_accuracy": average_anytime_accuracy(matrix),
@@ -295,7 +297,7 @@ class Stream:
 def fit_mimicry(
     module: MimicryModule, run_dir: Path, trainers: TrainerFactory, seed: int = 42, config: str | None = None
 ) -> Decomposition:
-    """Fits templates by gradient, and writes `decomposition.safetensors` into the run folder.
+    """Fits templates by gradient; writes `decomposition.safetensors` and, of how it went, `mimicry.json`.
 
     Args:
         module: What to fit.
@@ -308,11 +310,21 @@ def fit_mimicry(
     module.configure_model()
     if config is not None:
         write_atomic(run_dir / "config.yaml", config)
-    trainer = trainers.for_training(run_dir, "mimicry", [])
+    resources = Resources()
+    trainer = trainers.for_training(run_dir, "mimicry", [resources])
     trainer.fit(module)
     decomposition = module.decomposition()
     if trainer.is_global_zero:
+        similarities = list(module.similarities().values())
+        facts = {
+            "backbone": module.backbone.name,
+            "weights": sum(weight.numel() for weight in decomposition.reconstruct().values()),
+            "similarity": sum(similarities) / len(similarities),
+            "epochs": trainer.current_epoch,
+            **resources.used(),
+        }
         decomposition.save(run_dir / "decomposition.safetensors")
+        write_atomic(run_dir / "mimicry.json", json_text(facts))
     return decomposition
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +206,33 @@ class CoefficientHistograms(Callback):
                 values = torch.cat([p.detach().flatten() for p in piece.parameters.values()]).float()
                 for writer in writers:
                     writer.add_histogram(f"coefficients/{type(piece).__name__}", values, trainer.current_epoch)
+
+
+class Resources(Callback):
+    """Measures what training takes, as table 5 of the paper has it."""
+
+    def __init__(self) -> None:
+        self._wall = self._cpu = self._memory = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clocks."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clocks."""
+        self._wall, self._cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        if pl_module.device.type == "cuda":
+            self._memory = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
+
+    def used(self) -> dict[str, float | None]:
+        """Seconds of the clock, part of all cores that was busy in percent, and the GPU's peak memory in GB.
+
+        The last is None without a GPU.
+        """
+        busy = 100 * self._cpu / self._wall / (os.cpu_count() or 1) if self._wall else 0.0
+        return {"seconds": self._wall, "cpu_percent": busy, "gpu_gigabytes": self._memory or None}
 
 
 def tensorboard(folder: Path, version: str) -> Logger:

@@ -22,6 +22,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if "uv run python " in line
 ]
+FILES = {name: text for _, text in BLOCKS for name in re.findall(r"\A# (\w+\.(?:py|yaml))", text)}
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def run(words, folder):
 
 @pytest.mark.slow
 def test_commands_in_their_order(folder):
+    (folder / "targets.yaml").write_text(FILES["targets.yaml"])
     for command in COMMANDS:
         run(shlex.split(command), folder)
     (run_dir,) = (folder / "logs" / "quickstart").iterdir()
@@ -54,7 +56,6 @@ def test_the_python_example(folder):
     assert (folder / "signs.safetensors").stat().st_size > 0
 
 
-FILES = {name: text for _, text in BLOCKS for name in re.findall(r"\A# (\w+\.(?:py|yaml))", text)}
 PARAMETERS = {
     "biases": 12 * (2 * 32 + 96 + 32 + 128 + 32) + 32 + 32,  # blocks, norm, patches
     "offset": 32,
@@ -93,6 +94,6 @@ def test_the_readme_names_every_method():
 
 
 def test_the_readme_names_every_config():
-    assert len(COMMANDS) == 13
-    for config in (ROOT / "configs").glob("*.yaml"):
+    assert len(COMMANDS) == 16
+    for config in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "sweeps").glob("*.yaml")]:
         assert f"`{config.name}`" in README

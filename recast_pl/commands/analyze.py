@@ -25,11 +25,10 @@ from recast_pl.plots import (
     plot_displacements,
     plot_feature_similarity,
     plot_template_diversity,
-    to_png,
-    to_svg,
+    write_figure,
 )
-from recast_pl.report import analysis_sheets
 from recast_pl.runs import learnt_coefficients, sample_images
+from recast_pl.tables import analysis_sheets
 from recast_pl.til.module import TILModule
 
 _IMAGES = 16  # of the first task, where none are named
@@ -81,8 +80,7 @@ def run(config: Namespace) -> int:
     console.print(*(sheet.printed() for sheet in sheets))
     write_atomic(subject.output / "analysis.md", "\n".join(sheet.markdown() for sheet in sheets))
     for name, figure in _figures(analysis).items():
-        write_atomic(subject.output / f"{name}.png", to_png(figure))
-        write_atomic(subject.output / f"{name}.svg", to_svg(figure))
+        write_figure(figure, subject.output / name)
     write_atomic(subject.output / "analysis.json", json_text(analysis.content()))
     console.print(f"analysis: {subject.output}", soft_wrap=True)
     return 0

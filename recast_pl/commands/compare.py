@@ -1,15 +1,13 @@
 """`compare`: several methods and seeds, and one table."""
 
-import shlex
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
+from recast_pl.commands.comparing import config_words, fit_options, run_comparison
 from recast_pl.commands.configs import new_parser
-from recast_pl.commands.interruption import interruptible
-from recast_pl.comparison import Comparison
-from recast_pl.engines import ONE_DEVICE, Engine, Here
+from recast_pl.comparison import Comparison, Point
+from recast_pl.engines import Engine
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -32,12 +30,7 @@ def run(config: Namespace) -> int:
     parser = new_parser("compare")
     declare(parser)
     engine = parser.instantiate(config).engine
-    options = [*shlex.split(config.options), *(ONE_DEVICE if engine else ())]
-    comparison = Comparison(Path(config.output), config.base, config.configs, config.seeds, options, config.alone)
-    with interruptible() as interruption:
-        status = comparison.run(engine or Here())
-    if interruption.signal is not None:
-        return 128 + interruption.signal
-    if not status:
-        Console().print(comparison.table(), f"table: {comparison.folder}/comparison.md", soft_wrap=True)
-    return status
+    points = [Point(Path(name).stem, config_words([*config.base, name])) for name in config.configs]
+    options = fit_options(config.options, engine)
+    comparison = Comparison(Path(config.output), points, config.seeds, options, config.alone)
+    return run_comparison(comparison, engine)

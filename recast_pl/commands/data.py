@@ -7,7 +7,7 @@ from recast_pl.commands.configs import STRICT
 from recast_pl.data.catalogue import CATALOGUE, PAPER, source_faults
 from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data_root
 from recast_pl.data.tasks import TaskConfig
-from recast_pl.report import catalogue_table
+from recast_pl.tables import catalogue_table
 
 
 def declare(parser: ArgumentParser) -> None:

@@ -6,8 +6,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.commands.configs import open_run
 from recast_pl.files import write_atomic
-from recast_pl.report import table_csv
 from recast_pl.runs import predict_images
+from recast_pl.tables import table_csv
 from recast_pl.training import TrainerFactory
 
 

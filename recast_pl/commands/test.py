@@ -4,8 +4,8 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from recast_pl.commands.configs import open_run
-from recast_pl.report import evaluation_table
 from recast_pl.runs import evaluate_run
+from recast_pl.tables import evaluation_table
 from recast_pl.training import TrainerFactory
 
 

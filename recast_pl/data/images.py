@@ -1,7 +1,8 @@
 """Images before they are pixels: files and items of a data set, decoded one by one."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,15 +144,30 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def open_image(path: Path) -> Image.Image:
+    """One image, upright, RGB on white.
+
+    Raises:
+        DataError: If the file is no image that can be read.
+    """
+    with _reading(path), Image.open(path) as image:
+        return _upright(image)
+
+
 def decode_file(path: Path, size: int) -> Tensor:
     """One image as uint8 (3, size, size): upright, RGB on white, its shorter side resized, its centre cropped.
 
     Raises:
         DataError: If the file is no image that can be read.
     """
+    with _reading(path), Image.open(path) as image:
+        return _pixels(image, size)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            return _pixels(image, size)
+        yield
     except Exception as cause:  # on damaged files decoders raise nearly anything
         raise DataError(f"cannot read image {str(path)!r} ({_reason(cause)}); repair or remove it") from cause
 
@@ -180,10 +196,14 @@ def stat_digest(paths: Sequence[Path]) -> str:
 
 
 def _pixels(image: Image.Image, size: int) -> Tensor:
-    upright = _rgb(_eight_bits(ImageOps.exif_transpose(image)))
+    upright = _upright(image)
     if upright.size != (size, size):
         upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)  # (3, size, size)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return _rgb(_eight_bits(ImageOps.exif_transpose(image)))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -49,9 +49,11 @@ class SequentialTaskDataModule(LightningDataModule):
             process; `off`, nowhere.
         on_bad_image: What to do about images that cannot be read: `error` to stop before training, `skip` to
             train without them.
+        order_seed: Seed of another order of the tasks, to see what the order does; None for the order given. It
+            changes nothing else: a task has the same split and batches wherever it stands.
 
     Raises:
-        DataError: If a size is below 1.
+        DataError: If a size is below 1, or `order_seed` below 0.
     """
 
     def __init__(
@@ -66,12 +68,16 @@ class SequentialTaskDataModule(LightningDataModule):
         split: SplitPolicy = "official",
         cache: CacheMode = "disk",
         on_bad_image: BadImagePolicy = "error",
+        order_seed: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
             if value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
-        self.tasks = list(tasks)
+        if order_seed is not None and order_seed < 0:
+            raise DataError(f"data.order_seed={order_seed} must be at least 0, or null for the order given")
+        order = range(len(tasks)) if order_seed is None else np.random.default_rng(order_seed).permutation(len(tasks))
+        self.tasks = [tasks[index] for index in order]
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image = split, cache, on_bad_image
