@@ -17,7 +17,7 @@ from recast_pl.metrics import Spread, spread
 from recast_pl.plots import Mark, plot_marks
 from recast_pl.sweep import TASK_PARAMETERS, sweep_marks
 
-ANALYSIS = "analysis.json"
+ANALYSIS = "analysis/analysis.json"
 """Of a run folder: `groups`, a list of template banks, each with a `name` that ends in `:NUMBER`, and its `frobenius`,
 `entropy` and `similarity_mean`, as far as they have been measured."""
 _FIGURES = {

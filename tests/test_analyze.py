@@ -56,8 +56,7 @@ def analysis_of(decomposition, folder, *words):
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """They are not what the test is about, and drawing them takes longer than all else."""
-    monkeypatch.setattr("recast_pl.commands.analyze.to_png", lambda figure: b"")
-    monkeypatch.setattr("recast_pl.commands.analyze.to_svg", lambda figure: b"")
+    monkeypatch.setattr("recast_pl.commands.analyze.write_figure", lambda figure, path: None)
 
 
 def flat(tensor):

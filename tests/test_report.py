@@ -178,7 +178,8 @@ def test_backbones_sweeps_and_reconstructions_have_their_figures(tmp_path):
         piece = {"class_path": "recast_pl.Recast", "init_args": {"decomposition": f"{name}.safetensors"}}
         (run / "config.yaml").write_text(json.dumps({"model": {"init_args": {"pieces": [piece]}}}))
         groups = [{"name": f"blocks.*.fc1.weight:{g}", "frobenius": 1.0 + g, "entropy": None} for g in (0, 1)]
-        (run / "analysis.json").write_text(json.dumps({"groups": groups}))
+        (run / "analysis").mkdir()
+        (run / "analysis" / "analysis.json").write_text(json.dumps({"groups": groups}))
     facts = {"backbone": "vit_small", "weights": 14_155_776, "similarity": 0.98765, "epochs": 1000, "seconds": 36.2}
     (tmp_path / "in" / "mimicry").mkdir()
     more = {"cpu_percent": 3.71, "gpu_gigabytes": None}
