@@ -227,7 +227,6 @@ def batch_of(paths):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_a_run_of_tasks_is_compared_with_its_backbone_on_test_images(tiny_fit, tmp_path, images, capsys):
     pieces = [{"class_path": "Recast", "init_args": {"layout": LOSSY, "learning_rate": 0.5}}]
     words = tiny_fit(
