@@ -92,6 +92,7 @@ CONTENDERS = {
     "RECAST, MLP": recast(MLP),
     "RECAST, MLP, gradient_tokens 0.25": recast(MLP, tokens=0.25),
     "RECAST, attention": recast(ATTENTION),
+    "RECAST, attention, gradient_tokens 0.25": recast(ATTENTION, tokens=0.25),
 }
 
 

@@ -66,7 +66,7 @@ def test_a_run_folder_holds_what_was_promised(run):
     summary = read_summary(run)
     assert set(summary) == {
         *("method", "backbone", "seed", "tasks", "accuracy_matrix", "average_accuracy", "average_anytime_accuracy"),
-        *("backward_transfer", "forgetting", "shared_bytes", "wall_seconds"),
+        *("backward_transfer", "forgetting", "shared_bytes", "unlearnt", "wall_seconds"),
     }
     assert summary["shared_bytes"] == 0
     assert not (run / "shared").exists()
