@@ -6,8 +6,8 @@ and banks of its own, and every number is of one such group.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -279,14 +279,45 @@ def feature_similarity(
     check_fits(backbone.net, decomposition)
     generated = {f"net.{name}": weight for name, weight in decomposition.reconstruct().items()}
     sites = _sites(backbone.net, decomposition)
-    cosines: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
     for images in batches:
         dense, decomposed = (_outputs(backbone, sites, weights, images) for weights in ({}, generated))
         for name, output in dense.items():
-            cosines.setdefault(name, []).append(_cosines(output, decomposed[name]))  # (B,)
-    joined = {name: torch.cat(parts) for name, parts in cosines.items()}
+            found.setdefault(name, []).append(cosines(output, decomposed[name]))  # (B,)
+    joined = {name: torch.cat(parts) for name, parts in found.items()}
     kinds = sites | {"features": "features"}
     return tuple(FeatureSimilarity(n, kinds[n], float(c.mean()), float(c.min())) for n, c in joined.items())
+
+
+@contextmanager
+def recorded(network: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """A context that keeps what modules give.
+
+    Args:
+        network: The network.
+        modules: Names of modules in it.
+
+    Yields:
+        The last output of each by name, in the order in which they are computed; of one that gives several things, such
+        as attention and its weights, the first.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            outputs[name] = (output if isinstance(output, Tensor) else next(iter(output))).detach()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name in modules:
+            hooks.callback(network.get_submodule(name).register_forward_hook(keep(name)).remove)
+        yield outputs
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosines (B,) in float64 of each image's flattened outputs, (B, ...) and (B, ...)."""
+    return F.cosine_similarity(left.flatten(1).double(), right.flatten(1).double(), dim=1)
 
 
 def displacements(decomposition: Decomposition, coefficients: Tensor) -> dict[str, float]:
@@ -369,26 +400,9 @@ def _sites(network: nn.Module, decomposition: Decomposition) -> dict[str, str]:
 
 def _outputs(backbone: Backbone, sites: Iterable[str], weights: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
     """Outputs of modules, and the features, with some weights exchanged."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output  # attention returns its weights, too
-            outputs[name] = first.detach()
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name in sites:
-            handle = backbone.net.get_submodule(name).register_forward_hook(keep(name))
-            hooks.callback(handle.remove)
+    with recorded(backbone.net, sites) as outputs:
         features = functional_call(backbone, weights, (images,))
-    return outputs | {"features": features}
-
-
-def _cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Of each image's flattened output: (B, ...) and (B, ...) to (B,)."""
-    return F.cosine_similarity(left.flatten(1).double(), right.flatten(1).double(), dim=1)
+    return outputs | {"features": features.detach()}
 
 
 def _without_nan(content: Any) -> Any:

@@ -1,8 +1,7 @@
 """A pretrained classifier beside itself with decomposed weights, on images (table 6 of the paper)."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from recast_pl.analysis import cosines, recorded
 from recast_pl.backbones import Classifier
 from recast_pl.data.images import SUFFIXES, open_image
 from recast_pl.decomposition.bank import Decomposition
@@ -98,31 +98,9 @@ def _classify(
     dense: nn.Module, decomposed: nn.Module, layers: Sequence[str], images: Tensor, labels: Tensor
 ) -> tuple[tuple[int, int], int, float, int]:
     """Of a batch: how often either network is right, how often they agree, the sum of similarities, and classes."""
-    with _recorded(dense, layers) as theirs, _recorded(decomposed, layers) as ours:
+    with recorded(dense, layers) as theirs, recorded(decomposed, layers) as ours:
         expected, logits = dense(images), decomposed(images)  # (B, classes)
     first, second = expected.argmax(1), logits.argmax(1)
-    cosines = [_cosine(a, b) for a, b in zip(theirs, ours, strict=True)]  # (B,) each
+    similar = torch.stack([cosines(theirs[layer], ours[layer]) for layer in theirs])  # (layers, B)
     right = (int((first == labels).sum()), int((second == labels).sum()))
-    return right, int((first == second).sum()), float(torch.stack(cosines).mean(0).sum()), expected.shape[1]
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The cosine (B,) of batches (B, …); `F.cosine_similarity` is off by 1e-5 at a million numbers."""
-    across, first, second = ((x * y).flatten(1).sum(1) for x, y in ((a, b), (a, a), (b, b)))
-    return across / (first.sqrt() * second.sqrt()).clamp_min(torch.finfo(a.dtype).tiny)
-
-
-@contextmanager
-def _recorded(net: nn.Module, layers: Sequence[str]) -> Iterator[list[Tensor]]:
-    """What layers give, in the order in which they are computed; of one that gives several things, the first."""
-    outputs: list[Tensor] = []
-
-    def record(_: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(output if isinstance(output, Tensor) else next(iter(output)))
-
-    handles = [net.get_submodule(layer).register_forward_hook(record) for layer in dict.fromkeys(layers)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    return right, int((first == second).sum()), float(similar.mean(0).sum()), expected.shape[1]
