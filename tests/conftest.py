@@ -17,6 +17,10 @@ SHARED = ROOT.parent / "shared"
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)  # the longest test first, beside which others fit
+
+
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)  # configs name data by paths relative to it

@@ -1,6 +1,7 @@
 """What holds for every method: what is trained, what is kept, what a patch brings back."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -303,16 +304,15 @@ ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_same_state(image_folder):
+def test_two_processes_end_with_the_same_state(image_folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*launch, str(ROOT / "tests" / "two_processes.py"), str(image_folder("first", 3)), *ONCE]
+    script = str(ROOT / "tests" / "two_processes.py")
+    words = [*launch, script, str(image_folder("first", 3)), str(tmp_path), *ONCE]
     process = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr[-2000:]
-    found = {
-        name: [line.split()[2] for line in process.stdout.splitlines() if line.split()[0] == name] for name in ONCE
-    }
-    assert all(len(digests) == 2 for digests in found.values())
-    assert [name for name, (one, other) in found.items() if one != other] == []
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert list(one) == ONCE
+    assert [name for name in ONCE if one[name] != other[name]] == []
 
 
 @pytest.mark.slow

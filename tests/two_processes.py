@@ -1,10 +1,12 @@
-"""Learns a task by every method in two processes, started by torchrun; prints the digest of each one's patch.
+"""Learns a task by every method in two processes; each writes digests of what it ends with to OUTPUT/RANK.json.
 
-Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER NAMES...
+Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER OUTPUT NAMES...
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -13,7 +15,8 @@ from test_til import METHODS, QUIET
 from recast_pl import SequentialTaskDataModule, TaskConfig, TILModule
 from recast_pl.files import sha256
 
-folder, *names = sys.argv[1:]
+folder, output, *names = sys.argv[1:]
+digests = {}
 for name in names:
     torch.manual_seed(0)
     backbone, pieces = METHODS[name]()
@@ -26,4 +29,5 @@ for name in names:
         module.patch({}).to_bytes(),
         *(t.numpy().tobytes() for s in module.shared_state().pieces for t in s.values()),
     ]
-    print(f"{name} {os.environ['RANK']} {sha256(b''.join(states))}", flush=True)
+    digests[name] = sha256(b"".join(states))
+(Path(output) / f"{os.environ['RANK']}.json").write_text(json.dumps(digests))
