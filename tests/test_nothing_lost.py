@@ -117,7 +117,7 @@ def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_bee
     assert process.wait(120) == 0, log.read_text()
     seconds = time.monotonic() - begun
     words = tiny_fit(*more, run_dir=ended)
-    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP):
         since = time.time_ns()
         process = started(going_on(ended, words), log)
         wait_until(is_written, ended / "config.yaml", since)

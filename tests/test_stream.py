@@ -32,9 +32,10 @@ from recast_pl.metrics import (
 from recast_pl.stream import Stream
 from recast_pl.training import TrainerFactory
 
-ISOLATED = ("rosa", "adaptformer", "piggyback", "recast_dora", "clr", "finetune_each")
-SHARED = ("finetune", "ewc", "lwf", "gdumb", "erace", "derpp", "hat", "inflora", "l2p")
-GATHERING = ("rosa", "ewc", "gdumb", "derpp", "inflora", "l2p")  # what they train with depends on all processes' images
+# of all kinds, by what resuming them needs
+ISOLATED = ("rosa", "recast_dora", "finetune_each")
+SHARED = ("ewc", "lwf", "gdumb", "derpp", "hat", "inflora")
+GATHERING = ("rosa", "ewc", "derpp", "inflora", "l2p")  # what they train with depends on all processes' images
 TIMES = ("seconds", "wall_seconds")
 
 
