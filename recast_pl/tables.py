@@ -115,17 +115,12 @@ class Sheet:
 
     def printed(self) -> RenderableType:
         """For the terminal."""
-        table = Table(box=box.SIMPLE, pad_edge=False)
-        for index, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
-        for row in self.rows:
-            table.add_row(*row)
-        return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes), "")
+        title = Text(self.title, style="bold")
+        return Group(title, terminal_table((self.headings, self.rows)), *(Text(note) for note in self.notes), "")
 
     def markdown(self) -> str:
         """For a file."""
-        lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = markdown_table((self.headings, self.rows)).rstrip("\n")
         return "\n\n".join([f"## {self.title}", table, *self.notes]).replace("*", "\\*") + "\n"
 
 
@@ -298,7 +293,9 @@ def terminal_table(cells: Cells, texts: int = 1, title: str | None = None) -> Ta
     header, rows = cells
     table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False, collapse_padding=True)
     for column, heading in enumerate(header):
-        table.add_column(heading, justify="left" if column < texts else "right")
+        table.add_column(
+            heading, justify="left" if column < texts else "right", overflow="fold", no_wrap=column >= texts
+        )
     for row in rows:
         table.add_row(*row)
     return table

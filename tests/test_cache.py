@@ -188,7 +188,7 @@ def test_of_two_processes_that_start_at_once_one_decodes(image_folder, root, cap
     folder = image_folder("colours", images=20)
     barrier, counts = multiprocessing.Barrier(2), multiprocessing.Queue()
     processes = [start(folder, None, barrier, counts) for _ in range(2)]
-    assert sorted(counts.get(timeout=60) for _ in processes) == [0, 60]
+    assert sorted(counts.get(timeout=300) for _ in processes) == [0, 60]
     for process in processes:
         process.join()
     assert capfd.readouterr().err.count("waiting for another process") == 1

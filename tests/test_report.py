@@ -232,7 +232,7 @@ def test_a_browser_without_a_network_shows_every_image_and_has_nothing_to_say(co
     options += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
     command = [CHROMIUM, *options, "--virtual-time-budget=10000", f"file://{output}/probed.html"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     widths = re.search(r'data-widths="\[(.*?)\]"', process.stdout)
     assert widths, process.stderr[-2000:]
     assert len(widths[1].split(",")) == len(page.images) > 0

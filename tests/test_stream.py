@@ -283,7 +283,7 @@ def test_two_processes_learn_the_stream_together(method, tiny_fit, tmp_path):
     run = tmp_path / "ddp"
     more = () if method is None else ("--config", f"methods/{method}.yaml")
     words = tiny_fit(*more, "--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
-    process = subprocess.run([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, capture_output=True, timeout=120)
+    process = subprocess.run([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, capture_output=True, timeout=600)
     assert process.returncode == 0, process.stderr.decode()[-2000:]
     assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
     assert main(["test", "--run_dir", str(run)]) == 0  # one process and two measure the same
@@ -293,7 +293,7 @@ def test_two_processes_learn_the_stream_together(method, tiny_fit, tmp_path):
 def distributed(words, processes):
     more = ("--trainer.devices", str(processes), "--trainer.strategy", "ddp")
     command = [sys.executable, "-m", "recast_pl", *words, *more]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=180)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600)
     assert process.returncode == 0, process.stderr.decode()[-2000:]
 
 
@@ -313,7 +313,7 @@ def test_torchrun_starts_the_processes_as_well(tiny_fit, tmp_path):
     run = tmp_path / "run"
     words = tiny_fit("--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "recast_pl"]
-    process = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, timeout=180)
+    process = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, timeout=600)
     assert process.returncode == 0, process.stderr.decode()[-2000:]
     assert process.stdout.decode().count("average") == 1
     distributed(tiny_fit(run_dir=tmp_path / "other"), 2)
