@@ -251,9 +251,10 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit
     assert not list((killed / "checkpoints").iterdir())
 
 
-def test_warm_starts_and_schedules_survive_a_kill(tiny_fit, tmp_path):
+def test_warm_starts_schedules_accumulation_and_clipping_survive_a_kill(tiny_fit, tmp_path):
     more = ("--model.warm_start", "true", "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR")
     more += ("--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5")
+    more += ("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.1")
     assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
     callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_validation_end", "task": "first", "epoch": 2}}
     killed = tmp_path / "killed"
