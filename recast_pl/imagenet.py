@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from recast_pl.analysis import cosines, recorded
 from recast_pl.backbones import Classifier
-from recast_pl.data.images import SUFFIXES, open_image
+from recast_pl.data.images import images_below, open_image
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.surgery import install
 from recast_pl.errors import DataError
@@ -33,12 +33,8 @@ class ImageNetFolder(Dataset[tuple[Tensor, int]]):
         root = root / "val" if (root / "val").is_dir() else root
         self.preprocess = preprocess
         self.classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        self.paths = [
-            (path, label)
-            for label, name in enumerate(self.classes)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-        ]
+        named = enumerate(self.classes)
+        self.paths = [(path, label) for label, name in named for path in images_below(root / name)]
         if not self.paths:
             raise DataError(f"{root} holds no image below a folder of its class; give a folder of CLASS/IMAGE")
 

@@ -14,7 +14,7 @@ import torchvision.datasets
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
-from recast_pl.data.images import SUFFIXES, ImageFiles, ImageItems, Images, stat_digest
+from recast_pl.data.images import ImageFiles, ImageItems, Images, images_below, stat_digest
 from recast_pl.data.tasks import SPLITS
 from recast_pl.errors import DataError
 
@@ -62,7 +62,7 @@ def open_folder(root: Path) -> ImageSource:
     labels: list[int] = []
     splits: list[str] = []
     for label, name in enumerate(classes):
-        found = [(split, file) for split, folder in split_roots.items() for file in _images(folder / name)]
+        found = [(split, file) for split, folder in split_roots.items() for file in images_below(folder / name)]
         if not any(split in ("", "train") for split, _ in found):
             raise DataError(f"class folder {str(root)!r}/{name} holds no training image; add images or remove it")
         splits += [split for split, _ in found]
@@ -309,10 +309,3 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
 
 def _subfolders(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
-
-
-def _images(folder: Path) -> list[Path]:
-    """Image files below a class folder, in an order that does not depend on the machine."""
-    inside = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    shown = (p for p in inside if not any(part.startswith(".") for part in p.parts))
-    return [folder / p for p in sorted(shown, key=Path.as_posix)]

@@ -126,6 +126,13 @@ class FileDataset(Dataset[tuple[Tensor, str]]):
         return tv.to_dtype(image, torch.float32, scale=True), str(self.paths[index])
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Image files of a folder, at any depth and not hidden, in an order that does not depend on the machine."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    shown = (path for path in inside if not any(part.startswith(".") for part in path.parts))
+    return [folder / path for path in sorted(shown, key=Path.as_posix)]
+
+
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Image files, those given and those in folders given, at any depth, in order of name.
 
@@ -137,7 +144,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = images_below(path) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"{path} has no image in it; name image files, or a folder of them")
         found += inside
