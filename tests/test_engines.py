@@ -163,7 +163,7 @@ def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
-def waits_for(condition, seconds=240):
+def waits_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.2)
@@ -279,7 +279,12 @@ SRUN = """#!/usr/bin/env bash
 # starts the tasks of one machine, as srun does
 while [[ "$1" == --* ]]; do shift; done
 echo $$ > "$CALLS.srun"
-trap 'kill "${pids[@]}"; sleep 5; kill -9 "${pids[@]}"; wait; exit 143' TERM  # SLURM's KillWait is longer
+end() {  # as SLURM does after its KillWait
+  kill "${pids[@]}"
+  for _ in {1..120}; do kill -0 "${pids[@]}" || break; sleep 0.5; done
+  kill -9 "${pids[@]}"; wait; exit 143
+}
+trap end TERM
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
 done

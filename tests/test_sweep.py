@@ -157,6 +157,9 @@ def test_an_order_below_zero_is_refused(tiny_fit, capsys):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_shipped_sweep_runs(name, tiny_fit, tmp_path, monkeypatch):
     given = tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")[5:]
+    if name != "task_order":  # one task says whether a point can be learnt; only an order needs two
+        tasks = given.index("--data.tasks") + 1
+        given[tasks] = json.dumps(json.loads(given[tasks])[:1])
     backbone = ["--model.backbone.name", "vit_small_patch16_224", "--model.backbone.weights", "random"]
     if name in ("figure4", "figure7", "figure8"):  # whose numbers are those of a real ViT-Small
         given = [*backbone, *given[given.index("--data.tasks") :]]
