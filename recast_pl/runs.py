@@ -62,7 +62,7 @@ def evaluate_run(
     data.prepare_data()
     evaluator = trainers.for_evaluation()
     patches = load_patches(run_dir)
-    _restore(module, run_dir, data.image_size)
+    restore(module, run_dir, data.image_size)
     records = [load_finished(run_dir, path.stem)[1] for path in _patch_paths(run_dir)]
     recorded = accuracy_matrix(records)[-1]
     positions = {task.name: index for index, task in enumerate(data.tasks)}
@@ -91,17 +91,46 @@ def predict_images(
     Raises:
         RunError: If the run has not learnt the task.
     """
-    patches = load_patches(run_dir)
-    if task not in patches:
-        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
-    patch = patches[task]
-    _restore(module, run_dir, patch.image_size)
-    module.activate(patch)
+    patch = open_task(module, run_dir, task)
     loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
     batches = trainers.for_evaluation().predict(module, loader)
     probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
     best, labels = probabilities.max(1)
     return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
+
+
+def open_task(module: TILModule, run_dir: Path, task: str) -> TaskPatch:
+    """Brings a learnt task of a run back.
+
+    Args:
+        module: Of the run's method and backbone; it is built, and the task activated.
+        run_dir: The run folder.
+        task: Name of the learnt task.
+
+    Raises:
+        RunError: If the run has not learnt the task.
+    """
+    patches = load_patches(run_dir)
+    if task not in patches:
+        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
+    patch = patches[task]
+    restore(module, run_dir, patch.image_size)
+    module.activate(patch)
+    return patch
+
+
+def restore(module: TILModule, run_dir: Path, image_size: int) -> None:
+    """Builds a module as a run's tasks need it, so that they can be activated.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        image_size: Height and width of the input in pixels.
+    """
+    for piece in module.pieces:
+        piece.load_base(run_dir)
+    module.build(image_size)
+    load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
 
 
 def learnt_coefficients(module: TILModule, run_dir: Path) -> dict[str, Tensor]:
@@ -184,14 +213,6 @@ def _patch_paths(run_dir: Path) -> list[Path]:
     if not paths:
         raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
     return paths
-
-
-def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
-    """Builds the module as the run's tasks need it."""
-    for piece in module.pieces:
-        piece.load_base(run_dir)
-    module.build(image_size)
-    load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
 
 
 def load_shared(module: TILModule, path: Path) -> None:
