@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "Evaluate every learnt task of a run again.",
     "predict": "Classify images with a learnt task.",
     "export": "Hand a learnt task out as a plain model: safetensors, ONNX or torch.export.",
+    "patch": "Show, compare, verify, average or quantize files of learnt tasks.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
     "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
     "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",

@@ -74,24 +74,21 @@ def evaluate_run(
 
 
 def predict_images(
-    module: TILModule, run_dir: Path, task: str, images: Sequence[Path], trainers: TrainerFactory
+    module: TILModule, run_dir: Path, patch: TaskPatch, images: Sequence[Path], trainers: TrainerFactory
 ) -> list[tuple[Path, str, float]]:
     """Classifies image files with a learnt task.
 
     Args:
         module: Of the run's method and backbone.
         run_dir: The run folder.
-        task: Name of the learnt task.
+        patch: The learnt task.
         images: Files.
         trainers: Makes the trainer that runs it.
 
     Returns:
         For each image its path, the most probable class, and its probability.
-
-    Raises:
-        RunError: If the run has not learnt the task.
     """
-    patch = open_task(module, run_dir, task)
+    open_task(module, run_dir, patch)
     loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
     batches = trainers.for_evaluation().predict(module, loader)
     probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
@@ -99,24 +96,38 @@ def predict_images(
     return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
 
 
-def open_task(module: TILModule, run_dir: Path, task: str) -> TaskPatch:
-    """Brings a learnt task of a run back.
+def choose_patch(run_dir: Path, task: str | None, file: str | None) -> TaskPatch:
+    """A learnt task of a run, or a patch that was made of some.
 
     Args:
-        module: Of the run's method and backbone; it is built, and the task activated.
         run_dir: The run folder.
-        task: Name of the learnt task.
+        task: Name of the learnt task; None for the file.
+        file: Path of a patch; None for the task.
 
     Raises:
-        RunError: If the run has not learnt the task.
+        RunError: If neither or both are given, or the run has not learnt the task.
     """
     patches = load_patches(run_dir)
+    if (task is None) == (file is None):
+        given = "neither" if task is None else "both"
+        raise RunError(f"{given} of --task and --patch are given; give one, learnt are {', '.join(patches)}")
+    if file is not None:
+        return TaskPatch.load(file)
     if task not in patches:
         raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
-    patch = patches[task]
+    return patches[task]
+
+
+def open_task(module: TILModule, run_dir: Path, patch: TaskPatch) -> None:
+    """Builds a module as a run's tasks need it, and activates one.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        patch: The task.
+    """
     restore(module, run_dir, patch.image_size)
     module.activate(patch)
-    return patch
 
 
 def restore(module: TILModule, run_dir: Path, image_size: int) -> None:

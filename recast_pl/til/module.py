@@ -125,11 +125,12 @@ class TILModule(LightningModule):
         """Brings a learnt task back. Call `build` before.
 
         Args:
-            patch: The task.
+            patch: The task; in half precision, too.
 
         Raises:
             PatchError: If it belongs to another base or method.
         """
+        patch = patch.widened()
         patch.check_base(self.base)
         if patch.method != self.method:
             raise PatchError(f"the patch of task {patch.task!r} is of method {patch.method}, not {self.method}")

@@ -228,6 +228,15 @@ def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, 
         wrong = dict(sorted(found.items() - expected.items()))
         right = dict(sorted(expected.items() - found.items()))
         raise PatchError(f"the patch holds {wrong} for {owner} where {right} is needed; it is of another method")
+    check_finite(owner, state)
+
+
+def check_finite(owner: str, state: Mapping[str, Tensor]) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        PatchError: Naming the tensors that hold them.
+    """
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
         raise PatchError(f"the patch holds NaN or infinity in {', '.join(bad)} of {owner}; learn the task anew")
