@@ -44,6 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
         status: int = commands.run(argv)
     except (RecastError, ArgumentError, MisconfigurationException) as error:
         return _refuse(error)
+    except ValueError as error:  # jsonargparse's own, about what a constructor has raised
+        if not isinstance(error.__cause__, RecastError):
+            raise
+        return _refuse(error.__cause__)
     return status
 
 

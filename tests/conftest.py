@@ -87,9 +87,9 @@ RANDOM = ["--model.backbone.weights", "random"]
 RESNET = [*("--config", "resnet34.yaml", "--model.backbone.name", "torchvision/resnet18"), *RANDOM]
 
 
-def learn(words, run, size=32):
-    """A run on real images, by hardly any training."""
-    tasks = [{"name": name, "path": f"data/clipart/{name}"} for name in ("signs", "people")]
+def clipart_words(words, run, size=32, names=("signs", "people")):
+    """The command line of `fit` for real images and hardly any training."""
+    tasks = [{"name": name, "path": f"data/clipart/{name}"} for name in names]
     few = ["--data.tasks", json.dumps(tasks), "--data.image_size", str(size), "--trainer.max_epochs", "1"]
     quick = [
         "--trainer.limit_train_batches",
@@ -99,10 +99,16 @@ def learn(words, run, size=32):
         "--trainer.logger",
         "false",
     ]
+    return ["fit", *words, "--run_dir", str(run), *few, *quick, "--trainer.accelerator", "cpu"]
+
+
+def learn(*args, **settings):
+    """The folder of a run by such a command line."""
     from recast_pl.cli import main
 
-    assert main(["fit", *words, "--run_dir", str(run), *few, *quick, "--trainer.accelerator", "cpu"]) == 0
-    return run
+    words = clipart_words(*args, **settings)
+    assert main(words) == 0
+    return Path(words[words.index("--run_dir") + 1])
 
 
 @pytest.fixture(scope="session")
