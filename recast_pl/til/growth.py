@@ -106,8 +106,9 @@ class Growth(WeightPiece):
     @torch.no_grad()
     def begin_task(self) -> None:
         """Coefficients 0 of all templates; B = 0 where the task is to leave one, too."""
-        super().begin_task()
         growing, count = len(self.templates) < self.tasks, len(self.templates)
+        if growing:  # else no number is drawn, so that heads start as they would without this piece
+            super().begin_task()
         self._use(torch.zeros(len(self.adaptations), count), growing)
         self.parameters = {}
         for name, grown in self._grown():
