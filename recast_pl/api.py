@@ -10,6 +10,7 @@ from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.engines import Engine, Processes, Ray, Slurm
 from recast_pl.errors import RecastError
+from recast_pl.til.growth import Growth
 from recast_pl.til.minimal import LoRAXS, Scale, Spectral
 from recast_pl.til.module import TILModule
 from recast_pl.til.outputs import CLR, HAT, AdaptFormer
@@ -39,6 +40,7 @@ __all__ = [
     "FreeTemplates",
     "FullFineTune",
     "GDumb",
+    "Growth",
     "InfLoRA",
     "LinearProbe",
     "LoRA",

@@ -87,6 +87,48 @@ class BackboneConfig:
             net, *_ = _from_function(self, 224, classifier=True)
         return Classifier(net.eval(), create_transform(**resolve_model_data_config(net)))  # type: ignore[no-untyped-call]
 
+    def recipe(self, net: nn.Module, classes: int, image_size: int) -> "Recipe":
+        """How its own library makes the same architecture, with a classifier of so many classes.
+
+        Args:
+            net: What `build` has made.
+            classes: Outputs of the classifier.
+            image_size: Height and width of the input in pixels.
+
+        Raises:
+            BackboneError: If neither timm nor torchvision has made the network.
+        """
+        builder = _find_builder(self.name)
+        if builder is _from_torchvision:
+            name = self.name.removeprefix("torchvision/")
+            return Recipe("torchvision.models.get_model", {"name": name, **self.args, "num_classes": classes})
+        name = self.name if builder is _from_timm else getattr(net, "pretrained_cfg", {}).get("architecture", "")
+        if not timm.is_model(name):
+            raise BackboneError(f"backbone {self.name!r} is a network of neither timm nor torchvision")
+        arguments = {**_input_size(name, image_size), **self.args} if builder is _from_timm else {}
+        return Recipe("timm.create_model", {"model_name": name, **arguments, "num_classes": classes})
+
+
+class Recipe(NamedTuple):
+    """How a library makes a network.
+
+    Args:
+        constructor: Dotted path of a function.
+        arguments: Of the function, by name.
+    """
+
+    constructor: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.constructor}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+
+    def make(self) -> nn.Module:
+        """The network, with random weights, in evaluation mode."""
+        module, _, function = self.constructor.rpartition(".")
+        net: nn.Module = getattr(importlib.import_module(module), function)(**self.arguments)
+        return net.eval()
+
 
 class Classifier(NamedTuple):
     """A pretrained classifier.
@@ -167,7 +209,6 @@ def _find_builder(name: str) -> Builder:
 
 def _from_timm(config: BackboneConfig, image_size: int) -> Built:
     cfg = timm.get_pretrained_cfg(config.name) or PretrainedCfg()
-    size = {"img_size": image_size} if cfg.fixed_input_size and image_size != cfg.input_size[-1] else {}
     file = None if config.weights in ("hub", "random") else _existing(config.weights)
     overlay = {"file": str(file)} if file else None
     try:
@@ -176,12 +217,18 @@ def _from_timm(config: BackboneConfig, image_size: int) -> Built:
                 config.name,
                 pretrained=config.weights != "random",
                 pretrained_cfg_overlay=overlay,
-                **{"num_classes": 0, **size, **config.args},
+                **{"num_classes": 0, **_input_size(config.name, image_size), **config.args},
             )
         missing.refuse()
     except Exception as cause:  # hub, file and constructor errors have no common type
         raise _not_loaded(config, cause) from cause
     return net, cfg.mean, cfg.std
+
+
+def _input_size(name: str, image_size: int) -> dict[str, int]:
+    """The argument that tells a model of timm of its input size, where it must be told."""
+    cfg = timm.get_pretrained_cfg(name) or PretrainedCfg()
+    return {"img_size": image_size} if cfg.fixed_input_size and image_size != cfg.input_size[-1] else {}
 
 
 class _MissingKeys(logging.Handler):

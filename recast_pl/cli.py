@@ -12,6 +12,8 @@ COMMANDS = {
     "fit": "Learn a stream of tasks, or fit templates by gradient.",
     "test": "Evaluate every learnt task of a run again.",
     "predict": "Classify images with a learnt task.",
+    "export": "Hand a learnt task out as a plain model: safetensors, ONNX or torch.export.",
+    "patch": "Show, compare, verify, average or quantize files of learnt tasks.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
     "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
     "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",
@@ -42,6 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
         status: int = commands.run(argv)
     except (RecastError, ArgumentError, MisconfigurationException) as error:
         return _refuse(error)
+    except ValueError as error:  # jsonargparse's own, about what a constructor has raised
+        if not isinstance(error.__cause__, RecastError):
+            raise
+        return _refuse(error.__cause__)
     return status
 
 

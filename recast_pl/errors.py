@@ -29,5 +29,9 @@ class RunError(RecastError):
     """A run folder cannot be created, resumed or read."""
 
 
+class ExportError(RecastError):
+    """A learnt task cannot be handed out in the form asked for."""
+
+
 class StorageError(RecastError):
     """A file cannot be written: the disk is full, or writing is not allowed."""

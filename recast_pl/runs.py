@@ -62,7 +62,7 @@ def evaluate_run(
     data.prepare_data()
     evaluator = trainers.for_evaluation()
     patches = load_patches(run_dir)
-    _restore(module, run_dir, data.image_size)
+    restore(module, run_dir, data.image_size)
     records = [load_finished(run_dir, path.stem)[1] for path in _patch_paths(run_dir)]
     recorded = accuracy_matrix(records)[-1]
     positions = {task.name: index for index, task in enumerate(data.tasks)}
@@ -74,34 +74,74 @@ def evaluate_run(
 
 
 def predict_images(
-    module: TILModule, run_dir: Path, task: str, images: Sequence[Path], trainers: TrainerFactory
+    module: TILModule, run_dir: Path, patch: TaskPatch, images: Sequence[Path], trainers: TrainerFactory
 ) -> list[tuple[Path, str, float]]:
     """Classifies image files with a learnt task.
 
     Args:
         module: Of the run's method and backbone.
         run_dir: The run folder.
-        task: Name of the learnt task.
+        patch: The learnt task.
         images: Files.
         trainers: Makes the trainer that runs it.
 
     Returns:
         For each image its path, the most probable class, and its probability.
-
-    Raises:
-        RunError: If the run has not learnt the task.
     """
-    patches = load_patches(run_dir)
-    if task not in patches:
-        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
-    patch = patches[task]
-    _restore(module, run_dir, patch.image_size)
-    module.activate(patch)
+    open_task(module, run_dir, patch)
     loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
     batches = trainers.for_evaluation().predict(module, loader)
     probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
     best, labels = probabilities.max(1)
     return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
+
+
+def choose_patch(run_dir: Path, task: str | None, file: str | None) -> TaskPatch:
+    """A learnt task of a run, or a patch that was made of some.
+
+    Args:
+        run_dir: The run folder.
+        task: Name of the learnt task; None for the file.
+        file: Path of a patch; None for the task.
+
+    Raises:
+        RunError: If neither or both are given, or the run has not learnt the task.
+    """
+    patches = load_patches(run_dir)
+    if (task is None) == (file is None):
+        given = "neither" if task is None else "both"
+        raise RunError(f"{given} of --task and --patch are given; give one, learnt are {', '.join(patches)}")
+    if file is not None:
+        return TaskPatch.load(file)
+    if task not in patches:
+        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
+    return patches[task]
+
+
+def open_task(module: TILModule, run_dir: Path, patch: TaskPatch) -> None:
+    """Builds a module as a run's tasks need it, and activates one.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        patch: The task.
+    """
+    restore(module, run_dir, patch.image_size)
+    module.activate(patch)
+
+
+def restore(module: TILModule, run_dir: Path, image_size: int) -> None:
+    """Builds a module as a run's tasks need it, so that they can be activated.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        image_size: Height and width of the input in pixels.
+    """
+    for piece in module.pieces:
+        piece.load_base(run_dir)
+    module.build(image_size)
+    load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
 
 
 def learnt_coefficients(module: TILModule, run_dir: Path) -> dict[str, Tensor]:
@@ -184,14 +224,6 @@ def _patch_paths(run_dir: Path) -> list[Path]:
     if not paths:
         raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
     return paths
-
-
-def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
-    """Builds the module as the run's tasks need it."""
-    for piece in module.pieces:
-        piece.load_base(run_dir)
-    module.build(image_size)
-    load_shared(module, run_dir / "shared" / _patch_paths(run_dir)[-1].name)
 
 
 def load_shared(module: TILModule, path: Path) -> None:

@@ -16,6 +16,8 @@ from rich.text import Text
 from recast_pl.analysis import Analysis, GroupAnalysis, Scaling
 from recast_pl.data.catalogue import DataSet
 from recast_pl.metrics import Matrix
+from recast_pl.patches import PatchDifference
+from recast_pl.til.patch import TaskPatch
 
 Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows of a table."""
@@ -74,6 +76,45 @@ def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
         verdict = "equal" if recorded == measured else "[bold red]DIFFERENT[/]"
         table.add_row(task, f"{recorded:.4f}", f"{measured:.4f}", verdict)
     return table
+
+
+def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
+    """What a patch is, for the terminal.
+
+    Args:
+        patch: The patch.
+        path: Its file.
+    """
+    numbers = sum(tensor.numel() for state in patch.pieces for tensor in state.values())
+    head = sum(tensor.numel() for tensor in patch.head.values())
+    facts = {
+        "task": patch.task,
+        "classes": f"{len(patch.classes)}: {', '.join(patch.classes)}",
+        "method": " + ".join(patch.method),
+        "base": patch.base,
+        "input": f"{patch.image_size}×{patch.image_size}, mean {patch.mean}, std {patch.std}",
+        "metrics": ", ".join(f"{name} {value:.2f}" for name, value in patch.metrics.items()) or "none",
+        "numbers": f"{numbers:,} and a head of {head:,}",
+        "bytes": f"{path.stat().st_size:,}",
+    }
+    rows = [
+        [name, "×".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{tensor.nbytes:,}"]
+        for name, tensor in patch.tensors.items()
+    ]
+    tensors = terminal_table((["tensor", "shape", "type", "bytes"], rows))
+    return [terminal_table((["", ""], [*map(list, facts.items())]), 2, str(path)), tensors]
+
+
+def difference_tables(difference: PatchDifference) -> list[RenderableType]:
+    """What differs between two patches, for the terminal.
+
+    Args:
+        difference: Of the patches.
+    """
+    told = [[name, *("–" if fact is None else str(fact) for fact in facts)] for name, *facts in difference.facts]
+    rows = [[t.name, f"{t.largest:.3e}", f"{t.relative:.3e}", f"{t.cosine:.6f}"] for t in difference.tensors]
+    facts = terminal_table((["", "first", "second"], told), 3) if told else "all facts are equal"
+    return [facts, terminal_table((["tensor", "largest |b − a|", "‖b − a‖ / ‖a‖", "cosine"], rows))]
 
 
 def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableType:

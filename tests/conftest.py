@@ -81,3 +81,38 @@ def tiny_fit(image_folder, tmp_path):
         ]
 
     return words
+
+
+RANDOM = ["--model.backbone.weights", "random"]
+RESNET = [*("--config", "resnet34.yaml", "--model.backbone.name", "torchvision/resnet18"), *RANDOM]
+
+
+def clipart_words(words, run, size=32, names=("signs", "people")):
+    """The command line of `fit` for real images and hardly any training."""
+    tasks = [{"name": name, "path": f"data/clipart/{name}"} for name in names]
+    few = ["--data.tasks", json.dumps(tasks), "--data.image_size", str(size), "--trainer.max_epochs", "1"]
+    quick = [
+        "--trainer.limit_train_batches",
+        "3",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.logger",
+        "false",
+    ]
+    return ["fit", *words, "--run_dir", str(run), *few, *quick, "--trainer.accelerator", "cpu"]
+
+
+def learn(*args, **settings):
+    """The folder of a run by such a command line."""
+    from recast_pl.cli import main
+
+    words = clipart_words(*args, **settings)
+    assert main(words) == 0
+    return Path(words[words.index("--run_dir") + 1])
+
+
+@pytest.fixture(scope="session")
+def clipart_run(tmp_path_factory):
+    """A run of RECAST on a ResNet-18 that no test changes: tasks `signs` and `people`, of 32 pixels."""
+    os.chdir(ROOT)
+    return learn(RESNET, tmp_path_factory.mktemp("clipart") / "run")

@@ -26,6 +26,7 @@ from recast_pl import (
     FineTune,
     FullFineTune,
     GDumb,
+    Growth,
     InfLoRA,
     LinearProbe,
     LoRA,
@@ -104,6 +105,7 @@ METHODS = {
     "inflora-vit": lambda: (VIT, [InfLoRA(rank=3)]),
     "inflora-resnet": lambda: (RESNET, [InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])]),
     "ewc+erace-vit": lambda: (VIT, [FineTune(), EWC(), ERACE(per_class=4)]),
+    "recast+growth-vit": lambda: (VIT, [Recast(VIT_MLP, learning_rate=2e-2), Growth(learning_rate=2e-2)]),
     "l2p-vit": lambda: (VIT, [L2P()]),
     "lossy-vit": lambda: (VIT, [Recast(BankLayout([r"attn\.qkv"], groups=3, templates=2, coefficient_sets=3))]),
 }
@@ -164,7 +166,9 @@ def test_only_the_declared_parameters_change(module, data):
     own = {n for n, p in module.backbone.named_parameters(remove_duplicate=False) if id(p) in trained}
     for name, after in snapshot(module).items():  # batch normalisation's statistics are in it, too
         changed = not torch.equal(after, before[name])
-        kept = name.endswith((".A", ".merged", ".B")) and not module.isolated  # InfLoRA has moved B into the sum
+        # InfLoRA has moved B into the sum, Growth has made a template of it
+        ended = (".A", ".merged", ".B", ".left", ".right", ".coefficients")
+        kept = name.endswith(ended) and not module.isolated
         assert changed == (name in own) or kept, name
     assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
 
@@ -219,7 +223,7 @@ def test_old_tasks_are_used_with_what_is_shared_after_the_last(sharing, data, tm
     module.activate(first)
     expected = logits(module, images)
     assert expected.shape == before.shape
-    if "HAT" not in module.method:  # whose units of old tasks are kept
+    if not {"HAT", "Growth"} & set(module.method):  # whose units, or templates, of old tasks are kept
         assert not torch.equal(expected, before)
     torch.manual_seed(0)
     fresh = TILModule(*SHARED[request.node.callspec.params["sharing"]]())

@@ -125,11 +125,12 @@ class TILModule(LightningModule):
         """Brings a learnt task back. Call `build` before.
 
         Args:
-            patch: The task.
+            patch: The task; in half precision, too.
 
         Raises:
             PatchError: If it belongs to another base or method.
         """
+        patch = patch.widened()
         patch.check_base(self.base)
         if patch.method != self.method:
             raise PatchError(f"the patch of task {patch.task!r} is of method {patch.method}, not {self.method}")
@@ -251,13 +252,11 @@ class TILModule(LightningModule):
         return [EvaluateMerged()]
 
     def configure_optimizers(self) -> Any:
-        """One parameter group for the head and one for each piece, with its own learning rate."""
+        """One parameter group for the head, and those of the pieces, each with its own learning rate."""
         heads = [*self.old_heads.parameters(), *self._ready()[1].parameters()]
         groups: list[dict[str, Any]] = [{"params": heads, "name": "head"}]
-        for piece in self.pieces:
-            if piece.parameters:
-                rate = {} if piece.learning_rate is None else {"lr": piece.learning_rate}
-                groups.append({"params": list(piece.parameters.values()), "name": type(piece).__name__, **rate})
+        for name, rate, parameters in (group for piece in self.pieces for group in piece.groups()):
+            groups.append({"params": parameters, "name": name} | ({} if rate is None else {"lr": rate}))
         return self._configure(groups)
 
     def on_fit_start(self) -> None:

@@ -1,10 +1,11 @@
 """What a learnt task is: one small file of tensors; and what tasks share, where a method does not keep them apart."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recast_pl.errors import PatchError
@@ -47,10 +48,32 @@ class TaskPatch:
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; equal patches give equal bytes."""
-        tensors = _flat("head", [self.head]) | _flat("pieces", self.pieces)
-        names = [f.name for f in fields(self) if f.name not in ("head", "pieces")]
-        facts = {"format": _FORMAT, "kind": "patch"} | {name: getattr(self, name) for name in names}
-        return pack_tensors(tensors, facts)
+        return pack_tensors(self.tensors, {"format": _FORMAT, "kind": "patch"} | self.facts)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, named as in the file: `head/0/weight`, `pieces/INDEX/NAME`."""
+        return _flat("head", [self.head]) | _flat("pieces", self.pieces)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the tensors, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("head", "pieces")}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], **facts: Any) -> "TaskPatch":
+        """The same task with other tensors.
+
+        Args:
+            tensors: Named as `tensors` names them.
+            facts: What else is to change, by name.
+        """
+        parts = _nested(tensors, {"head": 1, "pieces": len(self.method)})
+        return replace(self, head=parts["head"][0], pieces=parts["pieces"], **facts)
+
+    def widened(self) -> "TaskPatch":
+        """The same with numbers of half precision in single, in which networks compute."""
+        half = torch.float16
+        return self.with_tensors({name: t.float() if t.dtype == half else t for name, t in self.tensors.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskPatch":

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from rich.console import RenderableType
@@ -65,6 +65,20 @@ class Learner(Protocol):
         """Sets heads, and what tasks share, back to where the first task began."""
 
 
+class ParameterGroup(NamedTuple):
+    """What an optimizer trains at one rate.
+
+    Args:
+        name: For the curves of learning rates.
+        rate: None for that of the head.
+        parameters: At least one.
+    """
+
+    name: str
+    rate: float | None
+    parameters: list[nn.Parameter]
+
+
 class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
@@ -94,6 +108,11 @@ class Piece:
 
     def begin_task(self) -> None:
         """Sets the parameters to where every task starts; where tasks share them, leaves them as they are."""
+
+    def groups(self) -> list[ParameterGroup]:
+        """The parameters by learning rate."""
+        parameters = list(self.parameters.values())
+        return [ParameterGroup(type(self).__name__, self.learning_rate, parameters)] if parameters else []
 
     def begin_fit(self) -> None:
         """Comes when training begins or is resumed, with the module on its device and data at hand."""
@@ -228,6 +247,15 @@ def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, 
         wrong = dict(sorted(found.items() - expected.items()))
         right = dict(sorted(expected.items() - found.items()))
         raise PatchError(f"the patch holds {wrong} for {owner} where {right} is needed; it is of another method")
+    check_finite(owner, state)
+
+
+def check_finite(owner: str, state: Mapping[str, Tensor]) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        PatchError: Naming the tensors that hold them.
+    """
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
         raise PatchError(f"the patch holds NaN or infinity in {', '.join(bad)} of {owner}; learn the task anew")

@@ -1,0 +1,195 @@
+"""A learnt task in the hands of other programs: timm, torchvision, ONNX Runtime, torch.export."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors.numpy
+import timm
+import torch
+import torchvision
+from conftest import RANDOM, RESNET, ROOT, TINY_VIT, learn
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from recast_pl import TILModule
+from recast_pl.cli import main
+from recast_pl.commands.configs import open_run
+from recast_pl.data.images import FileDataset
+from recast_pl.runs import load_patches, open_task
+
+PICTURES = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:5]
+
+
+def export(run, *words):
+    return main(["export", "--run_dir", str(run), *words])
+
+
+def expected(run, task, size=32):
+    """Real images (5, 3, S, S), and what the run itself makes of them."""
+    files = FileDataset(PICTURES, size)
+    images = torch.stack([files[index][0] for index in range(len(files))])
+    module = open_run(str(run))[1].model
+    open_task(module, run, load_patches(run)[task])
+    with torch.no_grad():
+        return images, module.eval()(images)
+
+
+def facts_of(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["recast_pl"])
+
+
+def normalised(images, facts):
+    mean, std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
+    return (images - mean) / std
+
+
+def check_plain(run, task, plain, size=32):
+    """A plain model takes a file strictly, and says what the run does."""
+    file = run / "export" / f"{task}.safetensors"
+    facts = facts_of(file)
+    assert facts["classes"] == sorted(path.name for path in (ROOT / "data/clipart" / task).iterdir() if path.is_dir())
+    assert (facts["task"], facts["image_size"]) == (task, size)
+    plain.load_state_dict(load_file(file), strict=True)
+    images, logits = expected(run, task, size)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(normalised(images, facts)), logits, atol=1e-4, rtol=1e-5)
+
+
+def check_onnx(run, file, task, size=32, **feed):
+    """ONNX Runtime says of any number of images what the run does."""
+    session = onnxruntime.InferenceSession(file)
+    images, logits = expected(run, task, size)
+    for count in (1, 5):
+        (found,) = session.run(None, {"images": images[:count].numpy(), **feed})
+        np.testing.assert_allclose(found, logits[:count], atol=1e-4)
+    return session.get_modelmeta().custom_metadata_map
+
+
+def check_program(run, file, task, size=32):
+    """An exported program says of any number of images what the run does."""
+    told = {"recast_pl.json": ""}
+    program = torch.export.load(file, extra_files=told)
+    images, logits = expected(run, task, size)
+    for count in (1, 5):
+        torch.testing.assert_close(program.module()(images[:count]), logits[:count], atol=1e-4, rtol=1e-5)
+    assert json.loads(told["recast_pl.json"])["task"] == task
+
+
+def check_bank(run, file, size=32):
+    """Two tasks by one file."""
+    sizes = []
+    for task, classes in (("signs", 5), ("people", 4)):
+        feed = file.with_suffix(f".{task}.safetensors")
+        tensors = safetensors.numpy.load_file(feed)
+        check_onnx(run, file, task, size, **tensors)
+        sizes.append(tensors["coefficients"].nbytes)
+        assert len(facts_of(feed)["classes"]) == len(tensors["bias"]) == classes
+    return sizes
+
+
+@pytest.fixture
+def run(clipart_run):
+    return clipart_run
+
+
+def test_torchvision_loads_the_weights_strictly(run, capsys):
+    assert export(run, "--task", "people", "--format", "safetensors") == 0
+    check_plain(run, "people", torchvision.models.resnet18(num_classes=4))
+    assert "torchvision.models.get_model(name='resnet18', num_classes=4)" in capsys.readouterr().out
+
+
+def test_timm_loads_weights_that_several_pieces_change(tmp_path):
+    tiny = json.dumps(TINY_VIT)
+    vit = ["--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.args", tiny, *RANDOM]
+    run = learn(["--config", "vit.yaml", "--config", "methods/recast_dora.yaml", *vit], tmp_path / "run")
+    assert export(run, "--task", "signs", "--format", "safetensors") == 0
+    check_plain(run, "signs", timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, **TINY_VIT))
+
+
+@pytest.mark.slow
+def test_a_torch_export_takes_any_number_of_images(run):
+    assert export(run, "--task", "people", "--format", "torch_export") == 0
+    file = run / "export" / "people.pt2"
+    check_program(run, file, "people")
+    dense = sum(tensor.numel() for tensor in torchvision.models.resnet18().state_dict().values())
+    assert file.stat().st_size < 4.1 * dense  # neither templates nor coefficients are in it
+
+
+@pytest.mark.slow
+def test_onnx_runtime_says_what_pytorch_does(run, tmp_path):
+    file = tmp_path / "signs.onnx"
+    assert export(run, "--task", "signs", "--format", "onnx", "--output", str(file)) == 0
+    told = check_onnx(run, file, "signs")
+    assert len(json.loads(told["classes"])) == 5
+    assert told["task"] == "signs"
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+
+
+def test_tasks_are_swapped_in_one_onnx_file(run, tmp_path):
+    file = tmp_path / "all.onnx"
+    assert export(run, "--format", "onnx_bank", "--output", str(file)) == 0
+    trained = json.loads((run / "summary.json").read_text())["tasks"][0]["task_parameters"]
+    assert check_bank(run, file) == [4 * trained / 2] * 2  # two sets are trained, and their mean is fed
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--format", "onnx"], ["neither of --task", "signs, people"]),
+        (["--task", "dogs", "--format", "onnx"], ["'dogs'", "signs, people"]),
+        (["--task", "signs", "--format", "gguf"], ["gguf"]),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(words, named, run, capsys):
+    assert export(run, *words) == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in named), error
+
+
+def test_what_changes_activations_has_no_plain_model(tmp_path, capsys):
+    run = learn([*RESNET, "--config", "methods/clr.yaml"], tmp_path / "run")
+    assert export(run, "--task", "signs", "--format", "safetensors") == 2
+    assert "changes more than weights" in capsys.readouterr().err
+    assert export(run, "--task", "signs", "--format", "onnx_bank") == 2
+    assert "those of CLR are not" in capsys.readouterr().err
+    assert not (run / "export").exists()
+
+
+def test_a_hook_of_ones_own_is_found_by_what_it_does(run, monkeypatch, capsys):
+    build = TILModule.build
+
+    def hooked(module, size):
+        backbone = build(module, size)
+        backbone.net.conv1.register_forward_hook(lambda _, __, output: output + 1)
+        return backbone
+
+    monkeypatch.setattr(TILModule, "build", hooked)
+    assert export(run, "--task", "signs", "--format", "safetensors") == 2
+    assert "logits differ by" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_vit_in_every_format(vit_weights, tmp_path):
+    vit = ["--model.backbone.name", "vit_small_patch14_dinov2", "--model.backbone.weights", vit_weights]
+    run = learn(["--config", "vit.yaml", *vit], tmp_path / "run", 70)
+    for name in ("safetensors", "onnx", "torch_export", "onnx_bank"):
+        assert export(run, "--task", "signs", "--format", name) == 0
+    folder = run / "export"
+    check_plain(run, "signs", timm.create_model("vit_small_patch14_dinov2", num_classes=5, img_size=70), 70)
+    check_onnx(run, folder / "signs.onnx", "signs", 70)
+    check_program(run, folder / "signs.pt2", "signs", 70)
+    assert check_bank(run, folder / "bank.onnx", 70) == [4 * 48] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hat", "recast_adaptformer"])
+def test_a_method_that_changes_activations_as_a_graph(method, tiny_fit, tmp_path):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")) == 0
+    assert export(run, "--task", "second", "--format", "safetensors") == 2
+    assert export(run, "--task", "second", "--format", "onnx") == 0
+    check_onnx(run, run / "export" / "second.onnx", "second")

@@ -1,0 +1,187 @@
+"""Files of learnt tasks as tools see them: shown, compared, verified, averaged, made smaller."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, learn
+from safetensors.torch import load_file
+
+from recast_pl import TaskPatch
+from recast_pl.cli import main
+
+SIGNS, PEOPLE = "patches/00_signs.safetensors", "patches/01_people.safetensors"
+PICTURES = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:3]
+
+
+def patch(*words):
+    return main(["patch", *map(str, words)])
+
+
+@pytest.fixture
+def run(clipart_run):
+    return clipart_run
+
+
+def changed(run, path, factor=1.0, name=SIGNS, **facts):
+    """A copy of a run's patch, with its numbers multiplied."""
+    source = TaskPatch.load(run / name)
+    source.with_tensors({n: t * factor for n, t in source.tensors.items()}, **facts).save(path)
+    return path
+
+
+def test_show_tells_what_a_patch_is(run, capsys):
+    assert patch("show", run / SIGNS, run / PEOPLE) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    accuracy = json.loads((run / "summary.json").read_text())["tasks"][0]["accuracy"]
+    for told in ("signs", "people", "Recast", f"accuracy {accuracy:.2f}", "5×512", "float32", "and a head of 2,565"):
+        assert told in out, told
+    size = (run / SIGNS).stat().st_size
+    assert f"{size:,}" in out
+
+
+def test_diff_tells_what_differs_and_how_far(run, tmp_path, capsys):
+    other = changed(run, tmp_path / "other.safetensors", 1.5, image_size=64)
+    assert patch("diff", run / SIGNS, other) == 0
+    out = capsys.readouterr().out
+    assert "image_size" in out
+    row = next(line.split() for line in out.splitlines() if "coefficients" in line)
+    largest = load_file(run / SIGNS)["pieces/0/coefficients"].abs().max() / 2
+    np.testing.assert_allclose([float(cell) for cell in row[1:]], [largest, 0.5, 1.0], rtol=1e-3)
+    assert patch("diff", run / SIGNS, run / SIGNS) == 0
+    assert "all facts are equal" in capsys.readouterr().out
+    assert patch("diff", run / SIGNS, run / PEOPLE) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("classes", "head/0/weight"))
+
+
+def test_verify_accepts_what_is_whole(run, capsys):
+    assert patch("verify", run / SIGNS, run / PEOPLE, "--run_dir", run) == 0
+    assert capsys.readouterr().out.count("whole, and fits") == 2
+
+
+def with_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def with_nan(path):
+    source = TaskPatch.load(path)
+    source.with_tensors(source.tensors | {"pieces/0/coefficients": torch.full((84,), torch.nan)}).save(path)
+
+
+DAMAGES = {
+    "byte": (with_byte, "checksum", False),
+    "nan": (with_nan, "NaN", False),
+    "classes": (lambda path: replace(TaskPatch.load(path), classes=["one"]).save(path), "the head", False),
+    "base": (lambda path: replace(TaskPatch.load(path), base="0" * 64).save(path), "belongs to base 0000", True),
+    "method": (lambda path: replace(TaskPatch.load(path), method=["LoRA"]).save(path), "LoRA", True),
+    "shape": (
+        lambda path: replace(TaskPatch.load(path), pieces=[{"coefficients": torch.zeros(3)}]).save(path), "(3,)", True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_refuses_in_one_line_what_is_not(damage, run, tmp_path, capsys):
+    break_it, named, needs_run = DAMAGES[damage]
+    path = changed(run, tmp_path / "bad.safetensors")
+    break_it(path)
+    if needs_run:
+        assert patch("verify", path) == 0
+    assert patch("verify", path, "--run_dir", run) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert named in error, error
+
+
+def test_average_is_the_weighted_mean_and_a_patch(run, tmp_path):
+    double, output = changed(run, tmp_path / "double.safetensors", 2), tmp_path / "mean.safetensors"
+    assert patch("average", run / SIGNS, double, "--weights", "1", "3", "--output", output) == 0
+    first, mean = load_file(run / SIGNS), load_file(output)
+    for name, tensor in first.items():
+        np.testing.assert_allclose(mean[name], 1.75 * tensor.numpy().astype(np.float64), rtol=1e-6)
+    assert TaskPatch.load(output).metrics == {}
+    assert patch("verify", output, "--run_dir", run) == 0
+    assert patch("average", run / SIGNS, run / SIGNS, "--output", output) == 0
+    assert all(torch.equal(load_file(output)[name], tensor) for name, tensor in first.items())
+
+
+def test_average_refuses_what_does_not_belong_together(run, tmp_path, capsys):
+    output = tmp_path / "mean.safetensors"
+    based = changed(run, tmp_path / "based.safetensors", base="1" * 64)
+    for words, named in (
+        ([run / SIGNS, run / PEOPLE], ["task", "signs", "people"]),
+        ([run / SIGNS, based], ["base", "1111"]),
+        ([run / SIGNS, run / SIGNS, "--weights", "1"], ["[1.0]", "2 patches"]),
+        ([run / SIGNS, run / SIGNS, "--weights", "0", "0"], ["not all 0"]),
+    ):
+        assert patch("average", *words, "--output", output) == 2
+        error = capsys.readouterr().err
+        assert all(name in error for name in named), error
+    masks = TaskPatch.load(run / SIGNS).with_tensors(
+        TaskPatch.load(run / SIGNS).tensors | {"pieces/0/mask": torch.zeros(4, dtype=torch.uint8)}
+    )
+    masks.save(tmp_path / "mask.safetensors")
+    assert patch("average", tmp_path / "mask.safetensors", "--output", output) == 2
+    assert "pieces/0/mask" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_quantize_halves_a_patch_and_measures_it(run, tmp_path, capsys):
+    output = tmp_path / "half.safetensors"
+    assert patch("quantize", run / SIGNS, "--run_dir", run, "--output", output) == 0
+    accuracy = json.loads((run / "summary.json").read_text())["tasks"][0]["accuracy"]
+    metrics = TaskPatch.load(output).metrics
+    assert metrics["accuracy_fp32"] == accuracy
+    assert f"{accuracy:.2f} % before, {metrics['accuracy']:.2f} % after" in capsys.readouterr().out
+    before, after = load_file(run / SIGNS), load_file(output)
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.float16
+        np.testing.assert_array_equal(tensor, before[name].numpy().astype(np.float16))
+    assert patch("verify", output, "--run_dir", run) == 0
+    assert patch("quantize", run / SIGNS, "--output", output) == 0
+    assert "not measured" in capsys.readouterr().out
+    assert "accuracy" not in TaskPatch.load(output).metrics
+
+
+def test_a_patch_in_half_precision_predicts(run, tmp_path):
+    half, labels = tmp_path / "half.safetensors", []
+    assert patch("quantize", run / SIGNS, "--output", half) == 0
+    for choice in (["--task", "signs"], ["--patch", str(half)]):
+        output = tmp_path / "labels.csv"
+        images = ["--images", *map(str, PICTURES), "--output", str(output)]
+        assert main(["predict", "--run_dir", str(run), *choice, *images]) == 0
+        labels.append(np.genfromtxt(output, delimiter=",", skip_header=1, usecols=2))
+    np.testing.assert_allclose(labels[0], labels[1], atol=5e-3)
+    assert not np.array_equal(*labels)  # it is the other file that has been used
+
+
+def test_quantize_refuses_what_half_precision_cannot_hold(run, tmp_path, capsys):
+    large = changed(run, tmp_path / "large.safetensors", 1e7)
+    assert patch("quantize", large, "--output", tmp_path / "half.safetensors") == 2
+    assert "65,504" in capsys.readouterr().err
+
+
+def test_predict_wants_a_task_or_a_patch(run, capsys):
+    words = ["predict", "--run_dir", str(run), "--images", str(PICTURES[0]), "--output", "labels.csv"]
+    assert main(words) == 2
+    assert "neither of --task and --patch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_seeds_of_a_real_network_are_averaged_and_measured(tmp_path, capsys):
+    files = []
+    for seed in ("1", "2"):
+        run = learn(["--config", "quickstart.yaml", "--seed_everything", seed], tmp_path / seed, 64)
+        files.append(run / SIGNS)
+    mean, half = tmp_path / "mean.safetensors", tmp_path / "half.safetensors"
+    assert patch("average", *files, "--output", mean) == 0
+    assert patch("verify", mean, "--run_dir", run) == 0
+    assert patch("quantize", mean, "--run_dir", run, "--output", half) == 0
+    assert TaskPatch.load(half).metrics["accuracy"] == pytest.approx(
+        TaskPatch.load(half).metrics["accuracy_fp32"], abs=4
+    )
