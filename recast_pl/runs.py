@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from recast_pl.data.images import FileDataset
 from recast_pl.data.module import SequentialTaskDataModule, TaskSplit
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_sealed_json, sha256
@@ -62,7 +59,7 @@ def evaluate_run(
     data.prepare_data()
     evaluator = trainers.for_evaluation()
     patches = load_patches(run_dir)
-    _restore(module, run_dir, data.image_size)
+    restore(module, run_dir, data.image_size)
     records = [load_finished(run_dir, path.stem)[1] for path in _patch_paths(run_dir)]
     recorded = accuracy_matrix(records)[-1]
     positions = {task.name: index for index, task in enumerate(data.tasks)}
@@ -71,37 +68,6 @@ def evaluate_run(
         for (name, patch), accuracy in zip(patches.items(), recorded, strict=True)
         if accuracy is not None
     ]
-
-
-def predict_images(
-    module: TILModule, run_dir: Path, task: str, images: Sequence[Path], trainers: TrainerFactory
-) -> list[tuple[Path, str, float]]:
-    """Classifies image files with a learnt task.
-
-    Args:
-        module: Of the run's method and backbone.
-        run_dir: The run folder.
-        task: Name of the learnt task.
-        images: Files.
-        trainers: Makes the trainer that runs it.
-
-    Returns:
-        For each image its path, the most probable class, and its probability.
-
-    Raises:
-        RunError: If the run has not learnt the task.
-    """
-    patches = load_patches(run_dir)
-    if task not in patches:
-        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
-    patch = patches[task]
-    _restore(module, run_dir, patch.image_size)
-    module.activate(patch)
-    loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
-    batches = trainers.for_evaluation().predict(module, loader)
-    probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
-    best, labels = probabilities.max(1)
-    return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
 
 
 def learnt_coefficients(module: TILModule, run_dir: Path) -> dict[str, Tensor]:
@@ -186,8 +152,14 @@ def _patch_paths(run_dir: Path) -> list[Path]:
     return paths
 
 
-def _restore(module: TILModule, run_dir: Path, image_size: int) -> None:
-    """Builds the module as the run's tasks need it."""
+def restore(module: TILModule, run_dir: Path, image_size: int) -> None:
+    """Builds the module as the run's tasks need it.
+
+    Args:
+        module: Of the run's method and backbone.
+        run_dir: The run folder.
+        image_size: Height and width of the input in pixels.
+    """
     for piece in module.pieces:
         piece.load_base(run_dir)
     module.build(image_size)

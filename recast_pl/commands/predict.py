@@ -4,11 +4,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.commands.configs import open_run
 from recast_pl.files import write_atomic
-from recast_pl.runs import predict_images
+from recast_pl.predictor import load
 from recast_pl.tables import table_csv
-from recast_pl.training import TrainerFactory
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -21,10 +19,10 @@ def declare(parser: ArgumentParser) -> None:
 
 def run(config: Namespace) -> int:
     """Writes the most probable class of each image as CSV."""
-    run_dir, init = open_run(config.run_dir)
-    images = [Path(image) for image in config.images]
-    trainers = TrainerFactory(init.trainer).alone()
-    rows = predict_images(init.model, run_dir, config.task, images, trainers)
-    lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
+    predictions = load(config.run_dir).predict(config.images, task=config.task)
+    lines = (
+        [Path(image), found.label, f"{found.probability:.6f}"]
+        for image, found in zip(config.images, predictions, strict=True)
+    )
     write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
     return 0
