@@ -1,14 +1,18 @@
 """Batches of many tasks: whichever way is taken, each image gets what its task alone would say of it."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from test_til import ISOLATED, RESNET, VIT
+from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from recast_pl import BackboneConfig, BankLayout, Piece, Recast, RoSA, Scale, TILModule
-from recast_pl.til.mixed import MixedTasks
+from recast_pl import BackboneConfig, BankLayout, Piece, Predictor, Recast, RoSA, Scale, TILModule
+from recast_pl.til.mixed import Cost, MixedTasks, Survey
 from recast_pl.til.states import TaskStates
 
 COUNTS = [2, 1, 3]
@@ -44,7 +48,8 @@ def same_padded():
 
 
 def weight_standardised():
-    return timm.create_model("resnetv2_50x1_bit", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 32, 32, 32))
+    layers = [StdConv2d(3, 8, 3, stride=2), nn.ReLU(), StdConv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers)
 
 
 def windowed():
@@ -55,7 +60,6 @@ def function(make):
     return BackboneConfig(f"{__name__}.{make.__name__}", "hub")
 
 
-ALL = BankLayout([r"weight$"], templates=2)
 FURTHER = {
     "offset": lambda: (VIT, [TokenOffset()]),
     "own-loading": lambda: (VIT, [Doubled()]),
@@ -64,11 +68,15 @@ FURTHER = {
         [Recast(BankLayout([r"in_proj_weight|mlp\.\d\.weight"])), Scale()],
     ),
     "same-padding": lambda: (function(same_padded), [Recast(BankLayout([r"conv_(stem|pw)\.weight"]))]),
-    "standardised": lambda: (function(weight_standardised), [Recast(BankLayout([r"conv\d\.weight"]))]),
+    "standardised": lambda: (function(weight_standardised), [Recast(BankLayout([r"weight"]))]),
     "windows": lambda: (function(windowed), [Recast(BankLayout([r"attn\.qkv"], templates=1))]),
     "strided": lambda: (RESNET, [Recast(BankLayout([r"layer\d\.0\.conv1\.weight"])), RoSA(0.003, 1)]),
 }
 METHODS = {**ISOLATED, **FURTHER}
+QUICK = {
+    *("recast-vit", "recast-resnet", "rosa-vit", "adaptformer-vit", "clr-resnet", "piggyback-vit"),
+    *FURTHER.keys() - {"same-padding", "strided"},
+}
 NO_PRODUCTS = {  # at any layer
     *("probe-vit", "probe-resnet", "dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
     *("recast+dora-mlp-vit", "standardised"),
@@ -104,7 +112,12 @@ def alone(module, states, images):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("name", METHODS)
+def marked(names):
+    """All are tried, those that say something new without being asked."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(METHODS))
 @torch.no_grad()
 def test_every_way_gives_each_image_what_its_task_alone_would(name):
     module, states = learnt(name)
@@ -132,3 +145,37 @@ def test_every_way_gives_each_image_what_its_task_alone_would(name):
     after = module.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert not any("forward" in vars(part) for part in module.backbone.modules())
+
+
+def test_the_least_cost_is_chosen():
+    layers = {
+        "cheap to generate": {"weights": Cost(1, 1), "products": Cost(0, 2)},
+        "generated only": {"weights": Cost(1, 1)},
+    }
+    survey = Survey(layers, rest=Cost(each=3, image=1), apart=Cost(each=10, image=2.5))
+    few = survey.choose(tasks=2, images=8)  # 11 + (2 + 8) + (2 + 8), beside 20 + 20
+    assert few == {"cheap to generate": "weights", "generated only": "weights"}
+    assert survey.choose(tasks=12, images=8)["cheap to generate"] == "products"  # 16, beside 12 + 8
+    assert survey.choose(tasks=1, images=200) is None  # 203 + 201 + 201, beside 10 + 500
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_real_images_by_real_weights(vit_weights):
+    backbone = BackboneConfig("vit_small_patch14_dinov2", vit_weights)
+    module = TILModule(backbone, [Recast(BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2))])
+    module.build(98)
+    module.begin_task("task", ["a", "b", "c"])
+    patch = module.patch({})
+    model = Predictor(module)
+    for number in range(4):
+        numbers = patch.pieces[0]["coefficients"]
+        moved = numbers + 0.1 * numbers.abs().mean() * torch.randn_like(numbers)
+        model.add_patch(replace(patch, task=f"task{number}", pieces=[{"coefficients": moved}]))
+    images = sorted((ROOT / "data" / "clipart" / "food").rglob("*.jpg"))[:8]
+    tasks = [f"task{number % 4}" for number in range(8)]
+    together = model.predict(images, tasks=tasks)
+    for image, task, found in zip(images, tasks, together, strict=True):
+        (alone,) = model.predict(image, task)
+        assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+    assert len({found.probability for found in model.predict([images[0]] * 4, tasks=tasks[:4])}) == 4
