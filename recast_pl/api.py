@@ -10,6 +10,7 @@ from recast_pl.decomposition.surgery import install
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.engines import Engine, Processes, Ray, Slurm
 from recast_pl.errors import RecastError
+from recast_pl.predictor import Prediction, Predictor, load
 from recast_pl.til.growth import Growth
 from recast_pl.til.minimal import LoRAXS, Scale, Spectral
 from recast_pl.til.module import TILModule
@@ -49,6 +50,8 @@ __all__ = [
     "MimicryModule",
     "Piece",
     "Piggyback",
+    "Prediction",
+    "Predictor",
     "Processes",
     "Ray",
     "Recast",
@@ -65,4 +68,5 @@ __all__ = [
     "TemplateAutoencoder",
     "decompose",
     "install",
+    "load",
 ]

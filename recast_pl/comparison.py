@@ -120,8 +120,10 @@ class Comparison:
     def table(self) -> RenderableType:
         """The same table, for the terminal: where labels tell points apart, without their names."""
         header, rows = self._cells()
-        first = 1 if self._keys else 0
-        return terminal_table((header[first:], [row[first:] for row in rows]), len(self._keys) or 1)
+        texts = 1 + len(self._keys)
+        labels = {tuple(row[1:texts]) for row in rows}
+        first = 1 if self._keys and len(labels) == len(rows) else 0
+        return terminal_table((header[first:], [row[first:] for row in rows]), texts - first)
 
     def finished(self) -> dict[str, dict[int, Summary]]:
         """What finished runs say, by name of the point and seed; points without any are left out."""

@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from recast_pl.data.images import FileDataset
 from recast_pl.data.module import SequentialTaskDataModule, TaskSplit
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_sealed_json, sha256
@@ -71,29 +68,6 @@ def evaluate_run(
         for (name, patch), accuracy in zip(patches.items(), recorded, strict=True)
         if accuracy is not None
     ]
-
-
-def predict_images(
-    module: TILModule, run_dir: Path, patch: TaskPatch, images: Sequence[Path], trainers: TrainerFactory
-) -> list[tuple[Path, str, float]]:
-    """Classifies image files with a learnt task.
-
-    Args:
-        module: Of the run's method and backbone.
-        run_dir: The run folder.
-        patch: The learnt task.
-        images: Files.
-        trainers: Makes the trainer that runs it.
-
-    Returns:
-        For each image its path, the most probable class, and its probability.
-    """
-    open_task(module, run_dir, patch)
-    loader = DataLoader(FileDataset(images, patch.image_size), batch_size=64)
-    batches = trainers.for_evaluation().predict(module, loader)
-    probabilities = torch.cat([b for b in batches or [] if isinstance(b, Tensor)])  # (N, classes)
-    best, labels = probabilities.max(1)
-    return [(path, patch.classes[int(label)], float(p)) for path, label, p in zip(images, labels, best, strict=True)]
 
 
 def choose_patch(run_dir: Path, task: str | None, file: str | None) -> TaskPatch:

@@ -68,7 +68,7 @@ def test_every_vit_config_runs_on_a_small_vit(config, tiny_fit, tmp_path):
         words[words.index(json.dumps(TINY_VIT))] = json.dumps(TINY_VIT | {"depth": 24})
     assert main(words) == 0
     trained = json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"]
-    expected = {"vit_attention.yaml": 48, "vit_all.yaml": 144, "vit_large.yaml": 192}
+    expected = {"vit_attention.yaml": 48, "vit_best.yaml": 48, "vit_all.yaml": 144, "vit_large.yaml": 192}
     assert trained == expected.get(config, 96)
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.commands.configs import open_run
 from recast_pl.files import write_atomic
-from recast_pl.runs import choose_patch, predict_images
+from recast_pl.predictor import load
+from recast_pl.runs import choose_patch
 from recast_pl.tables import table_csv
-from recast_pl.training import TrainerFactory
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -22,11 +21,16 @@ def declare(parser: ArgumentParser) -> None:
 
 def run(config: Namespace) -> int:
     """Writes the most probable class of each image as CSV."""
-    run_dir, init = open_run(config.run_dir)
-    patch = choose_patch(run_dir, config.task, config.patch)
-    images = [Path(image) for image in config.images]
-    trainers = TrainerFactory(init.trainer).alone()
-    rows = predict_images(init.model, run_dir, patch, images, trainers)
-    lines = ([path, label, f"{probability:.6f}"] for path, label, probability in rows)
+    model = load(config.run_dir)
+    patch = choose_patch(Path(config.run_dir), config.task, config.patch)
+    if config.patch is not None:
+        if patch.task in model.tasks:  # of which it may be the average, or smaller
+            model.remove(patch.task)
+        model.add_patch(patch)
+    predictions = model.predict(config.images, task=patch.task)
+    lines = (
+        [Path(image), found.label, f"{found.probability:.6f}"]
+        for image, found in zip(config.images, predictions, strict=True)
+    )
     write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
     return 0

@@ -171,12 +171,53 @@ def decode_file(path: Path, size: int) -> Tensor:
         return _pixels(image, size)
 
 
+def decode_any(image: Any, size: int) -> Tensor:
+    """One image, however it is given, as uint8 (3, size, size), made as `decode_file` makes it.
+
+    Args:
+        image: A path, a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or floating point in [0, 1].
+        size: Height and width in pixels.
+
+    Raises:
+        DataError: If it is none of these, or cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return decode_file(Path(image), size)
+    if isinstance(image, Tensor):
+        values = image.detach().cpu()
+        numbers = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
+        image = _from_array((numbers.movedim(0, -1) if image.ndim == 3 else numbers).numpy(), "a tensor (3, H, W)")
+    elif isinstance(image, np.ndarray):
+        image = _from_array(image, "an array (H, W, 3)")
+    elif not isinstance(image, Image.Image):
+        raise DataError(
+            f"an image cannot be a {type(image).__name__}; give a path, a PIL image, an array (H, W, 3) or a tensor "
+            "(3, H, W)"
+        )
+    with _reading(image):
+        return _pixels(image, size)
+
+
+def _from_array(values: NDArray[Any], wanted: str) -> Image.Image:
+    """Numbers (H, W, 3) as an image, those in [0, 1] rounded to 256 levels."""
+    if values.ndim != 3 or values.shape[-1] != 3 or not values.size:
+        shape = values.shape if values.ndim != 3 or wanted.startswith("an") else np.moveaxis(values, -1, 0).shape
+        raise DataError(f"an image of shape {tuple(shape)} was given where {wanted} is needed")
+    if np.issubdtype(values.dtype, np.floating):
+        if not (values.min() >= 0 and values.max() <= 1):  # which NaN does not satisfy either
+            raise DataError(f"an image has values from {values.min():g} to {values.max():g}; bring them into [0, 1]")
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise DataError(f"an image of {values.dtype} was given where uint8, or floating point in [0, 1], is needed")
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(image: object) -> Iterator[None]:
     try:
         yield
     except Exception as cause:  # on damaged files decoders raise nearly anything
-        raise DataError(f"cannot read image {str(path)!r} ({_reason(cause)}); repair or remove it") from cause
+        raise DataError(f"cannot read image {str(image)!r} ({_reason(cause)}); repair or remove it") from cause
 
 
 def stat_digest(paths: Sequence[Path]) -> str:

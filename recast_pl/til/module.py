@@ -131,15 +131,29 @@ class TILModule(LightningModule):
             PatchError: If it belongs to another base or method.
         """
         patch = patch.widened()
+        self.check_patch(patch)
+        self._set_task(patch.task, patch.classes).load_state_dict(self.head_of(patch))
+        for piece, state in zip(self.pieces, patch.pieces, strict=True):
+            piece.load_task_state(state)
+
+    def check_patch(self, patch: TaskPatch) -> None:
+        """Refuses a patch of another base or method, or with a head that does not fit. Call `build` before.
+
+        Raises:
+            PatchError: Naming the difference.
+        """
         patch.check_base(self.base)
         if patch.method != self.method:
             raise PatchError(f"the patch of task {patch.task!r} is of method {patch.method}, not {self.method}")
-        head = self._set_task(patch.task, patch.classes)
-        _load_head(head, patch.head)
-        if patch.task in self.old_tasks:  # learnt further with the tasks that came later
-            head.load_state_dict(self.old_heads[self.old_tasks.index(patch.task)].state_dict())
-        for piece, state in zip(self.pieces, patch.pieces, strict=True):
-            piece.load_task_state(state)
+        classes, width = len(patch.classes), self.build(patch.image_size).num_features
+        check_state("the head", patch.head, {"weight": (classes, width), "bias": (classes,)})
+
+    def head_of(self, patch: TaskPatch) -> Mapping[str, Tensor]:
+        """Weight (classes, D) and bias (classes,) of a learnt task, as later tasks have left them."""
+        if patch.task not in self.old_tasks:
+            return patch.head
+        state: dict[str, Tensor] = self.old_heads[self.old_tasks.index(patch.task)].state_dict()
+        return state
 
     def merged(self) -> AbstractContextManager[None]:
         """A context in which weights are generated once and no more, for evaluation of the active task.

@@ -1,0 +1,273 @@
+"""What was learnt, in use: every kind of image, many threads, tasks that come and go."""
+
+import csv
+import dataclasses
+import json
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_VIT
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import recast_pl
+from recast_pl import BackboneConfig, BankLayout, LoRA, Predictor, Recast, TaskPatch, TILModule
+from recast_pl.cli import main
+from recast_pl.errors import DataError, PatchError, RecastError, RunError
+
+VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
+LAYOUT = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
+FOOD = sorted((ROOT / "data" / "clipart" / "food").rglob("*.jpg"))[::40]
+SIGNS = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[::40]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two tasks of real images, learnt for an epoch each by a tiny network."""
+    folder = tmp_path_factory.mktemp("predictor") / "run"
+    tasks = [{"name": name, "path": str(ROOT / "data" / "clipart" / name)} for name in ("food", "signs")]
+    words = [
+        *("fit", "--config", "vit.yaml", "--run_dir", str(folder), "--data.tasks", json.dumps(tasks)),
+        *("--model.backbone.name", VIT.name, "--model.backbone.weights", "random"),
+        *("--model.backbone.args", json.dumps(TINY_VIT), "--data.image_size", "32", "--data.cache", "off"),
+        *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"),
+    ]
+    assert main(words) == 0
+    return folder
+
+
+@pytest.fixture
+def model(run):
+    return recast_pl.load(run)
+
+
+def patches(run):
+    return {path.stem[3:]: TaskPatch.load(path) for path in sorted((run / "patches").iterdir())}
+
+
+def tuned(patch, task, seed):
+    """Another task: the same with other coefficients."""
+    generator = torch.Generator().manual_seed(seed)
+    coefficients = patch.pieces[0]["coefficients"]
+    moved = coefficients + 0.3 * coefficients.abs().mean() * torch.randn(coefficients.shape, generator=generator)
+    return dataclasses.replace(patch, task=task, pieces=[{"coefficients": moved}])
+
+
+def test_predictions_are_those_of_the_module_on_images_resized_by_pillow(run, model, tmp_path):
+    torch.manual_seed(42)  # the seed of the run, by which its random weights are found again
+    module = TILModule(VIT, (Recast(LAYOUT),))
+    module.build(32)
+    assert model.tasks == ["food", "signs"]
+    for patch in patches(run).values():
+        module.activate(patch)
+        images = [pil_to_tensor(ImageOps.fit(Image.open(p).convert("RGB"), (32, 32), Image.BICUBIC)) for p in FOOD]
+        with torch.no_grad():
+            wanted = module(torch.stack(images) / 255).softmax(1)  # (B, classes)
+        found = model.predict(FOOD, task=patch.task)
+        assert model.classes(patch.task) == patch.classes == list(found[0].probabilities)
+        torch.testing.assert_close(torch.tensor([list(f.probabilities.values()) for f in found]), wanted)
+        assert [f.label for f in found] == [patch.classes[i] for i in wanted.argmax(1)]
+        assert all(f.task == patch.task and f.probability == f.probabilities[f.label] for f in found)
+        output = tmp_path / "labels.csv"
+        words = ["predict", "--run_dir", str(run), "--task", patch.task, "--output", str(output)]
+        assert main([*words, "--images", *map(str, FOOD)]) == 0
+        rows = list(csv.DictReader(output.read_text().splitlines()))
+        assert [(row["label"], row["probability"]) for row in rows] == [
+            (f.label, f"{f.probability:.6f}") for f in found
+        ]
+
+
+def test_an_image_is_the_same_however_it_is_given(model):
+    path = FOOD[1]
+    wanted = model.predict(path, "food")
+    image = Image.open(path).convert("RGB")
+    array, tensor = np.array(image), pil_to_tensor(image)
+    for given in (
+        *(str(path), image, array, array / 255, (array / 255).astype(np.float32), array[None], tensor, tensor / 255),
+        *((tensor / 255).double(), tensor[None], [path], (array,), [image], tensor.float().requires_grad_() / 255),
+    ):
+        assert model.predict(given, "food") == wanted
+    mixed = [FOOD[0], image, array, tensor[:, 3:40]]
+    assert len(model.predict(mixed, "food")) == 4
+    assert model.predict([], "food") == model.predict([], tasks=[]) == []
+
+
+def test_each_image_gets_its_own_task_in_the_order_given(model):
+    tasks = ["signs", "food", "signs", "food", "signs"]
+    found = model.predict(SIGNS[:5], tasks=tasks)
+    for image, task, prediction in zip(SIGNS, tasks, found, strict=False):
+        (alone,) = model.predict(image, task)
+        assert prediction.task == task
+        assert prediction.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+WRONG = {
+    "None": (lambda: None, "an image cannot be a NoneType"),
+    "missing": (lambda: "nowhere.jpg", "'nowhere.jpg'"),
+    "grey": (lambda: np.zeros((8, 8), np.uint8), r"shape \(8, 8\) was given where an array \(H, W, 3\)"),
+    "channels-last": (lambda: torch.zeros(8, 9, 3), r"shape \(8, 9, 3\) was given where a tensor \(3, H, W\)"),
+    "channels-first": (lambda: np.zeros((3, 8, 9)), r"shape \(3, 8, 9\) was given where an array \(H, W, 3\)"),
+    "empty": (lambda: np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
+    "range": (lambda: torch.full((3, 8, 8), 255.0), r"values from 255 to 255; bring them into \[0, 1\]"),
+    "nan": (lambda: torch.full((3, 8, 8), torch.nan), "values from nan"),
+    "integers": (lambda: np.zeros((8, 8, 3), np.int64), "an image of int64 was given where uint8"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_image_is_refused_by_what_it_is(model, name):
+    make, message = WRONG[name]
+    with pytest.raises(DataError, match=message):
+        model.predict([FOOD[0], make()], "food")
+
+
+def test_tasks_that_do_not_fit_are_refused(model):
+    with pytest.raises(RunError, match="task 'fool' is not learnt; learnt are food, signs"):
+        model.predict("nowhere.jpg", "fool")
+    for words in ({}, {"task": "food", "tasks": ["food"]}):
+        with pytest.raises(DataError, match="either task=NAME"):
+            model.predict(FOOD[0], **words)
+    for tasks in (["food"], "fo"):
+        with pytest.raises(DataError, match="for 2 images"):
+            model.predict(FOOD[:2], tasks=tasks)
+
+
+def test_a_patch_is_added_and_removed(run, model, tmp_path):
+    food = patches(run)["food"]
+    before = model.predict(FOOD, "food")
+    first, second = (tuned(food, f"food{seed}", seed) for seed in (1, 2))
+    first.save(tmp_path / "any.safetensors")
+    assert model.add_patch(tmp_path / "any.safetensors") == "food1"
+    assert model.add_patch(second) == "food2"
+    assert model.tasks == ["food", "signs", "food1", "food2"]
+    of_first, of_second = model.predict(FOOD, "food1"), model.predict(FOOD, "food2")
+    assert of_first[0].probabilities != of_second[0].probabilities != before[0].probabilities
+    model.remove("food1")
+    assert model.tasks == ["food", "signs", "food2"]
+    with pytest.raises(RunError, match="'food1' is not learnt"):
+        model.remove("food1")
+    model.add_patch(tuned(food, "food3", 3))  # in the place of the one that was removed
+    model.add_patch(first)
+    assert model.predict(FOOD, "food") == before
+    assert model.predict(FOOD, "food1") == of_first
+    assert model.predict(FOOD, "food2") == of_second
+
+
+REFUSED = {
+    "name": (lambda p: {"task": "signs"}, "there is a task 'signs' already"),
+    "base": (lambda p: {"base": "0" * 64}, "belongs to base 000000000000"),
+    "method": (lambda p: {"method": ["LoRA"]}, r"is of method \['LoRA'\], not \['Recast'\]"),
+    "head": (lambda p: {"classes": p.classes[1:]}, "of another method"),
+    "shape": (lambda p: {"pieces": [{"coefficients": torch.zeros(7)}]}, r"coefficients': \(7,\)"),
+    "nan": (lambda p: {"pieces": [{"coefficients": torch.full((48,), torch.nan)}]}, "NaN"),
+    "type": (lambda p: {"pieces": [{"coefficients": torch.zeros(48).double()}]}, "as torch.float64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_patch_that_does_not_belong_is_refused_and_nothing_changes(run, model, name):
+    change, message = REFUSED[name]
+    food = dataclasses.replace(patches(run)["food"], task="more")
+    before = [model.predict(SIGNS, task) for task in model.tasks]
+    with pytest.raises(PatchError, match=message):
+        model.add_patch(dataclasses.replace(food, **change(food)))
+    assert model.tasks == ["food", "signs"]
+    assert [model.predict(SIGNS, task) for task in model.tasks] == before
+    assert model.add_patch(food) == "more"
+
+
+def test_threads_predict_while_tasks_come_and_go(run, model):
+    other, food = recast_pl.load(run), patches(run)["food"]
+    jobs = [(task, image) for task in model.tasks for image in (*FOOD, *SIGNS)]
+    wanted = [model.predict(image, task) for task, image in jobs]
+    done = threading.Event()
+
+    def churn():
+        count = 0
+        while not done.is_set():
+            model.add_patch(tuned(food, f"extra{count}", count))
+            if count > 2:
+                model.remove(f"extra{count - 2}")
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(9) as pool:
+        churning = pool.submit(churn)
+        try:
+            for which in (model, other, model):  # two models of one process share torch's cache of weights
+                found = list(pool.map(lambda job, which=which: which.predict(job[1], job[0]), jobs))
+                assert found == wanted
+        finally:
+            done.set()
+        assert churning.result() > 3
+
+
+def test_two_thousand_tasks_take_less_than_two_megabytes(run, model):
+    food = patches(run)["food"]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    room = model._states
+    for number in range(2_000):
+        model.add_patch(dataclasses.replace(food, task=f"food{number}"))  # heads and classes are those of `food`
+    objects = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    numbers = sum(part.nbytes for part in room._parts.values())
+    assert 2_000 * 48 * 4 < numbers < 1.6 * 2_000 * 48 * 4
+    assert objects + numbers < 2e6
+    assert len(model.tasks) == 2_002
+    first, last = model.predict(SIGNS[0], "food0"), model.predict(SIGNS[0], "food1999")
+    assert first[0].probabilities == last[0].probabilities == model.predict(SIGNS[0], "food")[0].probabilities
+
+
+def test_what_tasks_share_is_restored(tiny_fit, tmp_path):
+    words = ("--config", "methods/derpp.yaml", "--trainer.max_epochs", "1")
+    assert main(tiny_fit(*words)) == 0
+    model = recast_pl.load(tmp_path / "run")
+    images = sorted((tmp_path / "first").rglob("*.png"))
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    learnt = patches(tmp_path / "run")
+    module = model._module
+    for name, patch in learnt.items():
+        module.activate(patch)
+        with torch.no_grad():
+            batch = torch.stack([pil_to_tensor(Image.open(path)) for path in images]) / 255
+            wanted = module(batch).softmax(1)
+        found = model.predict(images, name)
+        torch.testing.assert_close(torch.tensor([list(f.probabilities.values()) for f in found]), wanted)
+    with pytest.raises(PatchError, match=r"FineTune.* share weights, which the patch of 'more' does not hold"):
+        model.add_patch(dataclasses.replace(learnt["first"], task="more"))
+
+
+def test_without_jsonargparse_the_module_is_given(run, model, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("recast_pl.commands.configs")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(RunError, match=r"needs jsonargparse; install it .* or give load the module=TILModule"):
+        recast_pl.load(run)
+    torch.manual_seed(42)
+    given = recast_pl.load(run, module=TILModule(VIT, (Recast(LAYOUT),)), device="cpu")
+    assert given.predict(FOOD, "signs") == model.predict(FOOD, "signs")
+    torch.manual_seed(42)
+    with pytest.raises(RecastError, match="belongs to base"):
+        recast_pl.load(run, module=TILModule(VIT, (LoRA(),)))
+
+
+def test_loading_leaves_the_callers_random_numbers_alone(run):
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    recast_pl.load(run)
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_a_folder_without_tasks_and_a_module_without_a_backbone_are_refused(tmp_path):
+    with pytest.raises(RunError, match="no run folder"):
+        recast_pl.load(tmp_path)
+    with pytest.raises(RunError, match="holds no learnt task"):
+        recast_pl.load(tmp_path, module=TILModule(VIT, (Recast(LAYOUT),)))
+    with pytest.raises(RunError, match="no backbone yet"):
+        Predictor(TILModule(VIT, (Recast(LAYOUT),)))
