@@ -9,9 +9,11 @@ from conftest import RANDOM, ROOT, TINY_VIT, clipart_words
 from safetensors.torch import load_file
 from test_stream import kill_and_resume, patches
 
+import recast_pl
 from recast_pl import TaskPatch
 from recast_pl.cli import main
 from recast_pl.commands.configs import open_run
+from recast_pl.data.images import decode_file
 from recast_pl.errors import PatchError
 from recast_pl.files import read_tensors
 from recast_pl.runs import load_patches, restore
@@ -94,6 +96,22 @@ def test_old_tasks_say_the_same_bit_by_bit_however_the_bank_has_grown(run):
     module.pieces[1].templates = []
     with pytest.raises(PatchError, match=r"needs 1 grown templates .* here are 0"):
         module.activate(first)
+
+
+def test_grown_tasks_predict_each_and_together(run):
+    model, learnt = recast_pl.load(run), load_patches(run)
+    images = sorted((ROOT / "data" / "clipart" / "food").rglob("*.jpg"))[::60]
+    module = open_run(str(run))[1].model
+    restore(module, run, 32)
+    for task, patch in learnt.items():  # which have 1, 2 and 2 coefficients for each weight
+        module.activate(patch)
+        with torch.no_grad():
+            wanted = module(torch.stack([decode_file(path, 32) for path in images]) / 255).softmax(1)  # (B, classes)
+        found = model.predict(images, task)
+        torch.testing.assert_close(torch.tensor([list(f.probabilities.values()) for f in found]), wanted)
+    alone = [model.predict(images[0], task)[0] for task in learnt]
+    together = model.predict([images[0]] * 3, tasks=list(learnt))
+    assert [f.probabilities for f in together] == [pytest.approx(f.probabilities, abs=1e-5) for f in alone]
 
 
 def test_a_patch_of_another_run_is_refused(run, tmp_path, capsys):
