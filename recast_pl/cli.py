@@ -12,6 +12,7 @@ COMMANDS = {
     "fit": "Learn a stream of tasks, or fit templates by gradient.",
     "test": "Evaluate every learnt task of a run again.",
     "predict": "Classify images with a learnt task.",
+    "serve": "Answer over HTTP with learnt tasks, for programs and, on a page, for people.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
     "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
     "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",

@@ -4,7 +4,6 @@ Each engine hands them to a scheduler that exists; none is made here. Machines s
 Wherever a command line dies, its last checkpoint is there, so that the same one goes on.
 """
 
-import importlib
 import io
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from recast_pl.cli import main
 from recast_pl.errors import RunError
+from recast_pl.extras import needed
 
 ONE_DEVICE = ("--trainer.devices", "1")
 """What a command line of `fit` has for an engine: the engine spreads, and each process has one device."""
@@ -132,7 +132,7 @@ class Ray(Engine):
 
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
-        ray = _extra("ray", "ray")
+        ray = needed("ray", "ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, unless asked for
         try:
             connected = ray.is_initialized()
@@ -219,7 +219,7 @@ class Slurm(Engine):
 
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
-        submitit = _extra("submitit", "slurm")
+        submitit = needed("submitit", "slurm")
         timeouts = {f"{self.cluster}_max_num_timeout": _TIMEOUTS}
         try:
             executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **timeouts)
@@ -251,7 +251,7 @@ class _Job:
 
     def checkpoint(self, words: Sequence[str]) -> Any:
         """What is to run after requeueing; the checkpoint of the last epoch is there at any time."""
-        return _extra("submitit", "slurm").helpers.DelayedSubmission(self, words)
+        return needed("submitit", "slurm").helpers.DelayedSubmission(self, words)
 
 
 def run_units(engine: Engine, units: Mapping[str, Sequence[str]], succeeded: Callable[[str], None]) -> int:
@@ -275,10 +275,3 @@ def run_units(engine: Engine, units: Mapping[str, Sequence[str]], succeeded: Cal
             last = "".join(f"\n    {line}" for line in outcome.output.strip().splitlines()[-20:])
             print(f"{names[index]} failed with status {outcome.status}{':' if last else ''}{last}", file=sys.stderr)
     return first
-
-
-def _extra(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as cause:
-        raise RunError(f'{module} is not installed; pip install "recast-pl[{extra}]"') from cause
