@@ -1,5 +1,6 @@
 """What a server takes on, at most."""
 
+import math
 from dataclasses import dataclass, fields
 
 from recast_pl.errors import RunError
@@ -26,5 +27,5 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
-                raise RunError(f"{field.name} is {value}; give a number above 0")
+            if not 0 < value < math.inf:
+                raise RunError(f"{field.name} is {value}; give a finite number above 0")
