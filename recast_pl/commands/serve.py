@@ -1,5 +1,6 @@
 """`serve`: answers over HTTP with learnt tasks."""
 
+import logging
 import math
 import os
 import socket
@@ -46,6 +47,7 @@ def run(config: Namespace) -> int:
     from recast_pl.serve.gate import LOCAL_HOSTS, BoundedProtocol  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send wrongly they are told
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
@@ -55,7 +57,7 @@ def run(config: Namespace) -> int:
             http=BoundedProtocol,
             ws="none",
             log_config=None,
-            log_level="warning",
+            log_level="error",
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=min(_IDLE, seconds),

@@ -92,7 +92,7 @@ class Gate:
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections on which no request begins: by itself, uvicorn waits for the first for ever."""
+    """HTTP/1.1 that cuts off clients that neither ask nor listen: uvicorn itself waits for both for ever."""
 
     _watch: asyncio.TimerHandle | None = None
 
@@ -111,9 +111,10 @@ class BoundedProtocol(H11Protocol):
         self._watch = self.loop.call_later(self.timeout_keep_alive, self._look, last)
 
     def _look(self, last: RequestResponseCycle | None) -> None:
-        """Closes the connection if, since it was last looked after, there was nothing to answer."""
-        if self.cycle is last and (last is None or last.response_complete):
-            self.timeout_keep_alive_handler()
+        """Cuts the connection off if, since it was last looked after, no request came or no answer was taken."""
+        unused = last is None or last.response_complete or self.flow.write_paused
+        if self.cycle is last and unused:
+            self.transport.abort()  # closing would wait for what was said to be taken
         else:
             self._look_after(self.cycle)
 

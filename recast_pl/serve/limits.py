@@ -12,7 +12,7 @@ class Limits:
 
     Args:
         max_body: Bytes of a request.
-        max_pixels: Pixels of an image, by its header, before it is decoded.
+        max_pixels: Pixels of an image, by its header; decoding takes up to 26 bytes for each, of four images at a time.
         timeout: Seconds in which a request must have arrived, and then must be answered.
         batch_size: Images that are classified together, of whatever tasks.
         queue_size: Images that wait or are being classified; those that come then are told to come back.
