@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from recast_pl.cli import main
 from recast_pl.errors import RunError
-from recast_pl.extras import needed
+from recast_pl.extras import extra
 
 ONE_DEVICE = ("--trainer.devices", "1")
 """What a command line of `fit` has for an engine: the engine spreads, and each process has one device."""
@@ -132,7 +132,7 @@ class Ray(Engine):
 
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
-        ray = needed("ray", "ray")
+        ray = extra("ray", "ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, unless asked for
         try:
             connected = ray.is_initialized()
@@ -219,7 +219,7 @@ class Slurm(Engine):
 
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
-        submitit = needed("submitit", "slurm")
+        submitit = extra("submitit", "slurm")
         timeouts = {f"{self.cluster}_max_num_timeout": _TIMEOUTS}
         try:
             executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **timeouts)
@@ -251,7 +251,7 @@ class _Job:
 
     def checkpoint(self, words: Sequence[str]) -> Any:
         """What is to run after requeueing; the checkpoint of the last epoch is there at any time."""
-        return needed("submitit", "slurm").helpers.DelayedSubmission(self, words)
+        return extra("submitit", "slurm").helpers.DelayedSubmission(self, words)
 
 
 def run_units(engine: Engine, units: Mapping[str, Sequence[str]], succeeded: Callable[[str], None]) -> int:

@@ -1,4 +1,4 @@
-"""Libraries that only a part of the program needs, and that are installed with an extra."""
+"""Packages that not every user has."""
 
 import importlib
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from recast_pl.errors import RunError
 
 
-def needed(module: str, extra: str) -> Any:
-    """Imports a library.
+def extra(module: str, name: str) -> Any:
+    """Imports a package of an extra.
 
     Args:
-        module: Its name.
-        extra: What installs it.
+        module: The package's module.
+        name: Of the extra.
 
     Raises:
         RunError: If it is not installed.
@@ -19,4 +19,4 @@ def needed(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as cause:
-        raise RunError(f'{module} is not installed; pip install "recast-pl[{extra}]"') from cause
+        raise RunError(f'{module} is not installed; pip install "recast-pl[{name}]"') from cause

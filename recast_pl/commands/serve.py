@@ -13,7 +13,7 @@ from rich.console import Console
 
 from recast_pl.commands.interruption import interruptible
 from recast_pl.errors import RunError
-from recast_pl.extras import needed
+from recast_pl.extras import extra
 from recast_pl.predictor import load
 from recast_pl.serve.limits import Limits
 
@@ -40,7 +40,7 @@ def declare(parser: ArgumentParser) -> None:
 def run(config: Namespace) -> int:
     """Serves until it is told to stop, and then answers what has been asked."""
     for library in _LIBRARIES:
-        needed(library, "serve")
+        extra(library, "serve")
     import uvicorn  # noqa: PLC0415
 
     from recast_pl.serve.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
