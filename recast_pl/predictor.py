@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.runs import load_patches, restore
+from recast_pl.til.mixed import MixedTasks
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import TaskPatch
 from recast_pl.til.states import TaskStates
@@ -28,7 +29,7 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a PIL image, an array (H, W, 3) or a tensor (3, H, W); the last two uint8, or floating point in [0, 1]."""
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
-_network = threading.Lock()  # generated weights are cached by torch for the whole process
+_lock = threading.Lock()  # generated weights are cached by torch for the whole process
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ class Predictor:
     def __init__(self, module: TILModule, precision: Precision | None = None, room: int = 0) -> None:
         if module.backbone is None:
             raise RunError("TILModule has no backbone yet; call build(image_size) first")
-        self._module, self._backbone, self._precision = module.eval(), module.backbone, precision or Precision()
+        self._module, self._precision = module.eval(), precision or Precision()
         self._states = TaskStates(len(module.pieces), room)
+        self._network = MixedTasks(module.backbone, module.pieces, self._states)
         self._tasks: dict[str, _Task] = {}
 
     @property
@@ -182,12 +184,12 @@ class Predictor:
         Raises:
             RunError: If there is no such task.
         """
-        with _network:
+        with _lock:
             self._states.remove(self._find(task).row)
             del self._tasks[task]
 
     def _add(self, patch: TaskPatch) -> None:
-        with _network:
+        with _lock:
             if patch.task in self._tasks:
                 raise PatchError(f"there is a task {patch.task!r} already; remove it first, or rename the new one")
             self._module.check_patch(patch)
@@ -206,15 +208,13 @@ class Predictor:
     def _classify(self, pixels: Tensor, tasks: Sequence[tuple[str, "_Task"]]) -> list[Prediction]:
         """What each image's task says of uint8 images (B, 3, S, S); those of a task follow one another."""
         groups = [(name, task, len(list(same))) for (name, task), same in itertools.groupby(tasks)]
-        with _network, self._precision.forward_context():
+        with _lock, self._precision.forward_context():
             for name, task, _ in groups:
                 if self._tasks.get(name) is not task:
                     raise RunError(f"task {name!r} was removed while it was to predict; predict again")
             images = tv.to_dtype(pixels.to(self._module.device), torch.float32, scale=True)
-            counts = [count for *_, count in groups]
-            features = self._features(
-                self._precision.convert_input(images), [task.row for _, task, _ in groups], counts
-            )
+            rows, counts = [task.row for _, task, _ in groups], [count for *_, count in groups]
+            features = self._network.features(self._precision.convert_input(images), rows, counts)  # (B, D)
             parts = [
                 F.linear(part, *(task.head[name].to(part.dtype) for name in ("weight", "bias")))
                 .softmax(1)
@@ -227,16 +227,6 @@ class Predictor:
             for (name, task, _), part in zip(groups, parts, strict=True)
             for row in part  # (classes,)
         ]
-
-    def _features(self, images: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Features (B, D) of images (B, 3, S, S): `counts[i]` of them, one after the other, are of task `rows[i]`."""
-        backbone, parts = self._backbone, []
-        for row, part in zip(rows, images.split(list(counts)), strict=True):
-            for piece, state in zip(self._module.pieces, self._states.of(row), strict=True):
-                piece.load_task_state(state)
-            with self._module.merged_weights.of(backbone):
-                parts.append(backbone(part))
-        return torch.cat(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

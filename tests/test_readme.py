@@ -1,5 +1,6 @@
 """Every command and every example of the README and of docs/ does what it says, in a folder of its own."""
 
+import ast
 import json
 import re
 import runpy
@@ -47,6 +48,11 @@ def test_commands_in_their_order(folder):
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
     assert summary["average_accuracy"] > 75  # 82.65 on the machine of the README
+    (code,) = (text for language, text in BLOCKS if language == "python" and "recast_pl.load(" in text)
+    tasks, label, labels = run(["-c", code], folder).splitlines()
+    assert "['signs', 'people']" in tasks
+    assert "flags" in label  # a probability for each class, by name
+    assert len(ast.literal_eval(labels)) == 2
 
 
 @pytest.mark.slow

@@ -45,7 +45,10 @@ class TemplateBank(nn.Module):
         # in half precision a weight would lose what its coefficients can express
         with torch.autocast(coefficients.device.type, enabled=False):
             mean, templates = coefficients.mean(-2).to(self.templates), self.templates.flatten(1)  # (…, n), (n, D)
-            flat = torch.matmul(mean, templates, out=None if out is None else out.view(*mean.shape[:-1], -1))  # (…, D)
+            if out is None:
+                flat = mean @ templates  # (…, D)
+            else:  # as a matrix, because torch would resize what a vector is to be written to
+                flat = torch.mm(mean.view(-1, mean.shape[-1]), templates, out=out.view(-1, templates.shape[1]))
         return flat.view(*mean.shape[:-1], *self.templates.shape[1:])
 
 

@@ -1,12 +1,47 @@
 """Puts a decomposition into a network: its weights are generated from coefficients at every use."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from recast_pl.decomposition.bank import Decomposition, TemplateBank
 from recast_pl.decomposition.solve import project
 from recast_pl.errors import DecompositionError
+
+
+class Inputs:
+    """What a layer is given, as rows that its weight multiplies.
+
+    Args:
+        layer: With a weight (rows, *columns), whose columns are flattened here.
+        x: Its input (B, …), of B samples.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
+        self.layer, self.x = layer, x
+        self.size: tuple[int, ...] | None = None
+        """Height and width of the output of a convolution, once it is known."""
+
+    def rows(self) -> Tensor:
+        """The N rows of each sample (B, N, columns): its tokens, or the patches under a kernel."""
+        layer, x = self.layer, self.x
+        if isinstance(layer, nn.Linear):
+            return x.reshape(len(x), -1, x.shape[-1])  # (B, …, columns) to (B, N, columns)
+        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT  # type: ignore[arg-type]
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Products (B, N, m) of all rows with a matrix (m, columns)."""
+        layer, x = self.layer, self.x
+        if isinstance(layer, nn.Linear):
+            return F.linear(self.rows(), matrix)
+        maps: Tensor = layer._conv_forward(x, matrix.view(len(matrix), -1, *layer.kernel_size), None)  # (B, m, H, W)
+        self.size = maps.shape[2:]
+        return maps.flatten(2).mT  # (B, N, m)
+
+    def output(self, y: Tensor) -> Tensor:
+        """Products (B, N, rows) in the shape of the layer's output."""
+        return y.view(*self.x.shape[:-1], -1) if self.size is None else y.mT.unflatten(2, self.size)
 
 
 class Mixture(nn.Module):
@@ -20,6 +55,8 @@ class Mixture(nn.Module):
     """
 
     bank: TemplateBank
+    room: Tensor | None = None
+    """Memory (*shape) for the weight, where nothing is trained and no other weight needs it; None for new memory."""
 
     def __init__(self, bank: TemplateBank, coefficient_sets: int, owner: bool) -> None:
         super().__init__()
@@ -31,7 +68,24 @@ class Mixture(nn.Module):
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """The weight (*shape) that coefficients (K, n) stand for."""
-        return self.bank.mix(coefficients)
+        return self.bank.mix(coefficients, self.room)
+
+    def product(self, inputs: "Inputs", coefficients: Tensor) -> Tensor:
+        """What becomes of samples, each multiplied by the weight of its own coefficients, which is not generated.
+
+        Args:
+            inputs: Of B samples.
+            coefficients: (B, K, n).
+
+        Returns:
+            Σ_i c_bi·T_i·x_b (B, N, rows).
+        """
+        first, *factors = coefficients.mean(1).T[..., None, None]  # n times (B, 1, 1)
+        template, *templates = self.bank.templates.flatten(2)  # n times (rows, columns)
+        y = inputs.times(template).mul_(first)
+        for factor, template in zip(factors, templates, strict=True):
+            y.addcmul_(inputs.times(template), factor)
+        return y
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
         """The coefficients (K, n) nearest to a dense weight, in all sets the same.

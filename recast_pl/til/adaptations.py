@@ -9,12 +9,19 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
+from recast_pl.decomposition.surgery import Inputs
+
 
 class Adaptation(nn.Module):
     """A change of one weight, as a parametrization above whatever gives the weight: a parameter, or templates.
 
     A parametrization has no say in what it gets, so that pieces on one weight work in the order of their list.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Another formula has no product but its own."""
+        if "change" in vars(cls) and "product" not in vars(cls):
+            cls.product = Adaptation.product  # type: ignore[method-assign]
 
     def reset(self, weight: Tensor) -> None:
         """Sets the parameters to where every task starts.
@@ -26,6 +33,17 @@ class Adaptation(nn.Module):
 
     def change(self, weight: Tensor) -> Tensor:
         """The changed weight, of the same shape."""
+        raise NotImplementedError
+
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """Does in place to products what `change` does to the weight, where it can be done without that weight.
+
+        Each sample has parameters of its own here: they have a first dimension (B, …).
+
+        Args:
+            inputs: Of B samples.
+            y: What becomes of them by the weight below (B, N, rows).
+        """
         raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -64,6 +82,12 @@ class LowRank(Adaptation):
         """W + s·B·A."""
         return self.add(weight).view_as(weight)
 
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """Adds s·B·A·x to y."""
+        hidden = inputs.rows()[:, None] @ self.A.mT  # (B, parts changed, N, r)
+        added = (hidden @ self.B.mT).movedim(1, 2)  # (B, N, parts changed, rows of a part)
+        y.unflatten(-1, (self.thirds, -1)).index_add_(2, self.blocks, added, alpha=self.scale)
+
     def add(self, weight: Tensor) -> Tensor:
         """The same by parts (1 or 3, rows of a part, columns)."""
         parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
@@ -92,6 +116,8 @@ class AccumulatedLowRank(LowRank):
     def reset(self, weight: Tensor) -> None:
         """B = 0, so that nothing changes; what was merged stays."""
         nn.init.zeros_(self.B)
+
+    product = Adaptation.product  # tasks do not differ in the sum
 
     def update(self) -> Tensor:
         """The sum over tasks."""
@@ -180,6 +206,13 @@ class Sparse(Adaptation):
         changed = weight + 0 * self.values.sum()  # part of the graph, as DDP wants of all that is trained
         return changed if self.dense is None else changed + self.dense
 
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """Adds S·x to y."""
+        x = inputs.rows()  # (B, N, columns)
+        places = self.indices // x.shape[-1], self.indices % x.shape[-1]  # rows and columns (B, k) of the entries
+        into, out_of = (place[:, None].expand(-1, x.shape[1], -1) for place in places)  # (B, N, k)
+        y.scatter_add_(2, into, x.gather(2, out_of) * self.values[:, None])
+
 
 class BinaryMask(Adaptation):
     """W ⊙ [scores > threshold]; scores get the gradient that the mask would (a straight-through estimate).
@@ -225,6 +258,12 @@ class Scales(Adaptation):
         parts = weight.reshape(len(self.factors), -1)  # (parts, numbers of a part)
         return (self.factors[:, None] * parts).view_as(weight)
 
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """The scaled parts of y."""
+        y.unflatten(-1, (self.factors.shape[1], -1)).mul_(
+            self.factors[:, None, :, None]
+        )  # (B, N, parts, rows of a part)
+
 
 class SingularCore(Adaptation):
     """W + UΣ·R·Vᵀ, with the r leading singular directions of the weight that it is put on.
@@ -259,6 +298,12 @@ class SingularCore(Adaptation):
         """W + UΣ·R·Vᵀ."""
         left = self.left * self.core if self.core.ndim == 1 else self.left @ self.core  # (rows, r)
         return weight + (left @ self.right).view_as(weight)
+
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """Adds UΣ·R·Vᵀ·x to y."""
+        hidden, core = inputs.times(self.right), self.core  # (B, N, r)
+        hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
+        y.add_(hidden @ self.left.T)
 
 
 def weight_below(module: nn.Module, attribute: str, adaptation: Adaptation) -> Tensor:

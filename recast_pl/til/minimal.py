@@ -1,6 +1,7 @@
 """Pieces of a few numbers for each weight: what RECAST is to be measured against, and combined with."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,10 +27,15 @@ class MinimalPiece(WeightPiece):
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
         """Takes the numbers back."""
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        check_state(type(self).__name__, state, {"numbers": (sum(sizes),)})
-        for parameter, numbers in zip(self.parameters.values(), state["numbers"].split(sizes), strict=True):
-            parameter.copy_(numbers.view_as(parameter))
+        check_state(type(self).__name__, state, {"numbers": (sum(p.numel() for p in self.parameters.values()),)})
+        for parameter, (numbers,) in self.unpack({"numbers": state["numbers"][None]}).items():
+            parameter.copy_(numbers)
+
+    def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+        """The numbers of T tasks (T, *shape) for each weight."""
+        parameters = list(self.parameters.values())
+        parts = states["numbers"].split([parameter.numel() for parameter in parameters], 1)
+        return {p: part.unflatten(1, p.shape) for p, part in zip(parameters, parts, strict=True)}
 
 
 class Scale(MinimalPiece):

@@ -131,6 +131,19 @@ class Piece:
         """
         self._load(state, self.parameters if self.isolated else {})
 
+    def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor] | None:
+        """Task states as numbers of single layers, so that one pass of the network can serve several tasks.
+
+        Args:
+            states: What `task_state` gave of T tasks, each tensor (T, *shape); one of them has been loaded before.
+
+        Returns:
+            For each parameter or buffer that a task sets its values (T, *shape); they may be read by nothing but the
+            forward pass of the module that it belongs to. None where there is more to a task.
+        """
+        plain = type(self).load_task_state is Piece.load_task_state and states.keys() <= self.parameters.keys()
+        return {self.parameters[name]: values for name, values in states.items()} if plain else None
+
     def shared_state(self) -> dict[str, Tensor]:
         """What all tasks need of this piece as it is after the last one, as copies on the CPU."""
         return {} if self.isolated else self._copies()

@@ -26,6 +26,11 @@ class TaskStates:
         self._parts: dict[tuple[int, str], Tensor] = {}  # (room, *shape), by piece and name
         self._used, self._free = 0, list[int]()
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers a task has."""
+        return sum(part[0].numel() for part in self._parts.values())
+
     def add(self, states: Sequence[Mapping[str, Tensor]]) -> int:
         """Keeps copies of a task's states.
 

@@ -1,7 +1,7 @@
 """Pieces that generate or change weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -102,11 +102,14 @@ class Recast(Piece):
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
         """Takes the means back as a single set (1, n), for which equation 2 gives the very same bits."""
-        sizes = [parameter.shape[1] for parameter in self.parameters.values()]
-        check_state("Recast", state, {"coefficients": (sum(sizes),)})
-        pieces = state["coefficients"].split(sizes)
-        for parameter, mean in zip(self.parameters.values(), pieces, strict=True):
-            parameter.data = mean[None].to(parameter.device, copy=True)  # (1, n)
+        check_state("Recast", state, {"coefficients": (sum(p.shape[1] for p in self.parameters.values()),)})
+        for parameter, (mean,) in self.unpack({"coefficients": state["coefficients"][None]}).items():
+            parameter.data = mean.to(parameter.device, copy=True)  # (1, n)
+
+    def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+        """The means of T tasks as sets (T, 1, n) of each weight."""
+        means = states["coefficients"].split([p.shape[1] for p in self.parameters.values()], 1)  # (T, n) of each weight
+        return {parameter: mean[:, None] for parameter, mean in zip(self.parameters.values(), means, strict=True)}
 
     def describe(self) -> list[RenderableType]:
         """The table of groups, templates and coefficients."""
@@ -301,8 +304,16 @@ class RoSA(WeightPiece):
             if int(indices.min()) < 0 or int(indices.max()) >= sparse.size:
                 raise PatchError(f"the patch has an entry outside of {name} with {sparse.size:,}; learn the task anew")
             sparse.reset(values)
-            sparse.indices, sparse.chosen = indices.long().to(sparse.indices.device), True
+            sparse.chosen = True
+            sparse.indices.copy_(indices)
             sparse.values.copy_(values)
+
+    def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+        """Places and values of T tasks (T, k) for each weight."""
+        counts = [len(sparse.indices) for sparse in self._sparse()]
+        indices, values = (states[name].split(counts, 1) for name in ("indices", "values"))
+        of_places = {sparse.indices: part.long() for sparse, part in zip(self._sparse(), indices, strict=True)}
+        return of_places | {sparse.values: part for sparse, part in zip(self._sparse(), values, strict=True)}
 
     def training_state(self) -> dict[str, Tensor]:
         """Steps done, and the entries or, before they are chosen, what they will be chosen by."""

@@ -1,0 +1,127 @@
+"""A batch in which every image has a task of its own, beside switching from task to task, on a real ViT-S/14.
+
+    uv run python benchmarks/mixed.py --weights dinov2_vits14.safetensors
+    uv run python benchmarks/mixed.py --weights random --device cuda --size 224
+
+64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2). Contenders take turns, and the median of the rounds'
+ratios counts: `switching` activates each image's task and runs the merged network for it; `a pass for each task` is the
+same within the library; `weights` and `products` are one pass for all, with every layer in that way; `chosen` is what
+the measured costs decide. Then the memory of 10,000 tasks, their heads and class names left out.
+"""
+
+import argparse
+import dataclasses
+import resource
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from recast_pl import BackboneConfig, BankLayout, Predictor, Recast, TILModule
+
+BACKBONE = "vit_small_patch14_dinov2"
+MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
+
+
+def build(options):
+    """A module, and as many learnt tasks as asked for."""
+    module = TILModule(BackboneConfig(BACKBONE, options.weights), (Recast(MLP),))
+    module.build(options.size)
+    module.begin_task("task", list("abcde"))
+    patch = module.patch({})
+    learnt = patch.pieces[0]["coefficients"]
+    moved = learnt + 0.1 * learnt.abs().mean() * torch.randn(options.tasks, len(learnt))
+    tasks = [dataclasses.replace(patch, task=f"task{i}", pieces=[{"coefficients": c}]) for i, c in enumerate(moved)]
+    return module.to(options.device).eval(), tasks
+
+
+def wait(device):
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def turns(actions, options):
+    """Seconds of each action in each round, after one that is not counted."""
+    found = {name: [] for name in actions}
+    for number in range(1 + options.rounds):
+        for name, action in actions.items():
+            wait(options.device)
+            start = time.perf_counter()
+            action()
+            wait(options.device)
+            if number:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+@torch.no_grad()
+def speed(module, patches, options):
+    predictor = Predictor(module)
+    for patch in patches:
+        predictor.add_patch(patch)
+    images = torch.rand(options.images, 3, options.size, options.size, device=options.device)
+    mixed = predictor._network
+    rows = range(options.tasks)
+    counts = [len(part) for part in torch.arange(options.images).tensor_split(options.tasks)]
+
+    def switching():
+        parts = []
+        for row, part in zip(rows, images.split(counts), strict=True):
+            for image in part:
+                module.activate(patches[row])
+                with module.merged():
+                    parts.append(module.backbone(image[None]))
+        return torch.cat(parts)
+
+    chosen = mixed.choose(images, rows)
+    layers = next(iter(mixed._surveys.values())).layers
+    actions = {"switching": switching, "a pass for each task": lambda: mixed.apart(images, rows, counts)}
+    for way in ("weights", "products"):
+        ways = dict.fromkeys(layers, way)
+        actions[way] = lambda ways=ways: mixed.together(images, rows, counts, ways)
+    actions["chosen"] = lambda: mixed.features(images, rows, counts)
+    wanted = switching()
+    for name, action in actions.items():
+        print(f"{name}: largest difference from switching {(action() - wanted).abs().max():.1e}")
+    print(f"chosen: {'a pass for each task' if chosen is None else dict(Counter(chosen.values()))}")
+    found = turns(actions, options)
+    for name, taken in found.items():
+        gain = statistics.median(a / b for a, b in zip(found["switching"], taken, strict=True))
+        print(f"{name}: {1000 * statistics.median(taken):.0f} ms, {gain:.2f} times as fast as switching", flush=True)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(module, patches, options):
+    """Of tasks that share their heads and class names with one patch, whose own are so left out."""
+    predictor, patch = Predictor(module), patches[0]
+    predictor.add_patch(patch)
+    before = resident()
+    for number in range(10_000):
+        predictor.add_patch(dataclasses.replace(patch, task=f"more{number}"))
+    print(f"10,000 tasks: {(resident() - before) / 1e6:.1f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help=f"safetensors of timm's {BACKBONE}, or random")
+    parser.add_argument("--size", type=int, default=98, help="height and width of images")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--tasks", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{options.images} images of {options.tasks} tasks, {options.size}×{options.size}, {options.device}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    module, patches = build(options)
+    speed(module, patches, options)
+    memory(module, patches, options)
+
+
+if __name__ == "__main__":
+    main()
