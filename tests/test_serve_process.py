@@ -28,7 +28,7 @@ from test_report import CHROMIUM
 import recast_pl
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 5  # seconds that the server gives to a request
+TIMEOUT = 20  # seconds that the server gives to a request, on however busy a machine
 
 
 TOKEN = "secret"
@@ -53,7 +53,7 @@ def folder(run, tmp_path_factory):  # noqa: F811
 def server(folder):
     """The README's server, with its process and URL; after the last test it is told to end."""
     (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
-    command = [sys.executable, *shlex.split(words), "--port", "0", "--timeout", str(TIMEOUT), "--queue_size", "64"]
+    command = [sys.executable, *shlex.split(words), "--port", "0", "--timeout", str(TIMEOUT), "--queue_size", "16"]
     environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -69,6 +69,14 @@ def connect(url):
     return socket.create_connection((address.hostname, address.port))
 
 
+def refuses(url):
+    try:
+        connect(url).close()
+    except ConnectionRefusedError:
+        return True
+    return time.sleep(0.1)
+
+
 def end(process, url):
     """Checks that at SIGTERM a server takes nothing on, but answers what was begun."""
     body = TASK + FILE + FOOD[0].read_bytes() + b"\r\n--x--\r\n"
@@ -76,15 +84,13 @@ def end(process, url):
         connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body[:500])
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        with pytest.raises(ConnectionRefusedError):
-            connect(url)
+        assert any(refuses(url) for _ in range(100))  # soon
         connection.sendall(body[500:])
         connection.settimeout(20)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b'"task":"food"' in answer
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def counts_of(url):
@@ -152,7 +158,7 @@ def test_every_one_of_250_clients_is_answered_right_in_bounded_memory(server, ru
     before, bytes_before = counts_of(url), memory(process)
     counts = asyncio.run(load(250, 6))
     assert counts[200] == 250 * 6
-    assert counts[503] > 0  # 250 are more than 64
+    assert counts.get(503, 0) > 0  # 250 are more than 16
     assert memory(process) - bytes_before < 100e6
     grown = {name: value - before.get(name, 0) for name, value in counts_of(url).items()}
     for status, count in counts.items():
@@ -168,11 +174,12 @@ def trickle(url, begin, until):
         connection.settimeout(0.2)
         while time.monotonic() < until:
             try:
-                said = connection.recv(65536)
+                return connection.recv(65536)
             except TimeoutError:
-                connection.sendall(b"x" if begin else b"")
-            else:
-                return said
+                with suppress(ConnectionError):  # recv will tell
+                    connection.sendall(b"x" if begin else b"")
+            except ConnectionError:
+                return b""
     raise AssertionError("the server waits for ever")
 
 
@@ -181,7 +188,7 @@ def deaf(url):
     with connect(url) as connection:
         connection.settimeout(10)
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 3000)
-        time.sleep(2 * TIMEOUT + 1)
+        time.sleep(TIMEOUT)
         said = b""
         with suppress(ConnectionError):
             said = b"".join(iter(lambda: connection.recv(1 << 20), b""))
@@ -192,14 +199,14 @@ def test_slow_clients_are_cut_off_and_hold_nobody_up(server):
     _, url = server
 
     async def among(begins):
-        until = time.monotonic() + 2 * TIMEOUT + 10
+        until = time.monotonic() + 2 * TIMEOUT
         slow = [asyncio.to_thread(trickle, url, begin, until) for begin in begins]
         waiting = asyncio.gather(*slow, asyncio.to_thread(deaf, url))
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(TIMEOUT / 2)) as session:
             for _ in range(5):
                 form = aiohttp.FormData({"task": "food"})
                 form.add_field("image", FOOD[0].read_bytes(), filename="image.jpg")
-                async with session.post(f"{url}/predict", data=form, timeout=aiohttp.ClientTimeout(4)) as response:
+                async with session.post(f"{url}/predict", data=form) as response:
                     assert response.status == 200
                 await asyncio.sleep(0.2)
         return await waiting
@@ -210,7 +217,7 @@ def test_slow_clients_are_cut_off_and_hold_nobody_up(server):
     )
     assert nothing == heads == b""
     assert bodies.startswith(b"HTTP/1.1 408 ")
-    assert b"did not arrive in 5 seconds" in bodies
+    assert b"did not arrive in 20 seconds" in bodies
     assert answers < 3000
     assert chunked.startswith(b"HTTP/1.1 4")  # its length is no number
 
