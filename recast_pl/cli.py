@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "Classify images with a learnt task.",
     "export": "Hand a learnt task out as a plain model: safetensors, ONNX or torch.export.",
     "patch": "Show, compare, verify, average or quantize files of learnt tasks.",
+    "serve": "Answer over HTTP with learnt tasks, for programs and, on a page, for people.",
     "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
     "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
     "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",

@@ -113,6 +113,14 @@ class Predictor:
         """
         return list(self._find(task).classes)
 
+    def image_size(self, task: str) -> int:
+        """Height and width in pixels to which a task's images are brought.
+
+        Raises:
+            RunError: If there is no such task.
+        """
+        return self._find(task).image_size
+
     def predict(
         self,
         images: Picture | Sequence[Picture],

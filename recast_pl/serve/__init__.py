@@ -1,0 +1,1 @@
+"""Learnt tasks over HTTP: what is let in, what is classified together, the page; needs the extra `serve`."""

@@ -1,0 +1,31 @@
+"""What a server takes on, at most."""
+
+import math
+from dataclasses import dataclass, fields
+
+from recast_pl.errors import RunError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on, at most; all are above 0.
+
+    Args:
+        max_body: Bytes of a request.
+        max_pixels: Pixels of an image, by its header; decoding takes up to 26 bytes for each, of four images at a time.
+        timeout: Seconds in which a request must have arrived, and then must be answered.
+        batch_size: Images that are classified together, of whatever tasks.
+        queue_size: Images that wait or are being classified; those that come then are told to come back.
+    """
+
+    max_body: int = 20_000_000
+    max_pixels: int = 50_000_000
+    timeout: float = 30.0
+    batch_size: int = 32
+    queue_size: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 < value < math.inf:
+                raise RunError(f"{field.name} is {value}; give a finite number above 0")

@@ -1,0 +1,455 @@
+"""The server in this process: answers, batches, limits, tasks that are added, and what it says of what it refuses."""
+
+import asyncio
+import dataclasses
+import io
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
+
+import recast_pl
+from recast_pl.cli import main
+from recast_pl.serve.app import create_app
+from recast_pl.serve.limits import Limits
+
+LOCAL = "http://localhost:8000"
+IMAGE = FOOD[0].read_bytes()
+TOKEN = "a secret, with umlauts: ä"
+ADDING = {"Authorization": b"Bearer " + TOKEN.encode(), "Content-Type": "application/octet-stream"}
+
+
+@pytest.fixture(scope="module")
+def learnt(run):  # noqa: F811
+    return recast_pl.load(run)
+
+
+@pytest.fixture
+def model(learnt):
+    """Without the tasks that a test has added."""
+    before = learnt.tasks
+    yield learnt
+    for task in set(learnt.tasks) - set(before):
+        learnt.remove(task)
+
+
+@pytest.fixture
+def serve(model):
+    """Makes clients of servers."""
+    clients = []
+
+    def make(token=None, hosts=("localhost",), **limits):
+        app = create_app(model, Limits(**limits), token, hosts)
+        clients.append(TestClient(app, base_url=LOCAL, raise_server_exceptions=False).__enter__())
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def ask(client, image=IMAGE, task="food", name="image.jpg"):
+    return client.post("/predict", data={"task": task}, files={"image": (name, image)})
+
+
+def metrics(client):
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class Held:
+    """Holds up a predictor, and records its batches."""
+
+    def __init__(self, model, monkeypatch):
+        self.batches, self.go, predict = [], threading.Event(), model.predict
+
+        def held(images, task=None, tasks=None):
+            self.batches.append(list(tasks))
+            assert self.go.wait(20)
+            return predict(images, task, tasks)
+
+        monkeypatch.setattr(model, "predict", held)
+
+
+def test_answers_are_those_of_the_library(serve, model):
+    client = serve()
+    for task, paths in (("food", FOOD), ("signs", SIGNS)):
+        for path, wanted in zip(paths, model.predict(paths, task), strict=True):
+            answer = ask(client, path.read_bytes(), task)
+            assert answer.status_code == 200
+            found = answer.json()
+            assert found["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
+            assert found | {"probabilities": None, "probability": None} == dataclasses.asdict(wanted) | {
+                "probabilities": None,
+                "probability": None,
+            }
+            assert found["probability"] == found["probabilities"][found["label"]]
+    tasks = [{"name": name, "classes": model.classes(name)} for name in ("food", "signs")]
+    assert client.get("/tasks").json() == tasks
+    assert client.get("/health").json() == {"status": "ok", "tasks": 2, "waiting": 0}
+
+
+def test_requests_that_gather_are_classified_together_whatever_their_tasks(serve, model, monkeypatch):
+    paths = [
+        ("food", FOOD[0]),
+        *zip(("food", "signs") * 3, (FOOD[1], SIGNS[0], FOOD[2], SIGNS[1], FOOD[0], SIGNS[2]), strict=True),
+    ]
+    wanted = [model.predict(path, task)[0] for task, path in paths]
+    held, client = Held(model, monkeypatch), serve(batch_size=4)
+    with ThreadPoolExecutor(len(paths)) as pool:
+        asked = []
+        for number, (task, path) in enumerate(paths, 1):  # in their order
+            asked.append(pool.submit(ask, client, path.read_bytes(), task))
+            until(lambda number=number: client.get("/health").json()["waiting"] == number)
+        until(lambda: len(held.batches) == 1)
+        time.sleep(0.2)  # until the last is decoded, too
+        assert metrics(client)["recast_pl_waiting_images",] == 7
+        held.go.set()
+        answers = [future.result().json() for future in asked]
+    assert sorted(map(len, held.batches)) == [1, 2, 4]
+    assert len(held.batches[0]) == 1
+    assert any(set(batch) == {"food", "signs"} for batch in held.batches)
+    for answer, prediction in zip(answers, wanted, strict=True):
+        assert answer["task"] == prediction.task
+        assert answer["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
+    found = metrics(client)
+    assert (found["recast_pl_batch_images_count",], found["recast_pl_batch_images_sum",]) == (3, 7)
+    assert found["recast_pl_requests_total", "/predict", "200"] == 7
+    assert found["recast_pl_request_seconds_count", "/predict"] == 7
+    assert (found["recast_pl_tasks",], found["recast_pl_waiting_images",]) == (2, 0)
+
+
+def test_a_full_queue_says_when_to_come_back(serve, model, monkeypatch):
+    held, client = Held(model, monkeypatch), serve(queue_size=2)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, client) for _ in range(2)]
+        until(lambda: client.get("/health").json()["waiting"] == 2)
+        refused = ask(client)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json() == {"error": "2 images are waiting; come back"}
+        held.go.set()
+        assert [future.result().status_code for future in asked] == [200, 200]
+    assert ask(client).status_code == 200
+
+
+def test_what_takes_too_long_is_given_up_and_not_computed(serve, model, monkeypatch):
+    held, client = Held(model, monkeypatch), serve(timeout=0.5)
+    for _ in range(3):
+        answer = ask(client)
+        assert (answer.status_code, answer.json()["error"][:34]) == (504, "there was no answer in 0.5 seconds")
+    assert client.get("/health").json()["waiting"] == 0
+    held.go.set()
+    assert ask(client, SIGNS[0].read_bytes(), "signs").status_code == 200
+    assert held.batches == [["food"], ["signs"]]
+
+
+def test_a_fault_of_the_program_is_no_concern_of_clients_and_passes(serve, model, monkeypatch, caplog):
+    client = serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "predict", lambda *_: 1 / 0)
+        answer = ask(client)
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "the server failed at this request; its log says why"}
+    assert ask(client).status_code == 200
+    assert metrics(client)["recast_pl_requests_total", "/predict", "500"] == 1
+
+
+def png(width, height):
+    """A picture that is large in its header alone."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def gif(width, height):
+    """A small screen, and a frame on it that is larger."""
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
+    return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + frame
+
+
+FILE = ("image.jpg", IMAGE)
+REFUSED = {  # what is sent, status, part of what is said
+    "unknown task": ({"data": {"task": "fool"}, "files": {"image": FILE}}, 404, "learnt are food, signs"),
+    "path as task": (
+        {"data": {"task": "../../etc/passwd"}, "files": {"image": FILE}},
+        404,
+        "'../../etc/passwd' is not",
+    ),
+    "no task": ({"files": {"image": FILE}}, 422, "0 fields 'task'; send one, with a text"),
+    "task as file": ({"files": {"image": FILE, "task": FILE}}, 422, "fields 'task'; send one, with a text"),
+    "image as text": (
+        {"data": {"task": "food", "image": "text"}, "files": {"x": FILE}},
+        422,
+        "'image'; send one, with a f",
+    ),
+    "two images": ({"data": {"task": "food"}, "files": [("image", FILE), ("image", FILE)]}, 422, "2 fields 'image'"),
+    "many images": ({"data": {"task": "food"}, "files": [("image", FILE)] * 5}, 400, "Too many files"),
+    "long task": ({"data": {"task": "x" * 5000}, "files": {"image": FILE}}, 400, "exceeded maximum size"),
+    "no form": ({"json": {"task": "food"}}, 415, "application/json; send it with Content-Type: multipart/form-data"),
+    "nothing": ({}, 415, "the body is of no type"),
+    "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "Missing boundary"),
+    "torn form": (
+        {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        *(400, "Invalid multipart"),
+    ),
+    "empty": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", b"")}}, 422, "the image cannot be read"),
+    "text": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", b"hello")}}, 422, "of no known format); send a"),
+    "torn": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", IMAGE[:2000])}}, 422, "(image file is truncated"),
+    "postscript": (
+        {
+            "data": {"task": "food"},
+            "files": {"image": ("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")},
+        },
+        422,
+        "of no known format",
+    ),
+    "large": (
+        {"data": {"task": "food"}, "files": {"image": ("a.png", png(9000, 9000))}},
+        413,
+        "has 81000000 pixels, of at most 50000000",
+    ),
+    "huge": (
+        {"data": {"task": "food"}, "files": {"image": ("a.png", png(99_999, 99_999))}},
+        413,
+        "far too many pixels",
+    ),
+    "gif": ({"data": {"task": "food"}, "files": {"image": ("a.gif", gif(9000, 9000))}}, 413, "has 81000000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_in_words(name, serve):
+    words, status, message = REFUSED[name]
+    client = serve()
+    answer = client.post("/predict", **words)
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+    assert "Traceback" not in answer.text
+    assert " at 0x" not in answer.text
+    assert ask(client).status_code == 200
+
+
+def test_an_image_may_have_any_mode_and_just_the_pixels_allowed(serve, model):
+    client = serve(max_pixels=64 * 32)
+    for mode in ("RGBA", "L", "P", "I;16"):
+        small, large = (
+            Image.new(mode, (64, height), 7) if mode != "RGBA" else Image.new(mode, (64, height)) for height in (32, 33)
+        )
+        for image, status in ((small, 200), (large, 413)):
+            image.save(content := io.BytesIO(), "PNG")
+            answer = ask(client, content.getvalue())
+            assert answer.status_code == status
+        wanted = model.predict(small, "food")[0].probabilities
+        small.save(content := io.BytesIO(), "PNG")
+        assert ask(client, content.getvalue()).json()["probabilities"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_names_of_files_lead_nowhere(serve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    client = serve(token=TOKEN)
+    for name in (str(tmp_path / "evil.jpg"), "../evil.jpg", "/etc/passwd", "nul\0l.jpg", "x" * 4000):
+        assert ask(client, name=name).status_code == 200
+    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path.parent / "evil.jpg").exists()
+
+
+def raw(app, chunks, headers=(), pause=0.0):
+    """What an application answers to a body in chunks, and how many of them it has taken."""
+    sent, taken = [], 0
+
+    async def receive():
+        nonlocal taken
+        await asyncio.sleep(pause)
+        taken += 1
+        return {"type": "http.request", "body": chunks[taken - 1], "more_body": taken < len(chunks)}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        **{
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+        },
+        "headers": [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x"), *headers],
+    }
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent).decode(), taken
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(model):
+    app = create_app(model, Limits(max_body=100_000))
+    chunks = [PART, *[bytes(10_000)] * 1_000]
+    status, text, taken = raw(app, chunks)
+    assert (status, taken) == (413, 11)
+    assert "larger than 100000 bytes" in text
+    status, text, taken = raw(app, chunks, [(b"content-length", b"10000000")])
+    assert (status, taken) == (413, 0)
+    status, _, taken = raw(app, [PART, bytes(99_000), b"\r\n--x--\r\n"])
+    assert (status, taken) == (422, 3)
+
+
+def test_bodies_of_many_requests_have_a_bound_together(model):
+    app = create_app(model, Limits(max_body=1_000, timeout=0.2))
+    ended = []
+
+    async def one():
+        chunks = iter([PART + bytes(900 - len(PART))])
+
+        async def receive():
+            body = next(chunks, None)
+            if body is None:
+                await asyncio.sleep(9)
+            return {"type": "http.request", "body": body, "more_body": True}
+
+        async def send(message):
+            ended.append(
+                (message["status"], dict(message["headers"]).get(b"retry-after"))
+            ) if "status" in message else None
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "query_string": b"",
+            "root_path": "",
+            "headers": headers,
+        }
+        await app(scope, receive, send)
+
+    async def many(count):
+        await asyncio.gather(*(one() for _ in range(count)))
+
+    for _ in range(2):  # what has been held is free again
+        ended.clear()
+        asyncio.run(many(30))
+        assert sorted(ended) == [(408, None)] * 17 + [(503, b"1")] * 13
+
+
+def test_a_body_that_comes_too_slowly_is_not_waited_for(model):
+    status, text, taken = raw(create_app(model, Limits(timeout=0.3)), [PART] + [b"x"] * 100, pause=0.05)
+    assert status == 408
+    assert "did not arrive in 0.3 seconds" in text
+    assert taken < 10
+
+
+def test_requests_of_other_sites_are_refused(serve):
+    client = serve()
+    refused = client.get("/health", headers={"Host": "evil.example"})
+    assert (refused.status_code, refused.json()["error"][:32]) == (403, "host 'evil.example' is not serve")
+    for origin in ("http://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"):
+        assert client.get("/tasks", headers={"Origin": origin}).status_code == 403
+    answer = client.get("/tasks", headers={"Origin": LOCAL})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert serve(hosts=("*",)).get("/health", headers={"Host": "any.example"}).status_code == 200
+    assert serve(hosts=("::1",)).get("/health", headers={"Host": "[::1]:8000"}).status_code == 200
+    assert client.get("/health", headers={"Host": "[::1"}).status_code == 403
+
+
+def test_paths_that_are_not_there(serve):
+    client = serve()
+    assert "GET /nowhere; README.md" in client.get("/nowhere").json()["error"]
+    assert client.get("/nowhere").status_code == client.get("/docs").status_code == 404
+    assert client.get("/predict").status_code == 405
+    assert metrics(client)["recast_pl_requests_total", "other", "404"] == 3
+    document = client.get("/openapi.json").json()
+    assert "multipart/form-data" in document["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert {"label", "probability"} < document["components"]["schemas"]["Prediction"]["properties"].keys()
+
+
+def test_tasks_are_added_by_those_who_may(run, serve, model):  # noqa: F811
+    food = patches(run)["food"]
+    added = tuned(food, "added", 1)
+    refused = serve().post("/tasks", content=added.to_bytes(), headers=ADDING)
+    assert (refused.status_code, "RECAST_PL_TOKEN set" in refused.json()["error"]) == (403, True)
+    client = serve(token=TOKEN)
+    for given in (None, "", "Bearer", "Bearer wrong", "Basic " + "x", b"Basic " + TOKEN.encode(), TOKEN.encode()):
+        headers = {**ADDING, "Authorization": given}
+        answer = client.post(
+            "/tasks", content=added.to_bytes(), headers={k: v for k, v in headers.items() if v is not None}
+        )
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert model.tasks == ["food", "signs"]
+    answer = client.post("/tasks", content=added.to_bytes(), headers=ADDING)
+    assert (answer.status_code, answer.json()) == (201, {"name": "added", "classes": food.classes})
+    assert [task["name"] for task in client.get("/tasks").json()] == ["food", "signs", "added"]
+    (wanted,) = model.predict(FOOD[0], "added")
+    assert wanted.probabilities != pytest.approx(model.predict(FOOD[0], "food")[0].probabilities, abs=1e-4)
+    assert ask(client, task="added").json()["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
+    again = client.post("/tasks", content=added.to_bytes(), headers=ADDING)
+    assert (again.status_code, again.json()["error"]) == (409, "there is a task 'added' already; rename the new one")
+
+
+def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa: F811
+    food = dataclasses.replace(patches(run)["food"], task="more")
+    content, client = food.to_bytes(), serve(token=TOKEN, max_body=1_000_000)
+    torn = content[:200] + bytes([content[200] ^ 1]) + content[201:]
+    for body, status, message in (
+        (b"", 422, "the patch is damaged"),
+        (content[:-10], 422, "the patch is damaged"),
+        (torn, 422, "the patch is damaged"),
+        (dataclasses.replace(food, base="0" * 64).to_bytes(), 422, "belongs to base 000000000000"),
+        (dataclasses.replace(food, method=["LoRA"]).to_bytes(), 422, "is of method ['LoRA']"),
+        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "of another method"),
+        (bytes(1_000_001), 413, "larger than 1000000 bytes"),
+    ):
+        answer = client.post("/tasks", content=body, headers=ADDING)
+        assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+        assert "/tmp" not in answer.text
+    wrong = client.post("/tasks", content=content, headers={**ADDING, "Content-Type": "application/json"})
+    assert wrong.status_code == 415
+    assert model.tasks == ["food", "signs"]
+
+
+def test_the_page_needs_nothing_else(serve):
+    answer = serve().get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.search(r"""(src|href)=(?!"data:)|https?://|@import|url\(""", answer.text)
+    assert "innerHTML" not in answer.text
+
+
+def refused(capsys, *words):
+    assert main(["serve", "--run_dir", "nowhere", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_said_in_a_line(capsys, monkeypatch):
+    assert "nowhere" in refused(capsys, "--port", "0")
+    assert "batch_size is 0; give a finite number above 0" in refused(capsys, "--batch_size", "0")
+    assert "timeout is inf" in refused(capsys, "--timeout", ".inf")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen at 127.0.0.1, port {port}" in refused(capsys, "--port", port)
+    assert "cannot listen at 127.0.0.1, port 70000" in refused(capsys, "--port", "70000")
+    monkeypatch.setitem(sys.modules, "python_multipart", None)
+    assert 'python_multipart is not installed; pip install "recast-pl[serve]"' in refused(capsys)

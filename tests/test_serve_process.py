@@ -1,0 +1,353 @@
+"""The server as a process: the README's commands, many clients, slow ones, a person's browser, and its end."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+from conftest import ROOT
+from prometheus_client.parser import text_string_to_metric_families
+from test_predictor import FOOD, SIGNS, patches, run  # noqa: F401
+from test_readme import README
+from test_report import CHROMIUM
+
+import recast_pl
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 20  # seconds that the server gives to a request, on however busy a machine
+
+
+TOKEN = "secret"
+HEAD = "POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+TASK = b'--x\r\nContent-Disposition: form-data; name="task"\r\n\r\nfood\r\n'
+FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+START, REQUESTS = re.findall(r"```bash\n(.*?)```", README.partition("## Serve\n")[2], re.DOTALL)[:2]
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):  # noqa: F811
+    """Where the README's commands are given."""
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "data").symlink_to(ROOT / "data")
+    shutil.copytree(run, folder / "logs" / "mine")
+    people = dataclasses.replace(patches(run)["food"], task="people")
+    people.save(folder / "more" / "patches" / "02_people.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The README's server, with its process and URL; after the last test it is told to end."""
+    (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
+    command = [sys.executable, *shlex.split(words), "--port", "0", "--timeout", str(TIMEOUT), "--queue_size", "16"]
+    environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = re.search(r"http://\S+(?=;)", process.stdout.readline())[0]
+            yield process, url
+            end(process, url)
+        finally:
+            process.terminate()
+
+
+def connect(url):
+    address = urlsplit(url)
+    return socket.create_connection((address.hostname, address.port))
+
+
+def refuses(url):
+    try:
+        connect(url).close()
+    except ConnectionRefusedError:
+        return True
+    return time.sleep(0.1)
+
+
+def end(process, url):
+    """Checks that at SIGTERM a server takes nothing on, but answers what was begun."""
+    body = TASK + FILE + FOOD[0].read_bytes() + b"\r\n--x--\r\n"
+    with connect(url) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body[:500])
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert any(refuses(url) for _ in range(100))  # soon
+        connection.sendall(body[500:])
+        connection.settimeout(20)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b'"task":"food"' in answer
+    assert process.wait(60) == 0
+
+
+def counts_of(url):
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        families = text_string_to_metric_families(response.read().decode())
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_the_commands_of_the_readme(server, folder, run):  # noqa: F811
+    said = []
+    for command in REQUESTS.replace("\\\n", " ").strip().splitlines():
+        words = shlex.split(command.replace("http://127.0.0.1:8000", server[1]).replace("$RECAST_PL_TOKEN", TOKEN))
+        curl = subprocess.run([*words, "-s", "--fail-with-body"], cwd=folder, capture_output=True, text=True)
+        assert curl.returncode == 0, curl.stdout
+        said.append(curl.stdout)
+    assert json.loads(said[0])["task"] == "signs"
+    assert {"food", "signs"} <= {task["name"] for task in json.loads(said[1])}
+    assert json.loads(said[2])["status"] == "ok"
+    assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[3]
+    assert json.loads(said[4]) == {"name": "people", "classes": patches(run)["food"].classes}
+    assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # it is kept in memory alone
+
+
+def memory(process):
+    """Bytes that a process holds."""
+    return 1024 * int(subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True).stdout)
+
+
+async def one_client(session, url, jobs, counts):
+    """Asks until each is answered; comes back when it is told to."""
+    for path, task, wanted in jobs:
+        while True:
+            form = aiohttp.FormData({"task": task})
+            form.add_field("image", path.read_bytes(), filename="image.jpg")
+            async with session.post(f"{url}/predict", data=form) as response:
+                counts[response.status] = counts.get(response.status, 0) + 1
+                answer = await response.json()
+                if response.status == 200:
+                    assert answer["task"] == task
+                    assert answer["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
+                    break
+                assert (response.status, response.headers["Retry-After"]) == (503, "1")
+            await asyncio.sleep(random.uniform(0.5, 1.5))
+
+
+def test_every_one_of_250_clients_is_answered_right_in_bounded_memory(server, run):  # noqa: F811
+    process, url = server
+    model = recast_pl.load(run)
+    known = [
+        (path, task, wanted)
+        for task, paths in (("food", FOOD), ("signs", SIGNS))
+        for path, wanted in zip(paths, model.predict(paths, task), strict=True)
+    ]
+
+    async def load(clients, images):
+        counts = {}
+        connections = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connections, timeout=aiohttp.ClientTimeout(120)) as session:
+            await asyncio.gather(
+                *(one_client(session, url, random.choices(known, k=images), counts) for _ in range(clients))
+            )
+        return counts
+
+    asyncio.run(load(50, 2))
+    before, bytes_before = counts_of(url), memory(process)
+    counts = asyncio.run(load(250, 6))
+    assert counts[200] == 250 * 6
+    assert counts.get(503, 0) > 0  # 250 are more than 16
+    assert memory(process) - bytes_before < 100e6
+    grown = {name: value - before.get(name, 0) for name, value in counts_of(url).items()}
+    for status, count in counts.items():
+        assert grown["recast_pl_requests_total", "/predict", str(status)] == count
+    assert grown["recast_pl_batch_images_sum",] == 250 * 6
+    assert grown["recast_pl_batch_images_sum",] > 4 * grown["recast_pl_batch_images_count",]
+
+
+def trickle(url, begin, until):
+    """What a server says to a client that sends a byte of a request every now and then; b"" if it hangs up."""
+    with connect(url) as connection:
+        connection.sendall(begin)
+        connection.settimeout(0.2)
+        while time.monotonic() < until:
+            try:
+                return connection.recv(65536)
+            except TimeoutError:
+                with suppress(ConnectionError):  # recv will tell
+                    connection.sendall(b"x" if begin else b"")
+            except ConnectionError:
+                return b""
+    raise AssertionError("the server waits for ever")
+
+
+def deaf(url):
+    """How many of its answers a client gets that asks much and listens late."""
+    with connect(url) as connection:
+        connection.settimeout(10)
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 3000)
+        time.sleep(TIMEOUT)
+        said = b""
+        with suppress(ConnectionError):
+            said = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    return said.count(b"HTTP/1.1 200")
+
+
+def test_slow_clients_are_cut_off_and_hold_nobody_up(server):
+    _, url = server
+
+    async def among(begins):
+        until = time.monotonic() + 2 * TIMEOUT
+        slow = [asyncio.to_thread(trickle, url, begin, until) for begin in begins]
+        waiting = asyncio.gather(*slow, asyncio.to_thread(deaf, url))
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(TIMEOUT / 2)) as session:
+            for _ in range(5):
+                form = aiohttp.FormData({"task": "food"})
+                form.add_field("image", FOOD[0].read_bytes(), filename="image.jpg")
+                async with session.post(f"{url}/predict", data=form) as response:
+                    assert response.status == 200
+                await asyncio.sleep(0.2)
+        return await waiting
+
+    head, body = (HEAD + "X-Slow: ").encode(), f"{HEAD}Content-Length: 9999\r\n\r\n".encode() + FILE
+    nothing, heads, bodies, chunked, answers = asyncio.run(
+        among([b"", head, body, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()])
+    )
+    assert nothing == heads == b""
+    assert bodies.startswith(b"HTTP/1.1 408 ")
+    assert b"did not arrive in 20 seconds" in bodies
+    assert answers < 3000
+    assert chunked.startswith(b"HTTP/1.1 4")  # its length is no number
+
+
+class Browser:
+    """Chromium, told what a person would do by its own protocol."""
+
+    def __init__(self, socket):
+        self.socket, self.count, self.said = socket, 0, []
+
+    async def __call__(self, method, **words):
+        self.count += 1
+        await self.socket.send_json({"id": self.count, "method": method, "params": words})
+        async for message in self.socket:
+            content = json.loads(message.data)
+            if content.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
+                self.said.append(content["params"])
+            if content.get("id") == self.count:
+                assert "error" not in content, content
+                return content["result"]
+        raise AssertionError("the browser has gone")
+
+    async def value(self, expression):
+        found = await self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return found["result"].get("value")
+
+    async def until(self, expression):
+        end = time.monotonic() + 30
+        while not await self.value(expression):
+            assert time.monotonic() < end, (expression, await self.value("document.body.innerText"), self.said)
+            await asyncio.sleep(0.05)
+
+    async def key(self, name, code):
+        for kind in ("rawKeyDown", "keyUp"):
+            await self("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
+
+
+@contextmanager
+def chromium(folder):
+    """The URL of a page of Chromium; it resolves no names, so that nothing can come from a network."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
+    options += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    process = subprocess.Popen(
+        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"], stderr=subprocess.DEVNULL
+    )
+    try:
+        port, end = folder / "DevToolsActivePort", time.monotonic() + 60
+        while not (port.is_file() and port.read_text().count("\n")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port.read_text().split()[0]}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+TABLE = """[...document.querySelectorAll("tbody tr")].map(row => [row.cells[0].textContent,
+  row.cells[1].firstChild.getBoundingClientRect().width / row.cells[1].clientWidth, row.cells[2].textContent])"""
+
+
+async def visit(browser, url, model, broken):
+    async def expect(task, path):
+        (wanted,) = model.predict(path, task)
+        caption = f"{task}: {wanted.label}"
+        await browser.until(f"document.querySelector('caption').textContent === {json.dumps(caption)}")
+        await browser.until("!document.getElementById('classes').hidden")
+        ranked = sorted(wanted.probabilities.items(), key=lambda item: -item[1])
+        rows = await browser.value(TABLE)
+        assert [(name, percent) for name, _, percent in rows] == [(n, f"{100 * p:.1f} %") for n, p in ranked]
+        assert [width for _, width, _ in rows] == pytest.approx([p for _, p in ranked], abs=0.05)
+
+    for domain in ("Log", "Runtime", "Page", "DOM"):
+        await browser(f"{domain}.enable")
+    await browser("Page.navigate", url=url)
+    await browser.until("document.querySelectorAll('option').length > 1")
+
+    async def choose(path):
+        root = (await browser("DOM.getDocument"))["root"]["nodeId"]
+        node = await browser("DOM.querySelector", nodeId=root, selector="#file")
+        await browser("DOM.setFileInputFiles", nodeId=node["nodeId"], files=[str(path)])
+
+    assert await browser.value("shown.offsetHeight + classes.offsetHeight") == 0
+    await choose(FOOD[1])
+    await expect("food", FOOD[1])
+    assert await browser.value("document.getElementById('shown').naturalWidth") > 0
+    # by keyboard: the task, then the file
+    await browser.key("Tab", 9)
+    assert await browser.value("document.activeElement.id") == "task"
+    await browser.key("ArrowDown", 40)
+    await expect("signs", FOOD[1])
+    await browser.key("Tab", 9)
+    assert await browser.value("document.activeElement.id") == "file"
+    tree = (await browser("Accessibility.getFullAXTree"))["nodes"]
+    named = {(n["role"]["value"], n["name"]["value"]) for n in tree if "name" in n and not n["ignored"]}
+    assert ("combobox", "Task") in named
+    assert any(role == "button" and "Choose an image, or drop it here" in name for role, name in named)
+    # by mouse
+    x, y = await browser.value("(b => [b.x + b.width / 2, b.y + b.height / 2])(drop.getBoundingClientRect())")
+
+    async def drag(path):
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            await browser("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    await drag(SIGNS[2])
+    await expect("signs", SIGNS[2])
+    await drag(broken)
+    await browser.until("error.textContent.startsWith('the image cannot be read')")
+    assert await browser.value("classes.offsetHeight + shown.offsetHeight === 0 && status_.textContent === ''")
+    await drag(SIGNS[0])
+    await expect("signs", SIGNS[0])
+    assert await browser.value("error.textContent") == ""
+    assert await browser.value("location.href") == url
+    return browser.said
+
+
+# A browser is no dependency: where none is installed, on CI too, only this test is left out.
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_a_person_classifies_images_in_a_browser_by_mouse_and_by_keyboard(server, run, tmp_path):  # noqa: F811
+    model = recast_pl.load(run)
+    (broken := tmp_path / "broken.jpg").write_bytes(b"no image")
+
+    async def browse(debugger):
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{debugger}/json/list") as response:
+                (page,) = [tab for tab in json.loads(await response.text()) if tab["type"] == "page"]
+            async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as connection:
+                return await visit(Browser(connection), f"{server[1]}/", model, broken)
+
+    with chromium(tmp_path / "profile") as debugger:
+        said = asyncio.run(browse(debugger))
+    unexpected = [entry for entry in said if "422" not in json.dumps(entry)]
+    assert unexpected == []
