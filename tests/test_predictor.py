@@ -165,7 +165,6 @@ REFUSED = {
     "head": (lambda p: {"classes": p.classes[1:]}, "of another method"),
     "shape": (lambda p: {"pieces": [{"coefficients": torch.zeros(7)}]}, r"coefficients': \(7,\)"),
     "nan": (lambda p: {"pieces": [{"coefficients": torch.full((48,), torch.nan)}]}, "NaN"),
-    "type": (lambda p: {"pieces": [{"coefficients": torch.zeros(48).double()}]}, "as torch.float64"),
 }
 
 
@@ -179,6 +178,17 @@ def test_a_patch_that_does_not_belong_is_refused_and_nothing_changes(run, model,
     assert model.tasks == ["food", "signs"]
     assert [model.predict(SIGNS, task) for task in model.tasks] == before
     assert model.add_patch(food) == "more"
+
+
+def test_a_patch_in_double_precision_says_the_same(run, model):
+    food = patches(run)["food"]
+    double = {name: tensor.double() for name, tensor in food.tensors.items()}
+    for name in ("one", "two"):
+        model.add_patch(dataclasses.replace(food.with_tensors(double), task=name))
+    found = model.predict(FOOD, tasks=[("one", "two", "food")[i % 3] for i in range(len(FOOD))])
+    assert [f.probabilities for f in found] == [
+        pytest.approx(f.probabilities, abs=1e-5) for f in model.predict(FOOD, "food")
+    ]
 
 
 def test_threads_predict_while_tasks_come_and_go(run, model):

@@ -125,7 +125,7 @@ class TILModule(LightningModule):
         """Brings a learnt task back. Call `build` before.
 
         Args:
-            patch: The task; in half precision, too.
+            patch: The task; in half or double precision, too.
 
         Raises:
             PatchError: If it belongs to another base or method.

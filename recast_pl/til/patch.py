@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from recast_pl.errors import PatchError
@@ -71,9 +70,8 @@ class TaskPatch:
         return replace(self, head=parts["head"][0], pieces=parts["pieces"], **facts)
 
     def widened(self) -> "TaskPatch":
-        """The same with numbers of half precision in single, in which networks compute."""
-        half = torch.float16
-        return self.with_tensors({name: t.float() if t.dtype == half else t for name, t in self.tensors.items()})
+        """The same with numbers of half or double precision in single, in which networks compute."""
+        return self.with_tensors({n: t.float() if t.is_floating_point() else t for n, t in self.tensors.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskPatch":
