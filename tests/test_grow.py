@@ -142,11 +142,7 @@ def test_settings_that_make_no_sense_are_one_line(key, value, tmp_path, capsys):
 def test_killed_runs_grow_the_same_bytes(tmp_path):
     assert main(words(tmp_path / "whole", "--trainer.max_epochs", 2)) == 0
     killed, resume = tmp_path / "killed", []
-    moments = (
-        ("on_train_batch_start", "people", 1),
-        ("on_train_end", "people", 2),
-        ("on_train_batch_start", "food", 1),
-    )
+    moments = (("on_train_end", "people", 2), ("on_train_batch_start", "food", 1))
     for hook, task, epoch in moments:
         callback = {"class_path": "kill.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
         callbacks = ["--trainer.callbacks", json.dumps([callback])]

@@ -59,15 +59,13 @@ def everything(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kills"), [(None, 30), ("derpp", 8)])
-def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(method, kills, tiny_fit, tmp_path):
-    more = () if method is None else ("--config", f"methods/{method}.yaml")
-    generator, log, killed = random.Random(0), tmp_path / "log", tmp_path / "killed"
-    words = tiny_fit(*more, run_dir=killed)
+def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(tiny_fit, tmp_path):
+    kills, generator, log, killed = 30, random.Random(0), tmp_path / "log", tmp_path / "killed"
+    words = tiny_fit(run_dir=killed)
     with zygote() as (ask, _):
         for run in (tmp_path / "before", tmp_path / "whole"):  # whose images have been read by the one before
             started = time.monotonic()
-            assert ask(words=tiny_fit(*more, run_dir=run), log=str(log)) == 0
+            assert ask(words=tiny_fit(run_dir=run), log=str(log)) == 0
             seconds = time.monotonic() - started
         wanted = everything(tmp_path / "whole")
         while kills:
@@ -117,7 +115,7 @@ def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_bee
     assert process.wait(600) == 0, log.read_text()
     seconds = time.monotonic() - begun
     words = tiny_fit(*more, run_dir=ended)
-    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         since = time.time_ns()
         process = started(going_on(ended, words), log)
         wait_until(is_written, ended / "config.yaml", since)

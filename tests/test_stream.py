@@ -33,9 +33,9 @@ from recast_pl.stream import Stream
 from recast_pl.training import TrainerFactory
 
 # of all kinds, by what resuming them needs
-ISOLATED = ("rosa", "recast_dora", "finetune_each")
-SHARED = ("ewc", "lwf", "gdumb", "derpp", "hat", "inflora")
-GATHERING = ("rosa", "ewc", "derpp", "inflora", "l2p")  # what they train with depends on all processes' images
+ISOLATED = ("rosa", "recast_dora")
+SHARED = ("ewc", "gdumb", "derpp", "hat", "inflora")
+GATHERING = ("ewc", "derpp", "inflora")  # of those whose training depends on all processes' images
 TIMES = ("seconds", "wall_seconds")
 
 
