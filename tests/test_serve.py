@@ -273,6 +273,13 @@ def test_names_of_files_lead_nowhere(serve, tmp_path, monkeypatch):
     assert not (tmp_path.parent / "evil.jpg").exists()
 
 
+def scope(*headers):
+    """What ASGI says of a request with a form."""
+    always = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    where = {"path": "/predict", "query_string": b"", "root_path": "", "scheme": "http"}
+    return {"type": "http", "method": "POST", **where, "headers": [*always, *headers]}
+
+
 def raw(app, chunks, headers=(), pause=0.0):
     """What an application answers to a body in chunks, and how many of them it has taken."""
     sent, taken = [], 0
@@ -286,18 +293,7 @@ def raw(app, chunks, headers=(), pause=0.0):
     async def send(message):
         sent.append(message)
 
-    scope = {
-        **{
-            "type": "http",
-            "method": "POST",
-            "path": "/predict",
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-        },
-        "headers": [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x"), *headers],
-    }
-    asyncio.run(app(scope, receive, send))
+    asyncio.run(app(scope(*headers), receive, send))
     return sent[0]["status"], b"".join(m.get("body", b"") for m in sent).decode(), taken
 
 
@@ -334,16 +330,7 @@ def test_bodies_of_many_requests_have_a_bound_together(model):
                 (message["status"], dict(message["headers"]).get(b"retry-after"))
             ) if "status" in message else None
 
-        headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/predict",
-            "query_string": b"",
-            "root_path": "",
-            "headers": headers,
-        }
-        await app(scope, receive, send)
+        await app(scope(), receive, send)
 
     async def many(count):
         await asyncio.gather(*(one() for _ in range(count)))
