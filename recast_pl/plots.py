@@ -98,9 +98,18 @@ def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -
     else:
         _draw_bars(axes, marks, series)
     if any(series):
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(series)))
+        _add_legend(figure, axes, len(series))
     _write_names(figure, axes, [mark for mark in marks if mark.name])
     return figure
+
+
+def _add_legend(figure: Figure, axes: Axes, names: int) -> None:
+    """A legend above the axes, in as many columns as the picture is wide enough for."""
+    for columns in range(min(4, names), 0, -1):
+        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width < 0.98 * figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _draw_lines(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None:

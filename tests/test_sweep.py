@@ -11,6 +11,8 @@ from conftest import ROOT, TINY_VIT
 
 from recast_pl import BackboneConfig, BankLayout, decompose
 from recast_pl.cli import main
+from recast_pl.metrics import spread
+from recast_pl.plots import Mark, plot_marks
 
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.yaml"))
 RECAST = {"targets": ["${targets}"], "groups": "${groups}", "templates": 2}
@@ -151,6 +153,18 @@ def test_the_order_of_tasks_is_nothing_to_methods_that_keep_them_apart(sweep, ti
 def test_an_order_below_zero_is_refused(tiny_fit, capsys):
     assert main(tiny_fit("--data.order_seed", "-1")) == 2
     assert "order_seed=-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [3, 15, 30, 60])
+def test_a_legend_stays_within_the_picture(length):
+    marks = [Mark(str(i) * length, 24 * i, spread([70.0, 72.0 + i]), 24 * i) for i in range(1, 8)]
+    figure = plot_marks(marks, "task_parameters")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert len(legend.get_texts()) == 7
 
 
 @pytest.mark.slow
