@@ -19,9 +19,10 @@ from recast_pl.til.patch import SharedState, TaskPatch
 from recast_pl.til.penalties import EWC, LwF
 from recast_pl.til.piece import LinearProbe, Piece
 from recast_pl.til.prompts import L2P
+from recast_pl.til.recast import Recast
 from recast_pl.til.replay import DERPP, ERACE, GDumb
 from recast_pl.til.subspaces import InfLoRA
-from recast_pl.til.weights import DoRA, FineTune, FullFineTune, LoRA, Piggyback, Recast, RoSA
+from recast_pl.til.weights import DoRA, FineTune, FullFineTune, LoRA, Piggyback, RoSA
 
 __all__ = [
     "CLR",

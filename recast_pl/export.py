@@ -21,7 +21,7 @@ from recast_pl.extras import extra
 from recast_pl.files import pack_tensors
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import TaskPatch
-from recast_pl.til.weights import Recast
+from recast_pl.til.recast import Recast
 
 _FORMAT = 1
 _TOLERANCE = 1e-3

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from recast_pl.analysis import cosines, recorded
 from recast_pl.backbones import Classifier
 from recast_pl.data.images import images_below, open_image
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.surgery import install
 from recast_pl.errors import DataError
+from recast_pl.similarity import cosines, recorded
 
 
 class ImageNetFolder(Dataset[tuple[Tensor, int]]):

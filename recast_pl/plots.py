@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recast_pl.analysis import FeatureSimilarity, GroupAnalysis
+from recast_pl.analysis import GroupAnalysis
 from recast_pl.files import write_atomic
 from recast_pl.metrics import Matrix, Spread
+from recast_pl.similarity import FeatureSimilarity
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vP*X"

@@ -13,7 +13,7 @@ from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_sealed_json, sha256
 from recast_pl.til.module import TILModule
 from recast_pl.til.patch import SharedState, TaskPatch
-from recast_pl.til.weights import Recast
+from recast_pl.til.recast import Recast
 from recast_pl.training import TrainerFactory
 
 Record = dict[str, Any]

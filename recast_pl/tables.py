@@ -30,12 +30,12 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
         summary: The content of `summary.json`.
     """
     title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("task", no_wrap=True)
     final = summary["accuracy_matrix"][-1]
     changed = final != [task["accuracy"] for task in summary["tasks"]]
-    end = ("at the end %",) if changed else ()
-    for heading in ("classes", "images", "probe %", "accuracy %", *end, "numbers", "patch bytes", "seconds"):
+    end = ("at the\nend %",) if changed else ()
+    for heading in ("classes", "images", "probe\n%", "accuracy\n%", *end, "numbers", "patch\nbytes", "seconds"):
         table.add_column(heading, justify="right")
     for task, last in zip(summary["tasks"], final, strict=True):
         table.add_row(
@@ -59,7 +59,7 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
         f"forgetting {_points(summary['forgetting'])}, backward transfer {_points(summary['backward_transfer'])} "
         f"points{shared}; {summary['wall_seconds']:.0f} s in all"
     )
-    return Group(table, facts)
+    return Group(table, "", facts)
 
 
 def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:

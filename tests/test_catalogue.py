@@ -33,9 +33,10 @@ from fixtures_sets import (
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.cli import main
-from recast_pl.data import catalogue, download
-from recast_pl.data.catalogue import CATALOGUE, PAPER, open_source, prepare_source
+from recast_pl.data import download, sources
+from recast_pl.data.catalogue import CATALOGUE, PAPER
 from recast_pl.data.download import extract
+from recast_pl.data.sources import open_source, prepare_source
 from recast_pl.errors import DataError
 
 SETS = ("flowers", "aircraft", "scenes", "cifar100", "cifar10", "birds", "cars", "pets", "food101", "dtd", "svhn")
@@ -1120,7 +1121,7 @@ def test_a_set_in_a_root_that_cannot_be_written_is_used(name, publish, tmp_path,
     def refuse(path, what):
         raise PermissionError(f"read-only: {path}")
 
-    monkeypatch.setattr(catalogue, "exclusive", refuse)
+    monkeypatch.setattr(sources, "exclusive", refuse)
     data = SequentialTaskDataModule((TaskConfig("task", dataset=name),), 16, root=str(tmp_path), cache="ram")
     data.prepare_data()
     assert len(data.classes) == (3 if name == "birds" else 10)

@@ -47,7 +47,7 @@ def test_commands_in_their_order(folder):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
-    assert summary["average_accuracy"] > 75  # 82.95 on the machine of the README
+    assert summary["average_accuracy"] > 75  # 82.35 on the machine of the README
     (code,) = (text for language, text in BLOCKS if language == "python" and "recast_pl.load(" in text)
     tasks, label, labels = run(["-c", code], folder).splitlines()
     assert "['signs', 'people']" in tasks

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from recast_pl.analysis import Analysis, analyze, displacements, feature_similarity, weight_similarity
+from recast_pl.analysis import Analysis, analyze, displacements
 from recast_pl.backbones import BackboneConfig
 from recast_pl.commands.configs import new_parser, read_run
 from recast_pl.data.images import FileDataset, find_images
@@ -28,6 +28,7 @@ from recast_pl.plots import (
     write_figure,
 )
 from recast_pl.runs import learnt_coefficients, sample_images
+from recast_pl.similarity import feature_similarity, weight_similarity
 from recast_pl.tables import analysis_sheets
 from recast_pl.til.module import TILModule
 

@@ -4,8 +4,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from recast_pl.commands.configs import STRICT
-from recast_pl.data.catalogue import CATALOGUE, PAPER, source_faults
+from recast_pl.data.catalogue import CATALOGUE, PAPER
 from recast_pl.data.module import BadImagePolicy, SequentialTaskDataModule, data_root
+from recast_pl.data.sources import source_faults
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.tables import catalogue_table
 

@@ -6,8 +6,9 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from recast_pl.collection import find_collections
 from recast_pl.document import Block, Picture, write_document
-from recast_pl.report import compose, find_collections
+from recast_pl.report import compose
 from recast_pl.training import tensorboard
 
 

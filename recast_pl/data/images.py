@@ -260,10 +260,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no known range")
     if not image.mode.startswith("I"):
         return image
-    values: NDArray[np.float64] = np.asarray(image, dtype=np.float64)
+    values = np.array(image, dtype=np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no known range")
-    return Image.fromarray((values / 257).round().astype(np.uint8))
+    values += 128  # and a floor: values / 257 rounded, which is never halfway, in place, as images may be large
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.cache import CacheMode, DecodedImages, Pixels, bad_images_message, decode_images
-from recast_pl.data.catalogue import dataset_name, open_source, prepare_source
 from recast_pl.data.datasets import ImageSource
+from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, derive_seed, split_digest, split_images
 from recast_pl.errors import DataError
 
