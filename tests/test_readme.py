@@ -96,12 +96,16 @@ def test_the_tables_of_the_mathematics_name_what_there_is():
         assert (ROOT / "recast_pl" / path).is_file()
 
 
-def test_the_readme_names_every_method():
-    for config in (ROOT / "configs" / "methods").glob("*.yaml"):
-        assert f"`{config.name}`" in README
-
-
-def test_the_readme_names_every_config():
+def test_the_documentation_names_every_config():
     assert len(COMMANDS) == 22
-    for config in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "sweeps").glob("*.yaml")]:
-        assert f"`{config.name}`" in README
+    for folder, text in ((".", DOCS), ("methods", README), ("sweeps", DOCS)):
+        for config in (ROOT / "configs" / folder).glob("*.yaml"):
+            assert f"`{config.name}`" in text
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text())]
+    assert len(links) > 8
+    for page, link in links:
+        assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -364,7 +364,7 @@ def test_requests_of_other_sites_are_refused(serve):
 
 def test_paths_that_are_not_there(serve):
     client = serve()
-    assert "GET /nowhere; README.md" in client.get("/nowhere").json()["error"]
+    assert "GET /nowhere; docs/using.md" in client.get("/nowhere").json()["error"]
     assert client.get("/nowhere").status_code == client.get("/docs").status_code == 404
     assert client.get("/predict").status_code == 405
     assert metrics(client)["recast_pl_requests_total", "other", "404"] == 3

@@ -1,4 +1,4 @@
-"""The server as a process: the README's commands, many clients, slow ones, a person's browser, and its end."""
+"""The server as a process: the documented commands, many clients, slow ones, a person's browser, and its end."""
 
 import asyncio
 import dataclasses
@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from test_predictor import FOOD, SIGNS, patches, run  # noqa: F401
-from test_readme import README
+from test_readme import DOCS
 from test_report import CHROMIUM
 
 import recast_pl
@@ -35,12 +35,12 @@ TOKEN = "secret"
 HEAD = "POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
 TASK = b'--x\r\nContent-Disposition: form-data; name="task"\r\n\r\nfood\r\n'
 FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
-START, REQUESTS = re.findall(r"```bash\n(.*?)```", README.partition("## Serve\n")[2], re.DOTALL)[:2]
+START, REQUESTS = re.findall(r"```bash\n(.*?)```", DOCS.partition("## Serve\n")[2], re.DOTALL)[:2]
 
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):  # noqa: F811
-    """Where the README's commands are given."""
+    """Where the documented commands are given."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "data").symlink_to(ROOT / "data")
     shutil.copytree(run, folder / "logs" / "mine")
@@ -51,7 +51,7 @@ def folder(run, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """The README's server, with its process and URL; after the last test it is told to end."""
+    """The documented server, with its process and URL; after the last test it is told to end."""
     (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
     command = [sys.executable, *shlex.split(words), "--port", "0", "--timeout", str(TIMEOUT), "--queue_size", "16"]
     environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}

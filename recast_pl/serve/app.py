@@ -201,7 +201,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = error.detail
     if reason == HTTPStatus(error.status_code).phrase:  # of the router
-        reason = f"{reason}: {request.method} {request.url.path[:80]}; README.md tells what {', '.join(_PATHS)} take"
+        asked = f"{request.method} {request.url.path[:80]}"
+        reason = f"{reason}: {asked}; docs/using.md tells what {', '.join(_PATHS)} take"
     return failure(error.status_code, reason, dict(error.headers or {}))
 
 
