@@ -311,7 +311,7 @@ def fit_mimicry(
     if config is not None:
         write_atomic(run_dir / "config.yaml", config)
     resources = Resources()
-    trainer = trainers.for_training(run_dir, "mimicry", [resources])
+    trainer = trainers.without_checkpoints().for_training(run_dir, "mimicry", [resources])
     trainer.fit(module)
     decomposition = module.decomposition()
     if trainer.is_global_zero:

@@ -61,6 +61,13 @@ class TrainerFactory:
         """
         return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto", **settings})
 
+    def without_checkpoints(self) -> "TrainerFactory":
+        """The same for what is never gone on with: checkpoints are written only if the settings ask for them."""
+        if self.settings.get("enable_checkpointing") is not None:
+            return self
+        asked = any(isinstance(callback, ModelCheckpoint) for callback in _listed(self.settings.get("callbacks")))
+        return TrainerFactory({**self.settings, "enable_checkpointing": asked})
+
     def for_evaluation(self) -> Trainer:
         """A trainer that only tests or predicts, and says nothing."""
         quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}

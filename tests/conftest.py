@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny, and threads would only wait for one another
@@ -85,6 +88,24 @@ def tiny_fit(image_folder, tmp_path):
 
 RANDOM = ["--model.backbone.weights", "random"]
 RESNET = [*("--config", "resnet34.yaml", "--model.backbone.name", "torchvision/resnet18"), *RANDOM]
+
+
+@contextmanager
+def zygote(*prefix, folder=ROOT):
+    """A function that hands requests to `zygote.py`, which runs in a folder, and its process."""
+    command = [*prefix, sys.executable, str(ROOT / "tests" / "zygote.py")]
+    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(**request):
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        try:
+            yield ask, process
+        finally:
+            process.stdin.close()
 
 
 def clipart_words(words, run, size=32, names=("signs", "people")):

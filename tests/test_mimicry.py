@@ -178,6 +178,7 @@ def test_the_command_line_writes_a_decomposition_that_recast_takes(tmp_path, ima
     words = ["fit", "--config", "mimicry_vit.yaml", *tiny, "--model.image_size", "32", "--run_dir", str(run_dir)]
     assert main([*words, *quiet]) == 0
     assert (run_dir / "config.yaml").is_file()
+    assert not list(run_dir.rglob("*.ckpt"))  # as large as the network, after each of 1000 epochs
     decomposition = Decomposition.load(run_dir / "decomposition.safetensors")
     assert sum(bank.coefficients.numel() for bank in decomposition.banks) == 96
     (events,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*")}
@@ -186,6 +187,11 @@ def test_the_command_line_writes_a_decomposition_that_recast_takes(tmp_path, ima
     layers = {f"similarity/blocks.{i}.mlp.fc{j}.weight" for i in range(12) for j in (1, 2)}
     assert {"mimicry/loss", "mimicry/lr", "mimicry/similarity"} | layers <= set(tags)
     assert {event.step for event in log.Scalars(min(layers))} == {0, 10}
+
+    asked = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
+    once = ["--trainer.max_epochs", "1", "--trainer.callbacks", json.dumps([asked])]
+    assert main([*words, "--run_dir", str(tmp_path / "other"), *quiet, *once]) == 0
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1
 
     piece = {"class_path": "Recast", "init_args": {"decomposition": str(run_dir / "decomposition.safetensors")}}
     tasks = [{"name": "colours", "path": str(image_folder("colours", images=6))}]

@@ -1,6 +1,5 @@
 """Runs that are killed, whose disk is full, and whose files are damaged: what was finished stays, and goes on."""
 
-import json
 import os
 import random
 import resource
@@ -10,38 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, zygote
 from test_stream import patches, read_summary, without_times
 
 from recast_pl.cli import main
 from recast_pl.errors import StorageError
 from recast_pl.files import is_whole_checkpoint
 from recast_pl.training import WholeCheckpoints
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-
-
-@contextmanager
-def zygote(*prefix):
-    """A function that hands requests to `zygote.py`, and its process."""
-    command = [*prefix, sys.executable, str(ROOT / "tests" / "zygote.py")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True) as process:
-
-        def ask(**request):
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        try:
-            yield ask, process
-        finally:
-            process.stdin.close()
 
 
 def going_on(run, words):
@@ -60,7 +38,7 @@ def everything(run):
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(tiny_fit, tmp_path):
-    kills, generator, log, killed = 30, random.Random(0), tmp_path / "log", tmp_path / "killed"
+    kills, generator, log, killed = 12, random.Random(0), tmp_path / "log", tmp_path / "killed"
     words = tiny_fit(run_dir=killed)
     with zygote() as (ask, _):
         for run in (tmp_path / "before", tmp_path / "whole"):  # whose images have been read by the one before
