@@ -173,7 +173,7 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
         drawn.set_label(name)
         if len(marks) <= 16:  # else they would cover one another
             axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
-    long = sum(map(len, groups)) > 60
+    long = max(map(len, groups)) * len(groups) > 70  # about as many letters as fit side by side
     axes.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center")
     axes.grid(axis="y", alpha=0.3)
 

@@ -19,7 +19,7 @@ from recast_pl.errors import DataError, DecompositionError, PatchError
 from recast_pl.files import pack_tensors
 
 MANY = settings(
-    max_examples=10_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=5_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 
 
@@ -153,7 +153,7 @@ KIND = st.sampled_from(sorted(KINDS))
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=2_000)  # each takes as long as five of the others
+@settings(MANY, max_examples=1_000)  # each takes as long as five of the others
 @given(
     facts=st.dictionaries(st.sampled_from(sorted(GENUINE)), JSON),
     real=st.sets(st.sampled_from(sorted(GENUINE))),

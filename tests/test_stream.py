@@ -35,7 +35,7 @@ from recast_pl.training import TrainerFactory
 # of all kinds, by what resuming them needs
 ISOLATED = ("rosa", "recast_dora")
 SHARED = ("ewc", "gdumb", "derpp", "hat", "inflora")
-GATHERING = ("ewc", "derpp", "inflora")  # of those whose training depends on all processes' images
+GATHERING = ("derpp", "inflora")  # of those whose training depends on all processes' images
 TIMES = ("seconds", "wall_seconds")
 
 
