@@ -3,10 +3,10 @@
     uv run python benchmarks/mixed.py --weights dinov2_vits14.safetensors
     uv run python benchmarks/mixed.py --weights random --device cuda --size 224
 
-64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of `vit_best.yaml` (48
-weights). Contenders take turns, and the median of the rounds' ratios counts: `switching` activates each image's task and
-runs the merged network for it; `a pass for each task` is the same within the library; `weights` and `products` are one
-pass for all, with every layer in that way; `chosen` is what the measured costs decide. Before that, the memory of 10,000
+64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of `vit_best.yaml` (48).
+Contenders take turns, and the median of the rounds' ratios counts: `switching` activates each image's task and runs
+the merged network for it; `a pass for each task` is the same within the library; `weights` and `products` are one pass
+for all, with every layer in that way; `chosen` is what the measured costs decide. Before that, the memory of 10,000
 tasks, their heads and class names left out.
 """
 
