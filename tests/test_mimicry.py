@@ -171,12 +171,16 @@ def test_a_layout_that_does_not_fit_the_teacher_is_refused():
         fit(module)
 
 
-def test_the_command_line_writes_a_decomposition_that_recast_takes(tmp_path, image_folder):
+def test_the_command_line_writes_a_decomposition_that_recast_takes(tmp_path, image_folder, capsys):
     run_dir, tiny = tmp_path / "mimicry", ["--model.backbone.name", "vit_tiny_patch16_224"]
     tiny += ["--model.backbone.weights", "random", "--model.backbone.args", json.dumps(TINY_VIT)]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "11"]
     words = ["fit", "--config", "mimicry_vit.yaml", *tiny, "--model.image_size", "32", "--run_dir", str(run_dir)]
     assert main([*words, *quiet]) == 0
+    mean = json.loads((run_dir / "mimicry.json").read_text())["similarity"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"mean {mean:.4f}, lowest" in said
+    assert "leave the fit to the closed form" in said  # after so few epochs
     assert (run_dir / "config.yaml").is_file()
     assert not list(run_dir.rglob("*.ckpt"))  # as large as the network, after each of 1000 epochs
     decomposition = Decomposition.load(run_dir / "decomposition.safetensors")

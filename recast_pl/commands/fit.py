@@ -24,6 +24,7 @@ from recast_pl.files import remove_unfinished, writing
 from recast_pl.training import TrainerFactory
 
 _RUN_DIR = "RECAST_PL_RUN_DIR"  # how the processes that DDP starts learn the folder of the first one
+_NEAR = 0.98  # of a weight's cosine; the paper's fits have 0.985
 
 
 def declare(parser: LightningArgumentParser) -> None:
@@ -60,7 +61,9 @@ def _fit(config: Namespace, run_dir: Path) -> int:
             raise RunError("MimicryModule learns no tasks; leave out --engine and --only")
         trainers = TrainerFactory(init.trainer)
         decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
-        console.print(decomposition.table())
+        if is_main_process():
+            console.print(decomposition.table())
+            console.print(_quality(init.model.similarities()), soft_wrap=True)
     else:
         with interruptible() as interruption:
             status = _learn(init, run_dir, text, console)
@@ -69,6 +72,15 @@ def _fit(config: Namespace, run_dir: Path) -> int:
     if is_main_process():
         console.print(f"run folder: {run_dir}", soft_wrap=True)
     return status
+
+
+def _quality(similarities: Mapping[str, float]) -> str:
+    """How near fitted weights are to the pretrained ones, and what to do if they are not."""
+    name, lowest = min(similarities.items(), key=lambda item: item[1])
+    mean = sum(similarities.values()) / len(similarities)
+    said = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {lowest:.4f} ({name})"
+    remedy = "; tasks suffer from weights so far off: fit by mimicry/vae_mse.yaml, or leave the fit to the closed form"
+    return said + (remedy if lowest < _NEAR else "")
 
 
 def _learn(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
