@@ -296,7 +296,7 @@ class Stream:
 
 def fit_mimicry(
     module: MimicryModule, run_dir: Path, trainers: TrainerFactory, seed: int = 42, config: str | None = None
-) -> Decomposition:
+) -> tuple[Decomposition, dict[str, float]]:
     """Fits templates by gradient; writes `decomposition.safetensors` and, of how it went, `mimicry.json`.
 
     Args:
@@ -305,6 +305,9 @@ def fit_mimicry(
         trainers: Makes the trainer.
         seed: Seed of the start and the noise.
         config: Content of `config.yaml`; None for none.
+
+    Returns:
+        The fit, and the cosine of each generated weight with the pretrained one, by name.
     """
     seed_everything(seed, verbose=False)
     module.configure_model()
@@ -313,19 +316,18 @@ def fit_mimicry(
     resources = Resources()
     trainer = trainers.without_checkpoints().for_training(run_dir, "mimicry", [resources])
     trainer.fit(module)
-    decomposition = module.decomposition()
+    decomposition, similarities = module.decomposition(), module.similarities()
     if trainer.is_global_zero:
-        similarities = list(module.similarities().values())
         facts = {
             "backbone": module.backbone.name,
             "weights": sum(weight.numel() for weight in decomposition.reconstruct().values()),
-            "similarity": sum(similarities) / len(similarities),
+            "similarity": sum(similarities.values()) / len(similarities),
             "epochs": trainer.current_epoch,
             **resources.used(),
         }
         decomposition.save(run_dir / "decomposition.safetensors")
         write_atomic(run_dir / "mimicry.json", json_text(facts))
-    return decomposition
+    return decomposition, similarities
 
 
 def check_run_folder(run_dir: Path, resume: bool) -> None:

@@ -60,10 +60,10 @@ def _fit(config: Namespace, run_dir: Path) -> int:
         if init.engine is not None or init.only:
             raise RunError("MimicryModule learns no tasks; leave out --engine and --only")
         trainers = TrainerFactory(init.trainer)
-        decomposition = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
+        fitted, near = stream.fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
         if is_main_process():
-            console.print(decomposition.table())
-            console.print(_quality(init.model.similarities()), soft_wrap=True)
+            console.print(fitted.table())
+            console.print(_quality(near), soft_wrap=True)
     else:
         with interruptible() as interruption:
             status = _learn(init, run_dir, text, console)
