@@ -16,8 +16,8 @@ from rich.console import Console
 from torch.optim.lr_scheduler import StepLR
 
 from recast_pl import BackboneConfig, BankLayout, Recast, SequentialTaskDataModule, TaskConfig, TILModule
-from recast_pl.stream import Stream
-from recast_pl.training import TrainerFactory
+from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.runs.stream import Stream
 
 CLIPART = Path(__file__).parents[1] / "data" / "clipart"
 TASKS = ("food", "people", "recreation", "signs")

@@ -14,7 +14,7 @@ from docstring_parser import parse
 
 from recast_pl import api
 from recast_pl.cli import COMMANDS
-from recast_pl.commands import command_parser
+from recast_pl.cli.parser import command_parser
 
 FILE = Path(__file__).parent / "configuration.md"
 GROUPS = {

@@ -1,28 +1,40 @@
 """All that `import recast_pl` offers."""
 
-from recast_pl.backbones import Backbone, BackboneConfig
-from recast_pl.data.module import SequentialTaskDataModule
+from recast_pl.backbones.backbone import Backbone, BackboneConfig
+from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.autoencoder import FreeTemplates, TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
-from recast_pl.decomposition.module import MimicryModule
-from recast_pl.decomposition.surgery import install
+from recast_pl.decomposition.mimicry import MimicryModule
+from recast_pl.decomposition.parametrization import install
 from recast_pl.decomposition.targets import BankLayout
-from recast_pl.engines import Engine, Processes, Ray, Slurm
 from recast_pl.errors import RecastError
-from recast_pl.predictor import Prediction, Predictor, load
-from recast_pl.til.growth import Growth
-from recast_pl.til.minimal import LoRAXS, Scale, Spectral
-from recast_pl.til.module import TILModule
-from recast_pl.til.outputs import CLR, HAT, AdaptFormer
-from recast_pl.til.patch import SharedState, TaskPatch
-from recast_pl.til.penalties import EWC, LwF
-from recast_pl.til.piece import LinearProbe, Piece
-from recast_pl.til.prompts import L2P
-from recast_pl.til.recast import Recast
-from recast_pl.til.replay import DERPP, ERACE, GDumb
-from recast_pl.til.subspaces import InfLoRA
-from recast_pl.til.weights import DoRA, FineTune, FullFineTune, LoRA, Piggyback, RoSA
+from recast_pl.inference.predictor import Prediction, Predictor, load
+from recast_pl.learning.patch import SharedState, TaskPatch
+from recast_pl.learning.til_module import TILModule
+from recast_pl.methods.adaptformer import AdaptFormer
+from recast_pl.methods.clr import CLR
+from recast_pl.methods.derpp import DERPP
+from recast_pl.methods.dora import DoRA
+from recast_pl.methods.er_ace import ERACE
+from recast_pl.methods.ewc import EWC
+from recast_pl.methods.fine_tune import FineTune, FullFineTune
+from recast_pl.methods.gdumb import GDumb
+from recast_pl.methods.growth import Growth
+from recast_pl.methods.hat import HAT
+from recast_pl.methods.inflora import InfLoRA
+from recast_pl.methods.l2p import L2P
+from recast_pl.methods.linear_probe import LinearProbe
+from recast_pl.methods.lora import LoRA
+from recast_pl.methods.lora_xs import LoRAXS
+from recast_pl.methods.lwf import LwF
+from recast_pl.methods.piece import Piece
+from recast_pl.methods.piggyback import Piggyback
+from recast_pl.methods.recast import Recast
+from recast_pl.methods.rosa import RoSA
+from recast_pl.methods.scale import Scale
+from recast_pl.methods.spectral import Spectral
+from recast_pl.studies.engines import Engine, Processes, Ray, Slurm
 
 __all__ = [
     "CLR",

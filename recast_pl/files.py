@@ -25,7 +25,9 @@ STORAGE_FAULTS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 )
 """What the system says where a file cannot be written, and the user can mend."""
+
 _PART = ".part"  # ends the name of what is being written
+
 _METADATA_KEY = "recast_pl"  # one key, because safetensors keeps several in no fixed order
 
 

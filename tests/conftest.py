@@ -91,9 +91,9 @@ RESNET = [*("--config", "resnet34.yaml", "--model.backbone.name", "torchvision/r
 
 
 @contextmanager
-def zygote(*prefix, folder=ROOT):
-    """A function that hands requests to `zygote.py`, which runs in a folder, and its process."""
-    command = [*prefix, sys.executable, str(ROOT / "tests" / "zygote.py")]
+def fork_server(*prefix, folder=ROOT):
+    """A function that hands requests to `fork_server.py`, which runs in a folder, and its process."""
+    command = [*prefix, sys.executable, str(ROOT / "tests" / "fork_server.py")]
     pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     with subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
 

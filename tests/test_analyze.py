@@ -26,11 +26,11 @@ from recast_pl import (
     decompose,
     install,
 )
-from recast_pl.analysis import analyze
 from recast_pl.cli import main
+from recast_pl.decomposition.analysis import analyze
 from recast_pl.decomposition.bank import Bank
 from recast_pl.decomposition.targets import Group
-from recast_pl.plots import plot_coefficient_similarity, plot_displacements, plot_template_diversity
+from recast_pl.reporting.plots import plot_coefficient_similarity, plot_displacements, plot_template_diversity
 
 SMALL = TINY_VIT | {"depth": 4}
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", SMALL)
@@ -56,7 +56,7 @@ def analysis_of(decomposition, folder, *words):
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """They are not what the test is about, and drawing them takes longer than all else."""
-    monkeypatch.setattr("recast_pl.commands.analyze.write_figure", lambda figure, path: None)
+    monkeypatch.setattr("recast_pl.cli.analyze.write_figure", lambda figure, path: None)
 
 
 def flat(tensor):

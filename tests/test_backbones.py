@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recast_pl import Backbone, BackboneConfig
-from recast_pl.backbones import efficientnet_lite0
+from recast_pl.backbones.lite0 import efficientnet_lite0
 from recast_pl.errors import BackboneError
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

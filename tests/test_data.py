@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
+from recast_pl.data.datamodule import TaskSampler
 from recast_pl.data.datasets import open_folder
 from recast_pl.data.images import decode_file
-from recast_pl.data.module import TaskSampler
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from recast_pl import BackboneConfig, BankLayout, Decomposition, TaskPatch, decompose, install
 from recast_pl.decomposition.bank import TemplateBank
+from recast_pl.decomposition.parametrization import Mixture
 from recast_pl.decomposition.solve import project
-from recast_pl.decomposition.surgery import Mixture
 from recast_pl.decomposition.targets import find_targets, group_targets
 from recast_pl.errors import DecompositionError
 from recast_pl.files import pack_tensors

@@ -17,7 +17,7 @@ from test_stream import patches, read_summary, without_times
 
 from recast_pl import RecastError
 from recast_pl.cli import main
-from recast_pl.engines import Here, Outcome, Ray, Slurm, run_units
+from recast_pl.studies.engines import Here, Outcome, Ray, Slurm, run_units
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def assert_same(run, other):
 def once(tmp_path, number, task="second", epoch=1):
     """Words for a callback that sends its process a signal in mid-epoch, the first time."""
     arguments = {"number": int(number), "task": task, "epoch": epoch, "marker": str(tmp_path / "signalled")}
-    callback = {"class_path": "kill.SignalOnce", "init_args": arguments}
+    callback = {"class_path": "crash_callbacks.SignalOnce", "init_args": arguments}
     return "--trainer.callbacks", json.dumps([callback])
 
 
@@ -119,7 +119,7 @@ def test_processes_learn_the_bytes_of_one(sequential, tiny_fit, tmp_path, capsys
 def test_a_task_that_fails_is_named_the_others_are_learnt_and_the_command_goes_on(
     sequential, tiny_fit, tmp_path, capsys
 ):
-    callback = {"class_path": "kill.Poison", "init_args": {"task": "first", "epoch": 1}}
+    callback = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}
     assert main(tiny_fit("--engine", "Processes", "--trainer.callbacks", json.dumps([callback]))) == 1
     error = capsys.readouterr().err
     assert "task first failed with status 2:" in error
@@ -149,7 +149,7 @@ def test_compare_on_an_engine(tiny_fit, tmp_path):
 def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
     markers = [tmp_path / "at_first", tmp_path / "at_second"]
     callbacks = [
-        {"class_path": "kill.WaitOnce", "init_args": {"task": name, "epoch": 1, "marker": str(marker)}}
+        {"class_path": "crash_callbacks.WaitOnce", "init_args": {"task": name, "epoch": 1, "marker": str(marker)}}
         for name, marker in zip(("first", "second"), markers, strict=True)
     ]
     words = tiny_fit("--engine", "Processes", "--trainer.callbacks", json.dumps(callbacks))
@@ -217,7 +217,10 @@ def test_ray_learns_on_when_a_machine_dies(sequential, tiny_fit, tmp_path, clust
     cluster, machines = cluster
     run = tmp_path / "run"
     where = tmp_path / "where"
-    callback = {"class_path": "kill.WaitOnce", "init_args": {"task": "second", "epoch": 1, "marker": str(where)}}
+    callback = {
+        "class_path": "crash_callbacks.WaitOnce",
+        "init_args": {"task": "second", "epoch": 1, "marker": str(where)},
+    }
 
     def remove():
         assert waits_for(where.exists)
@@ -239,7 +242,7 @@ def test_ray_learns_on_when_a_worker_dies_and_names_what_fails(sequential, tiny_
     run, (cluster, _) = tmp_path / "run", cluster
     engine = ("--engine", "Ray", "--engine.address", cluster.address)
     callbacks = json.loads(once(tmp_path, signal.SIGKILL)[1])
-    callbacks += [{"class_path": "kill.Poison", "init_args": {"task": "first", "epoch": 1}}]
+    callbacks += [{"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}]
     assert main(tiny_fit(*engine, "--trainer.callbacks", json.dumps(callbacks))) == 1
     assert (tmp_path / "signalled").exists()
     error = capsys.readouterr().err
@@ -264,7 +267,7 @@ def test_a_slurm_job_that_is_requeued_goes_on(sequential, tiny_fit, tmp_path):
 
 @pytest.mark.slow
 def test_a_slurm_job_that_fails_is_named(tiny_fit, tmp_path, capsys):
-    callback = {"class_path": "kill.Poison", "init_args": {"task": "first", "epoch": 1}}
+    callback = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}
     engine = ("--engine", "Slurm", "--engine.folder", tmp_path / "jobs", "--engine.cluster", "local")
     assert main(tiny_fit(*engine, "--trainer.callbacks", json.dumps([callback]))) == 1
     error = capsys.readouterr().err
@@ -309,7 +312,7 @@ def test_the_slurm_script_learns_with_two_processes_and_requeues_itself(tiny_fit
         **{"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "recast", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"},
         "SLURM_NTASKS_PER_NODE": "2",
     }
-    callback = {"class_path": "kill.WaitOnce", "init_args": {"task": "second", "epoch": 1}}
+    callback = {"class_path": "crash_callbacks.WaitOnce", "init_args": {"task": "second", "epoch": 1}}
     callback["init_args"]["marker"] = str(tmp_path / "here")
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]))[1:]
     command = ["bash", str(ROOT / "examples" / "slurm.sh"), *words]

@@ -12,11 +12,12 @@ from test_stream import kill_and_resume, patches
 import recast_pl
 from recast_pl import TaskPatch
 from recast_pl.cli import main
-from recast_pl.commands.configs import open_run
+from recast_pl.config.run_config import open_run
 from recast_pl.data.images import decode_file
 from recast_pl.errors import PatchError
 from recast_pl.files import read_tensors
-from recast_pl.runs import load_patches, restore
+from recast_pl.runs.evaluation import restore
+from recast_pl.runs.folder import load_patches
 
 RATES = {"learning_rate": 2e-2, "growing_rate": 5e-3}
 TARGETS, TEMPLATE = 24, 32 + 128  # weights of the MLP, and the numbers of one template of rank 1
@@ -144,7 +145,7 @@ def test_killed_runs_grow_the_same_bytes(tmp_path):
     killed, resume = tmp_path / "killed", []
     moments = (("on_train_end", "people", 2), ("on_train_batch_start", "food", 1))
     for hook, task, epoch in moments:
-        callback = {"class_path": "kill.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
+        callback = {"class_path": "crash_callbacks.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
         callbacks = ["--trainer.callbacks", json.dumps([callback])]
         kill_and_resume(words(killed, "--trainer.max_epochs", 2, *callbacks, *resume), killed)
         resume = ["--resume", "true"]

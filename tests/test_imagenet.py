@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
-from recast_pl.backbones import _lite0_weights
+from recast_pl.backbones.lite0 import _lite0_weights
 from recast_pl.cli import main
 
 LITE0 = ["--backbone.name", "recast_pl.backbones.efficientnet_lite0", "--layout.targets", r'["conv_pwl?\\.weight"]']

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from recast_pl import CLR, AdaptFormer, DoRA, FullFineTune, LoRA, LoRAXS, Piggyback, RoSA, Scale, Spectral
 from recast_pl.errors import MethodError
-from recast_pl.til.weights import ATTENTION, CONVOLUTIONS, MLP
+from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
 
 class Small(nn.Module):

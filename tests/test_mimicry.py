@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recast_pl import BackboneConfig, BankLayout, Decomposition, MimicryModule
 from recast_pl.cli import main
-from recast_pl.decomposition import module as mimicry
+from recast_pl.decomposition import mimicry
 from recast_pl.errors import DecompositionError
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT | {"depth": 4})

@@ -12,8 +12,8 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from recast_pl import BackboneConfig, BankLayout, Piece, Predictor, Recast, RoSA, Scale, TILModule
-from recast_pl.til.mixed import Cost, MixedTasks, Survey
-from recast_pl.til.states import TaskStates
+from recast_pl.inference.mixed import Cost, MixedTasks, Survey
+from recast_pl.inference.states import TaskStates
 
 COUNTS = [2, 1, 3]
 APART = {"piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"}

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, zygote
+from conftest import ROOT, fork_server
 from test_stream import patches, read_summary, without_times
 
 from recast_pl.cli import main
 from recast_pl.errors import StorageError
 from recast_pl.files import is_whole_checkpoint
-from recast_pl.training import WholeCheckpoints
+from recast_pl.learning.trainer import WholeCheckpoints
 
 
 def going_on(run, words):
@@ -40,7 +40,7 @@ def everything(run):
 def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(tiny_fit, tmp_path):
     kills, generator, log, killed = 12, random.Random(0), tmp_path / "log", tmp_path / "killed"
     words = tiny_fit(run_dir=killed)
-    with zygote() as (ask, _):
+    with fork_server() as (ask, _):
         for run in (tmp_path / "before", tmp_path / "whole"):  # whose images have been read by the one before
             started = time.monotonic()
             assert ask(words=tiny_fit(run_dir=run), log=str(log)) == 0
@@ -114,7 +114,7 @@ def disk(tmp_path):
     mine = tmp_path / "disk"
     mine.mkdir()
     # root of its own mounts, and yet without the right to write where it is not allowed
-    with zygote("unshare", "-rm", "setpriv", "--bounding-set", "-dac_override") as (ask, process):
+    with fork_server("unshare", "-rm", "setpriv", "--bounding-set", "-dac_override") as (ask, process):
         try:
             refused = ask(shell=f"mount -t tmpfs -o size=384k none {mine}")
         except (OSError, ValueError):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, zygote
+from conftest import ROOT, fork_server
 
 from recast_pl.cli import main
 
@@ -43,7 +43,7 @@ def test_commands_in_their_order(folder):
     (folder / "targets.yaml").write_text(FILES["targets.yaml"])
     first, *others = (shlex.split(command) for command in COMMANDS)
     run(first, folder)
-    with zygote(folder=folder) as (ask, _):  # which need not import everything anew
+    with fork_server(folder=folder) as (ask, _):  # which need not import everything anew
         for m, package, *words in others:
             assert (m, package) == ("-m", "recast_pl")
             assert ask(words=words, log=str(folder / "log")) == 0, (folder / "log").read_text()

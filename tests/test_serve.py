@@ -20,8 +20,8 @@ from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
 
 import recast_pl
 from recast_pl.cli import main
-from recast_pl.serve.app import create_app
-from recast_pl.serve.limits import Limits
+from recast_pl.inference.server.app import create_app
+from recast_pl.inference.server.limits import Limits
 
 LOCAL = "http://localhost:8000"
 IMAGE = FOOD[0].read_bytes()

@@ -27,11 +27,12 @@ from recast_pl import (
     TILModule,
 )
 from recast_pl.errors import MethodError, PatchError
-from recast_pl.til.outputs import Gate
-from recast_pl.til.patch import SharedState
-from recast_pl.til.piece import Step
-from recast_pl.til.replay import Buffer, Samples, logit_distance
-from recast_pl.til.subspaces import Subspace, design
+from recast_pl.learning.patch import SharedState
+from recast_pl.methods.buffer import Buffer, Samples
+from recast_pl.methods.derpp import logit_distance
+from recast_pl.methods.hat import Gate
+from recast_pl.methods.inflora import Subspace, design
+from recast_pl.methods.piece import Step
 
 INF = torch.inf
 

@@ -22,15 +22,15 @@ from recast_pl import BackboneConfig, LinearProbe, SequentialTaskDataModule, Tas
 from recast_pl.cli import main
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, read_sealed_json, sealed_json
-from recast_pl.metrics import (
+from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.runs.metrics import (
     average_accuracy,
     average_anytime_accuracy,
     backward_transfer,
     forgetting,
     forward_transfer,
 )
-from recast_pl.stream import Stream
-from recast_pl.training import TrainerFactory
+from recast_pl.runs.stream import Stream
 
 # of all kinds, by what resuming them needs
 ISOLATED = ("rosa", "recast_dora")
@@ -213,7 +213,10 @@ def test_a_task_that_was_written_but_for_its_patch_is_learnt_again_from_what_was
     run = sharing_run
     first = tmp_path / "first_only"
     more = ("--config", "methods/derpp.yaml", "--trainer.max_epochs", "2")
-    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_start", "task": "second", "epoch": 0}}
+    callback = {
+        "class_path": "crash_callbacks.KillAt",
+        "init_args": {"hook": "on_train_start", "task": "second", "epoch": 0},
+    }
     kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=first), first)
     before = without_times(read_summary(run)), patches(run), (run / "shared" / "01_second.safetensors").read_bytes()
     (run / "patches" / "01_second.safetensors").unlink()
@@ -242,7 +245,7 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit
     ]
     resume = []
     for hook, task, epoch in moments:
-        callback = {"class_path": "kill.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
+        callback = {"class_path": "crash_callbacks.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
         kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback]), *resume, run_dir=killed), killed)
         resume = ["--resume", "true"]
     assert main(tiny_fit("--resume", "true", run_dir=killed)) == 0
@@ -256,7 +259,10 @@ def test_warm_starts_schedules_accumulation_and_clipping_survive_a_kill(tiny_fit
     more += ("--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5")
     more += ("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.1")
     assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
-    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_validation_end", "task": "first", "epoch": 2}}
+    callback = {
+        "class_path": "crash_callbacks.KillAt",
+        "init_args": {"hook": "on_validation_end", "task": "first", "epoch": 2},
+    }
     killed = tmp_path / "killed"
     kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
     assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
@@ -269,7 +275,10 @@ def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
     # tasks have 5 and 3 steps an epoch, so that RoSA is killed while it warms up
     more, task = ("--config", f"methods/{method}.yaml"), "first" if method in ISOLATED else "second"
     assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
-    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_batch_start", "task": task, "epoch": 1}}
+    callback = {
+        "class_path": "crash_callbacks.KillAt",
+        "init_args": {"hook": "on_train_batch_start", "task": task, "epoch": 1},
+    }
     killed = tmp_path / "killed"
     kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
     assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
@@ -356,7 +365,10 @@ def test_the_users_own_logger_is_used(tiny_fit, tmp_path):
 
 
 def test_nothing_of_the_frozen_network_goes_into_checkpoints(tiny_fit, tmp_path):
-    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3}}
+    callback = {
+        "class_path": "crash_callbacks.KillAt",
+        "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3},
+    }
     run = tmp_path / "run"
     kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback])), run)
     checkpoint = torch.load(run / "checkpoints" / "00_first" / "last.ckpt", weights_only=True)
@@ -380,7 +392,7 @@ def test_another_methods_run_is_not_resumed(run, tiny_fit, capsys):
 
 
 def test_a_loss_that_becomes_nan_stops_the_task_and_another_rate_goes_on(tiny_fit, tmp_path, capsys):
-    callback = {"class_path": "kill.Poison", "init_args": {"task": "second", "epoch": 1}}
+    callback = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "second", "epoch": 1}}
     run = tmp_path / "run"
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]))
     assert main(words) == 2
@@ -401,7 +413,10 @@ def test_a_loss_that_becomes_nan_stops_the_task_and_another_rate_goes_on(tiny_fi
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_ends_a_run_with_the_command_that_goes_on(number, run, tiny_fit, tmp_path):
     stopped = tmp_path / "stopped"
-    callback = {"class_path": "kill.SignalAt", "init_args": {"number": int(number), "task": "second", "epoch": 1}}
+    callback = {
+        "class_path": "crash_callbacks.SignalAt",
+        "init_args": {"number": int(number), "task": "second", "epoch": 1},
+    }
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=stopped)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-m", "recast_pl", *words]
@@ -417,7 +432,10 @@ def test_a_signal_ends_a_run_with_the_command_that_goes_on(number, run, tiny_fit
 
 def test_a_damaged_checkpoint_is_named_and_the_task_begun_anew(run, tiny_fit, tmp_path, capsys):
     damaged = tmp_path / "damaged"
-    callback = {"class_path": "kill.KillAt", "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3}}
+    callback = {
+        "class_path": "crash_callbacks.KillAt",
+        "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3},
+    }
     kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=damaged), damaged)
     last = damaged / "checkpoints" / "00_first" / "last.ckpt"
     content = bytearray(last.read_bytes())

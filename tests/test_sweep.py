@@ -11,8 +11,8 @@ from conftest import ROOT, TINY_VIT
 
 from recast_pl import BackboneConfig, BankLayout, decompose
 from recast_pl.cli import main
-from recast_pl.metrics import spread
-from recast_pl.plots import Mark, plot_marks
+from recast_pl.reporting.plots import Mark, plot_marks
+from recast_pl.runs.metrics import spread
 
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.yaml"))
 RECAST = {"targets": ["${targets}"], "groups": "${groups}", "templates": 2}

@@ -44,9 +44,9 @@ from recast_pl import (
     TILModule,
 )
 from recast_pl.errors import DecompositionError, PatchError, RunError
-from recast_pl.til.piece import Piece
-from recast_pl.til.probe import Features, fit_probe
-from recast_pl.til.weights import ATTENTION, CONVOLUTIONS, MLP
+from recast_pl.learning.probe import Features, fit_probe
+from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
+from recast_pl.methods.piece import Piece
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
 RESNET = BackboneConfig("resnet10t", "random", {"zero_init_last": False})  # else no gradient reaches its convolutions

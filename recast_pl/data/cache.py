@@ -23,7 +23,9 @@ from recast_pl.errors import DataError
 from recast_pl.files import exclusive
 
 CacheMode = Literal["disk", "ram", "off"]
+
 _VERSION = 1  # of decoding: a change of pixels makes older caches stale
+
 _CHUNK = 64  # images decoded by a thread at once
 
 

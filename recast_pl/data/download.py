@@ -7,7 +7,6 @@ import shutil
 import stat
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -21,9 +20,13 @@ from recast_pl.errors import DataError
 from recast_pl.files import STORAGE_FAULTS
 
 ATTEMPTS = 5
+
 PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
+
 _TIMEOUT = 60.0  # seconds without a byte
+
 _BLOCK = 1 << 20
+
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 

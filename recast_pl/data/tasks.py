@@ -14,7 +14,9 @@ from torch import nn
 from recast_pl.errors import DataError
 
 SPLITS = ("train", "val", "test")
+
 SplitPolicy = Literal["official", "ratio"]
+
 _HELD_OUT = 0.15  # of each class, for validation and again for test: the paper's ratio, made to add up
 
 

@@ -1,0 +1,47 @@
+"""`imagenet`: a pretrained classifier, dense and decomposed, on images."""
+
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+
+from recast_pl.backbones.backbone import BackboneConfig
+from recast_pl.cli.parser import new_parser
+from recast_pl.decomposition.bank import Decomposition, decompose
+from recast_pl.decomposition.targets import BankLayout
+from recast_pl.errors import DecompositionError
+from recast_pl.files import json_text, write_atomic
+from recast_pl.reporting.tables import terminal_table
+from recast_pl.studies.imagenet import compare_classifiers
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
+    parser.add_argument("--backbone", type=BackboneConfig, required=True, help="The classifier.")
+    parser.add_argument("--layout", type=BankLayout | None, help="What is decomposed, in closed form.")
+    parser.add_argument("--decomposition", type=str | None, help="A decomposition.safetensors to use instead.")
+    parser.add_argument("--images", type=str, required=True, help="Folder of CLASS/IMAGE, or val/CLASS/IMAGE.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time.")
+    parser.add_argument("--num_workers", type=int, default=0, help="Processes that decode images; 0 for this one.")
+    parser.add_argument("--output", type=str, required=True, help="Folder: imagenet.json.")
+
+
+def run(config: Namespace) -> int:
+    """Compares predictions and features, and writes `imagenet.json`."""
+    parser = new_parser("imagenet")
+    declare(parser)
+    init = parser.instantiate(config)
+    if (init.layout is None) == (init.decomposition is None):
+        given = "neither" if init.layout is None else "both"
+        raise DecompositionError(f"{given} of --layout and --decomposition are given; give one")
+    classifier = init.backbone.build_classifier()
+    decomposition = (
+        decompose(classifier.net, init.layout) if init.layout else Decomposition.load(Path(init.decomposition))
+    )
+    facts = compare_classifiers(classifier, decomposition, Path(init.images), init.batch_size, init.num_workers)
+    path = Path(init.output) / "imagenet.json"
+    write_atomic(path, json_text({"backbone": init.backbone.name, **facts}))
+    said = ["" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".") for value in facts.values()]
+    Console().print(terminal_table((list(facts), [said]), 0), f"written: {path}", soft_wrap=True)
+    return 0

@@ -1,0 +1,106 @@
+"""`patch`: looks at files of learnt tasks, and makes others of them."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from recast_pl.config.run_config import STRICT, open_run
+from recast_pl.errors import PatchError, RunError
+from recast_pl.files import write_atomic
+from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.reporting.tables import difference_tables, patch_tables
+from recast_pl.runs.evaluation import measure, open_task
+from recast_pl.runs.patch_tools import average_patches, check_patch, compare_patches, quantize_patch, with_accuracies
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the actions of the command."""
+    actions = parser.add_subcommands(dest="action")
+    for name, text in (
+        ("show", "Tell what patches are."),
+        ("diff", "Tell what differs between two patches."),
+        ("verify", "Make sure that patches are whole, and fit a run."),
+        ("average", "Average patches of one task, such as those of several seeds."),
+        ("quantize", "Write a patch in half precision."),
+    ):
+        action = ArgumentParser(description=text, **STRICT)
+        count = {"diff": 2, "quantize": 1}.get(name, "+")
+        action.add_argument("files", type=str, nargs=count, help="Files of patches.")
+        if name in ("verify", "quantize"):
+            what = "they must fit" if name == "verify" else "measures it before and after (default: not measured)"
+            action.add_argument("--run_dir", type=str | None, help=f"Folder of a run, which {what}.")
+        if name in ("average", "quantize"):
+            action.add_argument("--output", type=str, required=True, help="File of the new patch.")
+        if name == "average":
+            action.add_argument("--weights", type=float, nargs="+", default=[], help="How much each counts.")
+        actions.add_subcommand(name, action, help=text)
+
+
+def run(config: Namespace) -> int:
+    """Does one of the actions."""
+    action = config.pop("action")
+    actions = {"show": _show, "diff": _diff, "verify": _verify, "average": _average, "quantize": _quantize}
+    options = config[action]
+    actions[action]([Path(file) for file in options.files], options)
+    return 0
+
+
+def _show(paths: list[Path], options: Namespace) -> None:
+    for path in paths:
+        Console().print(*patch_tables(TaskPatch.load(path), path), highlight=False)
+
+
+def _diff(paths: list[Path], options: Namespace) -> None:
+    first, second = (TaskPatch.load(path) for path in paths)
+    Console().print(*difference_tables(compare_patches(first, second)), highlight=False)
+
+
+def _verify(paths: list[Path], options: Namespace) -> None:
+    init = None
+    for path in paths:
+        patch = TaskPatch.load(path)
+        try:
+            check_patch(patch)
+            if options.run_dir is not None:
+                run_dir, init = (Path(options.run_dir), init or open_run(options.run_dir)[1])
+                open_task(init.model, run_dir, patch)
+        except PatchError as cause:
+            raise PatchError(f"{path}: {cause}") from cause
+        fits = "" if options.run_dir is None else f", and fits {options.run_dir}"
+        Console().print(f"{path}: whole{fits}", soft_wrap=True, highlight=False)
+
+
+def _average(paths: list[Path], options: Namespace) -> None:
+    _write(average_patches([TaskPatch.load(path) for path in paths], options.weights), options.output, "not measured")
+
+
+def _quantize(paths: list[Path], options: Namespace) -> None:
+    patch = TaskPatch.load(paths[0])
+    half = quantize_patch(patch)
+    if options.run_dir is None:
+        _write(half, options.output, "its accuracy is not measured, which --run_dir would")
+        return
+    before, after = _measure([patch, half], options.run_dir)
+    told = f"test accuracy {before:.2f} % before, {after:.2f} % after"
+    _write(with_accuracies(half, before, after), options.output, told)
+
+
+def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
+    """Test accuracies in percent of patches of one task of a run."""
+    run_dir, init = open_run(folder)
+    names = [task.name for task in init.data.tasks]
+    task = patches[0].task
+    if task not in names:
+        raise RunError(f"task {task!r} is none of {run_dir}, which has {', '.join(names)}; name the run of the patch")
+    init.data.prepare_data()
+    evaluator = TrainerFactory(init.trainer).alone().for_evaluation()
+    open_task(init.model, run_dir, patches[0])
+    return [measure(init.model, init.data, names.index(task), patch, evaluator) for patch in patches]
+
+
+def _write(patch: TaskPatch, output: str, told: str) -> None:
+    content = patch.to_bytes()
+    write_atomic(output, content)
+    Console().print(f"written: {output} ({len(content):,} bytes); {told}", soft_wrap=True, highlight=False)

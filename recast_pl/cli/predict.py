@@ -1,0 +1,36 @@
+"""`predict`: classifies images with a learnt task."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recast_pl.files import write_atomic
+from recast_pl.inference.predictor import load
+from recast_pl.reporting.tables import table_csv
+from recast_pl.runs.evaluation import choose_patch
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
+    parser.add_argument("--task", type=str | None, help="Name of a learnt task.")
+    parser.add_argument("--patch", type=str | None, help="Or a file of one, as 'patch average' or 'quantize' write it.")
+    parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
+    parser.add_argument("--output", type=str, required=True, help="CSV file: path,label,probability.")
+
+
+def run(config: Namespace) -> int:
+    """Writes the most probable class of each image as CSV."""
+    model = load(config.run_dir)
+    patch = choose_patch(Path(config.run_dir), config.task, config.patch)
+    if config.patch is not None:
+        if patch.task in model.tasks:  # of which it may be the average, or smaller
+            model.remove(patch.task)
+        model.add_patch(patch)
+    predictions = model.predict(config.images, task=patch.task)
+    lines = (
+        [Path(image), found.label, f"{found.probability:.6f}"]
+        for image, found in zip(config.images, predictions, strict=True)
+    )
+    write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
+    return 0

@@ -1,0 +1,40 @@
+"""`report`: runs as one page of tables and figures."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from recast_pl.learning.trainer import tensorboard
+from recast_pl.reporting.document import Block, Picture, write_document
+from recast_pl.reporting.report import compose
+from recast_pl.runs.collection import find_collections
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--runs", type=str, nargs="+", required=True, help="Run folders, or folders of them.")
+    parser.add_argument("--output", type=str, required=True, help="Folder: report.html, report.md and figures/.")
+
+
+def run(config: Namespace) -> int:
+    """Writes the page, the same as Markdown, and the figures for TensorBoard."""
+    folders, output = [Path(folder) for folder in config.runs], Path(config.output)
+    collections = find_collections(folders)
+    blocks = compose(collections, folders, output)
+    write_document(blocks, output, "report")
+    _log_pictures(blocks, output)
+    unfinished = sum(len(collection.unfinished) for collection in collections)
+    missing = f" ({unfinished} runs are not finished, and named there)" if unfinished else ""
+    Console().print(f"report: {output}/report.html{missing}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _log_pictures(blocks: list[Block], output: Path) -> None:
+    logger = tensorboard(output, "report")
+    assert isinstance(logger, TensorBoardLogger)
+    for block in blocks:
+        if isinstance(block, Picture):
+            logger.experiment.add_figure(block.name, block.figure)
+    logger.finalize("success")

@@ -1,0 +1,82 @@
+"""`serve`: answers over HTTP with learnt tasks."""
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from recast_pl.cli.interruption import interruptible
+from recast_pl.errors import RunError
+from recast_pl.inference.predictor import load
+from recast_pl.inference.server.limits import Limits
+from recast_pl.optional_imports import extra
+
+_LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+
+_IDLE = 5  # seconds that a connection stays open on which no request begins
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
+    parser.add_argument("--port", type=int, default=8000, help="Port to listen at; 0 for any that is free.")
+    parser.add_argument(
+        "--allowed_hosts",
+        type=str,
+        nargs="+",
+        default=[],
+        help="Names by which requests may address the server, * for any (default: localhost if it listens there alone, "
+        "else any).",
+    )
+    parser.add_class_arguments(Limits)
+
+
+def run(config: Namespace) -> int:
+    """Serves until it is told to stop, and then answers what has been asked."""
+    for library in _LIBRARIES:
+        extra(library, "serve")
+    import uvicorn  # noqa: PLC0415
+
+    from recast_pl.inference.server.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
+    from recast_pl.inference.server.gate import LOCAL_HOSTS, BoundedProtocol  # noqa: PLC0415
+
+    limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send wrongly they are told
+    with _listening(config.host, config.port) as (listener, address), interruptible():
+        predictor = load(config.run_dir)
+        hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
+        seconds = math.ceil(limits.timeout)
+        settings = uvicorn.Config(
+            create_app(predictor, limits, os.environ.get(TOKEN_VARIABLE) or None, hosts),
+            http=BoundedProtocol,
+            ws="none",
+            log_config=None,
+            log_level="error",
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=min(_IDLE, seconds),
+            timeout_graceful_shutdown=seconds,
+        )
+        Console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C ends it", soft_wrap=True)
+        uvicorn.Server(settings).run([listener])  # answers what has been asked, and raises the signal anew
+    return 0
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
+    """A socket, and its URL; taken before anything is loaded, so that what is wrong is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as cause:
+        raise RunError(f"cannot listen at {host}, port {port} ({cause}); choose another --host or --port") from cause
+    with listener:
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        yield listener, f"http://{shown}:{listener.getsockname()[1]}"

@@ -1,0 +1,37 @@
+"""`sweep`: a grid over options, with several seeds, into a table and a figure."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recast_pl.cli.comparing import fit_options, run_comparison
+from recast_pl.cli.parser import new_parser
+from recast_pl.studies.engines import Engine
+from recast_pl.studies.sweep import Sweep, read_sweep
+
+_SEEDS = (42, 1998, 3142592)
+
+
+def declare(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("-c", "--config", type=str, required=True, help="YAML file of the sweep; also in configs/.")
+    parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs laid over the base of the sweep.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="Seeds to learn with (default: the sweep's).")
+    parser.add_argument("--output", type=str | None, help="POINT/SEED for each run, and tables (default: logs/SWEEP).")
+    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
+    parser.add_argument("--engine", type=Engine | None, help="Where to make the runs, one on each device.")
+
+
+def run(config: Namespace) -> int:
+    """Runs `fit` for each point and seed, writes tables and the figure, and prints the tables."""
+    parser = new_parser("sweep")
+    declare(parser)
+    engine = parser.instantiate(config).engine
+    path = Path(config.config)
+    sweep = read_sweep(path)
+    folder = Path(config.output or Path("logs") / path.stem)
+    points = sweep.write_points(folder, config.base)
+    options = fit_options(config.options, engine)
+    seeds = config.seeds or sweep.seeds or _SEEDS
+    comparison = Sweep(folder, points, seeds, options, x=sweep.x, series=sweep.series, over=sweep.over)
+    return run_comparison(comparison, engine)

@@ -1,0 +1,1 @@
+"""Trained tasks in use: prediction, export, server."""

@@ -1,0 +1,216 @@
+"""The server as an ASGI application."""
+
+import asyncio
+import dataclasses
+import hmac
+import tempfile
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse
+
+from recast_pl.errors import PatchError, RunError
+from recast_pl.inference.predictor import Prediction, Predictor
+from recast_pl.inference.server.batching import Batcher
+from recast_pl.inference.server.gate import LOCAL_HOSTS, Gate, failure
+from recast_pl.inference.server.limits import Limits
+from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, Observed
+from recast_pl.learning.patch import TaskPatch
+
+TOKEN_VARIABLE = "RECAST_PL_TOKEN"
+"""The environment variable with which a server is told who may add tasks."""
+
+Value = TypeVar("Value")
+
+_PATHS = ("/", "/predict", "/tasks", "/health", "/metrics")
+
+_PAGE = Path(__file__).with_name("page.html")
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+_FORM, _FILE = "multipart/form-data", "application/octet-stream"
+
+_BINARY = {"type": "string", "format": "binary"}
+
+_FORM_SCHEMA = {
+    "type": "object",
+    "required": ["image", "task"],
+    "properties": {"image": _BINARY, "task": {"type": "string"}},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task that is served.
+
+    Args:
+        name: Of the task.
+        classes: Its class names, in order of label.
+    """
+
+    name: str
+    classes: list[str]
+
+
+def create_app(
+    predictor: Predictor,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: Collection[str] = LOCAL_HOSTS,
+) -> FastAPI:
+    """A server of learnt tasks, to be run by any ASGI server in one process.
+
+    Args:
+        predictor: The tasks.
+        limits: What it takes on; None for the defaults of `Limits`.
+        token: What those who may add tasks send as `Authorization: Bearer TOKEN`; None if nobody may.
+        hosts: Names that requests may be addressed to; with `*`, any.
+
+    Returns:
+        The application: `POST /predict`, `GET` and `POST /tasks`, `GET /health` and `/metrics`, and a page at `/`.
+    """
+    service = _Service(predictor, limits or Limits(), token)
+    app = FastAPI(
+        title="recast_pl",
+        lifespan=service.lifespan,
+        docs_url=None,  # this page, and the next, would fetch scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={HTTPException: _refused, Exception: _failed},
+    )
+    app.add_api_route("/", service.page, include_in_schema=False)
+    app.add_api_route("/predict", service.predict, methods=["POST"], openapi_extra=_body(_FORM, _FORM_SCHEMA))
+    app.add_api_route("/tasks", service.tasks)
+    app.add_api_route("/tasks", service.add, methods=["POST"], status_code=201, openapi_extra=_body(_FILE, _BINARY))
+    app.add_api_route("/health", service.health)
+    app.add_api_route("/metrics", service.metrics)
+    app.add_middleware(Gate, limits=service.limits, hosts=hosts)
+    app.add_middleware(Observed, metrics=service.counts, paths=_PATHS)
+    return app
+
+
+class _Service:
+    """What is done for each path.
+
+    Args:
+        predictor: The tasks.
+        limits: What the server takes on.
+        token: Of those who may add tasks; None if nobody may.
+    """
+
+    def __init__(self, predictor: Predictor, limits: Limits, token: str | None) -> None:
+        self.limits, self.counts = limits, Metrics()
+        self._predictor, self._token = predictor, token
+        self._batcher = Batcher(predictor, limits, self.counts.batches.observe)
+        self.counts.waiting.set_function(lambda: self._batcher.waiting)
+        self.counts.tasks.set_function(lambda: len(predictor.tasks))
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Between start and end of the server."""
+        async with self._batcher.running():
+            yield
+
+    async def page(self) -> Response:
+        """The page for people."""
+        return HTMLResponse(_PAGE.read_bytes(), headers=_PAGE_HEADERS)
+
+    async def predict(self, request: Request) -> Prediction:
+        """Classifies an image (a file) by a task (a name)."""
+        _check_type(request, _FORM)
+        async with request.form(max_files=4, max_fields=4, max_part_size=4096) as form:  # names of files are not used
+            task, image = _field(form, "task", str), _field(form, "image", UploadFile)
+            content = await image.read()
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                return await self._batcher.classify(content, task)
+        except RunError as error:
+            raise HTTPException(404, str(error)) from error
+        except TimeoutError as cause:
+            reason = f"there was no answer in {self.limits.timeout:g} seconds; come back when the server is less busy"
+            raise HTTPException(504, reason) from cause
+
+    async def tasks(self) -> list[Task]:
+        """The tasks and their classes."""
+        return [Task(name, self._predictor.classes(name)) for name in self._predictor.tasks]
+
+    async def add(self, request: Request) -> Task:
+        """Serves one more task, until the server ends: the body is a file of `patches/`."""
+        self._authorise(request)
+        _check_type(request, _FILE)
+        return await run_in_threadpool(self._add, await request.body())
+
+    async def health(self) -> dict[str, Any]:
+        """That it answers."""
+        return {"status": "ok", "tasks": len(self._predictor.tasks), "waiting": self._batcher.waiting}
+
+    async def metrics(self) -> Response:
+        """What has been counted."""
+        return Response(self.counts.text(), media_type=CONTENT_TYPE)
+
+    def _authorise(self, request: Request) -> None:
+        if self._token is None:
+            raise HTTPException(403, f"adding tasks is off; start the server with {TOKEN_VARIABLE} set to allow it")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.encode("latin-1"), self._token.encode())
+        if not (right and scheme.lower() == "bearer"):
+            reason = f"adding tasks needs the header Authorization: Bearer TOKEN with the server's {TOKEN_VARIABLE}"
+            raise HTTPException(401, reason, {"WWW-Authenticate": "Bearer"})
+
+    def _add(self, content: bytes) -> Task:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "patch.safetensors"
+            path.write_bytes(content)
+            try:
+                patch = TaskPatch.load(path)
+                if patch.task in self._predictor.tasks:
+                    raise HTTPException(409, f"there is a task {patch.task!r} already; rename the new one")
+                self._predictor.add_patch(patch)
+            except PatchError as error:
+                raise HTTPException(422, str(error).replace(str(path), "the patch")) from error
+        return Task(patch.task, patch.classes)
+
+
+def _body(content_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI is told of a body that the handlers read themselves, after what is cheaper to check."""
+    return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
+
+
+def _check_type(request: Request, wanted: str) -> None:
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != wanted:
+        raise HTTPException(415, f"the body is {given[:80] or 'of no type'}; send it with Content-Type: {wanted}")
+
+
+def _field(form: FormData, name: str, kind: type[Value]) -> Value:
+    """The one value that a form has of a field."""
+    values = form.getlist(name)
+    if len(values) != 1 or not isinstance(values[0], kind):
+        wanted = "a text" if kind is str else "a file"
+        raise HTTPException(422, f"the form has {len(values)} fields {name!r}; send one, with {wanted}")
+    return values[0]
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = error.detail
+    if reason == HTTPStatus(error.status_code).phrase:  # of the router
+        asked = f"{request.method} {request.url.path[:80]}"
+        reason = f"{reason}: {asked}; docs/using.md tells what {', '.join(_PATHS)} take"
+    return failure(error.status_code, reason, dict(error.headers or {}))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What clients learn of a fault of the program; its traceback goes to the log."""
+    return failure(500, "the server failed at this request; its log says why")

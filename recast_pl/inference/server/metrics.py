@@ -1,0 +1,64 @@
+"""What a server counts, in the text format of Prometheus."""
+
+import time
+from collections.abc import Collection
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_BATCHES = tuple(2**power for power in range(9))  # images
+
+
+class Metrics:
+    """Counts of one server; others in the same process have their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        of_requests = ("path", "status")
+        self.requests = Counter("recast_pl_requests", "Requests answered.", of_requests, registry=self._registry)
+        self.seconds = Histogram(
+            "recast_pl_request_seconds", "Time until a request is answered.", ("path",), registry=self._registry
+        )
+        self.batches = Histogram(
+            "recast_pl_batch_images", "Images classified together.", buckets=_BATCHES, registry=self._registry
+        )
+        self.waiting = Gauge("recast_pl_waiting_images", "Images that wait for a label.", registry=self._registry)
+        self.tasks = Gauge("recast_pl_tasks", "Tasks that are served.", registry=self._registry)
+
+    def text(self) -> bytes:
+        """All of them."""
+        return generate_latest(self._registry)
+
+
+class Observed:
+    """Counts and times requests.
+
+    Args:
+        app: What answers.
+        metrics: Where they are counted.
+        paths: Those that are told apart; what clients make up is counted together.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, begun = 500, time.perf_counter()
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, status).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)

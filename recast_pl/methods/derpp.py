@@ -1,0 +1,57 @@
+"""DER++."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from recast_pl.errors import MethodError
+from recast_pl.methods.buffer import Replay, widen
+from recast_pl.methods.piece import Step
+
+
+class DERPP(Replay):
+    """Dark experience replay++ (Buzzega et al., 2020): α·‖z − z₀‖² and β·cross-entropy of replayed images.
+
+    z₀ is what the network said when the image was inserted; the square is the mean over the classes of the image's
+    own head. The two terms have independent draws of images.
+
+    Args:
+        alpha: α.
+        beta: β.
+        per_class: Images kept of each class; None to bound them in all.
+        total: Images kept in all; None to bound them by class.
+
+    Raises:
+        MethodError: If α or β is negative, or not just one bound is given.
+    """
+
+    def __init__(
+        self, alpha: float = 0.3, beta: float = 0.5, per_class: int | None = 120, total: int | None = None
+    ) -> None:
+        super().__init__(False, per_class, total)
+        if alpha < 0 or beta < 0:
+            raise MethodError(f"DERPP: alpha={alpha} and beta={beta} must not be negative")
+        self.alpha, self.beta = alpha, beta
+
+    def loss(self, step: Step) -> Tensor | None:
+        """The two terms; then the batch goes to the buffer."""
+        term = None
+        if len(self.buffer):
+            count, device = len(step.labels), step.images.device
+            dark, again = self.buffer.draw(count, device), self.buffer.draw(count, device)
+            term = self.alpha * logit_distance(self.logits(dark), dark.logits)
+            term = term + self.beta * F.cross_entropy(self.logits(again), again.labels)
+        self.keep(step)
+        return term
+
+
+def logit_distance(logits: Tensor, stored: Tensor) -> Tensor:
+    """Mean over images of the mean squared difference of the logits of each image's own head.
+
+    Args:
+        logits: (B, C); minus infinity beyond the classes of an image's head.
+        stored: (B, C'), as above, with C' ≤ C.
+    """
+    stored = widen(stored, logits.shape[1])
+    own = stored.isfinite()
+    difference = logits.masked_fill(~own, 0) - stored.masked_fill(~own, 0)
+    return (difference.square().sum(1) / own.sum(1)).mean()

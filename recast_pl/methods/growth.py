@@ -1,0 +1,185 @@
+"""A bank that grows: what the first tasks learn at low rank is a template for the tasks that come later."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recast_pl.errors import MethodError, PatchError
+from recast_pl.files import fingerprint
+from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, Adaptation, WeightPiece
+from recast_pl.methods.lora import LowRank
+from recast_pl.methods.piece import ParameterGroup, check_state
+
+
+class Grown(LowRank):
+    """W + Σ_j c_j·B_j·A_j over templates that are in use, and + B·A while one more grows.
+
+    Args:
+        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
+        rank: r, of each template.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__(weight, rank, 1.0, None)
+        self.rank, self.growing = rank, False
+        # frozen parameters, not buffers: DDP broadcasts buffers at every step
+        self.left = nn.Parameter(weight.new_zeros(len(weight), 0), requires_grad=False)
+        self.right = nn.Parameter(weight.new_zeros(0, weight[0].numel()), requires_grad=False)
+        self.coefficients = nn.Parameter(weight.new_zeros(0), requires_grad=False)
+
+    @property
+    def size(self) -> int:
+        """Numbers of a template, r·(rows + columns)."""
+        return self.A.numel() + self.B.numel()
+
+    def template(self) -> Tensor:
+        """B and A as they are, one after the other (size,)."""
+        return torch.cat([self.B.detach().flatten(), self.A.detach().flatten()])
+
+    def use(self, templates: Sequence[Tensor], coefficients: Tensor, growing: bool) -> None:
+        """Takes just these templates, so that what others there are changes no bit.
+
+        Args:
+            templates: Each as `template` gives it.
+            coefficients: One for each (m,).
+            growing: Whether B·A is added, and trained.
+        """
+        split = [template.to(self.A).split([self.B.numel(), self.A.numel()]) for template in templates]
+        self.left.data = torch.cat([self.B.new_zeros(len(self.left), 0), *(b.view(-1, self.rank) for b, _ in split)], 1)
+        self.right.data = torch.cat(
+            [a.view(self.rank, -1) for _, a in split] or [self.A.new_zeros(self.right[:0].shape)]
+        )
+        # a new parameter, because the one before is what the optimizer of the task that has ended knows
+        self.coefficients = nn.Parameter(coefficients.to(self.A), requires_grad=len(coefficients) > 0)
+        self.growing = growing
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The weight with its templates; itself while there are none."""
+        if len(self.coefficients):
+            left = self.left * self.coefficients.repeat_interleave(self.rank)  # (rows, m·r)
+            weight = weight + (left @ self.right).view_as(weight)
+        return super().change(weight) if self.growing else weight
+
+
+class Growth(WeightPiece):
+    """Forward transfer by templates that tasks leave (beyond the paper): after `Recast` its bank grows.
+
+    Each of the first tasks of the stream trains, on every target, a low-rank update B·A beside all else. When it ends,
+    the update is a template of the target, r·(rows + columns) numbers that change no more, and the task's own
+    coefficient of it is 1. Every later task has a coefficient for each template, from 0 at its start. What a task is
+    depends on the tasks before it, but not on those behind: its patch names the templates it needs, and its logits stay
+    the same, bit by bit.
+
+    Args:
+        tasks: How many tasks leave a template.
+        rank: r, of each template.
+        targets: Regular expressions for names of weights, those of `Recast` or others.
+        learning_rate: Rate of the coefficients; None for that of the head. About ten times that does well.
+        growing_rate: Rate of B and A; None for that of the head.
+
+    Raises:
+        MethodError: If `tasks` or the rank is below 1.
+    """
+
+    isolated = False
+
+    def __init__(
+        self,
+        tasks: int = 1,
+        rank: int = 1,
+        targets: tuple[str, ...] = (MLP, CONVOLUTIONS),
+        learning_rate: float | None = None,
+        growing_rate: float | None = None,
+    ) -> None:
+        super().__init__(targets, learning_rate)
+        if tasks < 1 or rank < 1:
+            raise MethodError(f"Growth: tasks={tasks} and rank={rank} must be at least 1; or leave the piece out")
+        self.tasks, self.rank, self.growing_rate = tasks, rank, growing_rate
+        self.templates: list[Tensor] = []
+        """Of each task that has left them its factors, target after target (Σ r·(rows + columns),)."""
+
+    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+        """Room for templates."""
+        return Grown(weight, self.rank)
+
+    @torch.no_grad()
+    def begin_task(self) -> None:
+        """Coefficients 0 of all templates; B = 0 where the task is to leave one, too."""
+        growing, count = len(self.templates) < self.tasks, len(self.templates)
+        if growing:  # else no number is drawn, so that heads start as they would without this piece
+            super().begin_task()
+        self._use(torch.zeros(len(self.adaptations), count), growing)
+        self.parameters = {}
+        for name, grown in self._grown():
+            for factor in (grown.A, grown.B):
+                factor.grad = None
+                factor.requires_grad_(growing)
+            trained = {key: p for key, p in grown.named_parameters() if p.requires_grad}
+            self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}
+
+    def groups(self) -> list[ParameterGroup]:
+        """Coefficients and factors, each with a rate of its own."""
+        mixing = [p for name, p in self.parameters.items() if name.endswith(":coefficients")]
+        factors = [p for name, p in self.parameters.items() if not name.endswith(":coefficients")]
+        named = (("Growth", self.learning_rate, mixing), ("Growth factors", self.growing_rate, factors))
+        return [ParameterGroup(*group) for group in named if group[2]]
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        """What has grown becomes a template, of which the task has the coefficient 1."""
+        grown = [grown for _, grown in self._grown()]
+        if grown[0].growing:
+            before = torch.stack([g.coefficients.detach() for g in grown]).cpu()  # (targets, m)
+            self.templates.append(torch.cat([g.template() for g in grown]).cpu())
+            self._use(torch.cat([before, torch.ones(len(grown), 1)], 1), growing=False)
+
+    def task_state(self) -> dict[str, Tensor]:
+        """The coefficients, target after target (targets·m,), and the SHA-256 of the templates; nothing without any."""
+        coefficients = torch.cat([grown.coefficients.detach() for _, grown in self._grown()]).cpu()
+        count = len(coefficients) // len(self.adaptations)
+        return {"coefficients": coefficients, "templates": self._digest(count)} if count else {}
+
+    @torch.no_grad()
+    def load_task_state(self, state: dict[str, Tensor]) -> None:
+        """Takes them back.
+
+        Raises:
+            PatchError: If the templates are not those that the task was learnt with.
+        """
+        targets = len(self.adaptations)
+        count = state["coefficients"].numel() // targets if "coefficients" in state else 0
+        check_state("Growth", state, {"coefficients": (targets * count,), "templates": (32,)} if count else {})
+        if count and (count > len(self.templates) or not torch.equal(state["templates"], self._digest(count))):
+            needed, there = (bytes(d.tolist()).hex()[:12] for d in (state["templates"], self._digest(count)))
+            raise PatchError(
+                f"the patch needs {count} grown templates {needed}…, here are {len(self.templates)} ({there}…); "
+                "use it with the shared state of its own run"
+            )
+        self._use(state.get("coefficients", torch.zeros(0)).view(targets, count), growing=False)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The templates, in the order in which they have grown."""
+        return {f"template{index}": template.clone() for index, template in enumerate(self.templates)}
+
+    def load_shared_state(self, state: dict[str, Tensor]) -> None:
+        """Takes them back."""
+        size = sum(grown.size for _, grown in self._grown())
+        check_state("Growth", state, {f"template{index}": (size,) for index in range(len(state))})
+        self.templates = [state[f"template{index}"] for index in range(len(state))]
+
+    def _use(self, coefficients: Tensor, growing: bool) -> None:
+        """Lets every target use as many of the first templates as there are coefficients of it (targets, m)."""
+        grown = [grown for _, grown in self._grown()]
+        used = self.templates[: coefficients.shape[1]]
+        parts = [template.split([g.size for g in grown]) for template in used]
+        for index, (each, row) in enumerate(zip(grown, coefficients, strict=True)):
+            each.use([part[index] for part in parts], row, growing)
+
+    def _digest(self, count: int) -> Tensor:
+        """SHA-256 of the first templates (32,)."""
+        digest = fingerprint({f"{index:06}": template for index, template in enumerate(self.templates[:count])})
+        return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+
+    def _grown(self) -> Iterator[tuple[str, Grown]]:
+        return ((name, a) for name, a in self.adaptations.items() if isinstance(a, Grown))

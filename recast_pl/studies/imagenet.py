@@ -1,0 +1,102 @@
+"""A pretrained classifier beside itself with decomposed weights, on images (table 6 of the paper)."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from recast_pl.backbones.builders import Classifier
+from recast_pl.data.images import images_below, open_image
+from recast_pl.decomposition.bank import Decomposition
+from recast_pl.decomposition.parametrization import install
+from recast_pl.decomposition.similarity import cosines, recorded
+from recast_pl.errors import DataError
+
+
+class ImageNetFolder(Dataset[tuple[Tensor, int]]):
+    """Images of a folder `CLASS/…/IMAGE`, or `val/CLASS/…/IMAGE`, with the position of their class in order of name.
+
+    Args:
+        root: The folder.
+        preprocess: Makes a tensor (3, S, S) of an RGB image.
+
+    Raises:
+        DataError: If there is no image.
+    """
+
+    def __init__(self, root: Path, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        root = root / "val" if (root / "val").is_dir() else root
+        self.preprocess = preprocess
+        self.classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        named = enumerate(self.classes)
+        self.paths = [(path, label) for label, name in named for path in images_below(root / name)]
+        if not self.paths:
+            raise DataError(f"{root} holds no image below a folder of its class; give a folder of CLASS/IMAGE")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.paths[index]
+        return self.preprocess(open_image(path)), label
+
+
+def compare_classifiers(
+    classifier: Classifier, decomposition: Decomposition, root: Path, batch_size: int = 32, num_workers: int = 0
+) -> dict[str, Any]:
+    """Classifies images by a network and by the same with decomposed weights.
+
+    Args:
+        classifier: The network; it stays as it is.
+        decomposition: Of some of its weights.
+        root: Folder of images; where it has as many classes as the network, these are taken for the network's own.
+        batch_size: Images at a time.
+        num_workers: Processes that decode images; 0 for this one.
+
+    Returns:
+        `images`, their number; `dense_accuracy` and `decomposed_accuracy` in percent, None where classes are others;
+        `agreement`, the percentage of equal predictions; `similarity`, the mean over images and decomposed layers of
+        the cosine between what a layer gives in either network.
+
+    Raises:
+        DataError: If there is no image, or one cannot be read.
+        DecompositionError: If the decomposition is of another network.
+    """
+    data = ImageNetFolder(root, classifier.preprocess)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dense, decomposed = classifier.net.to(device), copy.deepcopy(classifier.net)
+    install(decomposed, decomposition)
+    decomposed.to(device)
+    layers = [name.rpartition(".")[0] for bank in decomposition.banks for name in bank.group.targets]
+    found = [
+        _classify(dense, decomposed, layers, images.to(device), labels.to(device))
+        for images, labels in DataLoader(data, batch_size, num_workers=num_workers)
+    ]
+    right, same, similarity, outputs = zip(*found, strict=True)
+    dense_right, decomposed_right = (100 * sum(counts) / len(data) for counts in zip(*right, strict=True))
+    labelled = len(data.classes) == outputs[0]
+    return {
+        "images": len(data),
+        "dense_accuracy": dense_right if labelled else None,
+        "decomposed_accuracy": decomposed_right if labelled else None,
+        "agreement": 100 * sum(same) / len(data),
+        "similarity": sum(similarity) / len(data),
+    }
+
+
+@torch.inference_mode()
+def _classify(
+    dense: nn.Module, decomposed: nn.Module, layers: Sequence[str], images: Tensor, labels: Tensor
+) -> tuple[tuple[int, int], int, float, int]:
+    """Of a batch: how often either network is right, how often they agree, the sum of similarities, and classes."""
+    with recorded(dense, layers) as theirs, recorded(decomposed, layers) as ours:
+        expected, logits = dense(images), decomposed(images)  # (B, classes)
+    first, second = expected.argmax(1), logits.argmax(1)
+    similar = torch.stack([cosines(theirs[layer], ours[layer]) for layer in theirs])  # (layers, B)
+    right = (int((first == labels).sum()), int((second == labels).sum()))
+    return right, int((first == second).sum()), float(similar.mean(0).sum()), expected.shape[1]
