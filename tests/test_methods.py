@@ -367,7 +367,7 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: RoSA(warm_up=0), "warm_up at least 1|warm_up=0"),
         (lambda: Piggyback(start=0.001), "start=0.001"),
         (lambda: LoRA(targets=["nothing"]), "match none of 2 names"),
-        (lambda: LoRA(targets=["("]), "no regular expressions"),
+        (lambda: LoRA(targets=["("]), "not regular expressions"),
         (lambda: LoRA(parts=()), "parts"),
         (lambda: Spectral(rank=6, targets=["layer"]), "Spectral: rank=6 must be from 1 to 5"),
         (lambda: LoRAXS(rank=0, targets=["layer"]), "LoRAXS: rank=0"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from test_til import METHODS, QUIET
+from test_all_methods import METHODS, QUIET
 
 from recast_pl import SequentialTaskDataModule, TaskConfig, TILModule
 from recast_pl.files import sha256

@@ -23,6 +23,7 @@ from recast_pl.decomposition.similarity import feature_similarity, weight_simila
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.learning.til_module import TILModule
+from recast_pl.methods.recast import load_decompositions
 from recast_pl.reporting.plots import (
     plot_coefficient_similarity,
     plot_displacements,
@@ -105,7 +106,7 @@ def _of_run(config: Namespace) -> _Subject:
     path = run_dir / "decomposition.safetensors"
     if not path.is_file():
         raise RunError(f"{run_dir} holds no decomposition; give a run whose method has Recast, or of MimicryModule")
-    decomposition = Decomposition.load(path)
+    decomposition = load_decompositions(run_dir)
     output = run_dir / "analysis" if config.output is None else Path(config.output)
     model, seed = init.model, init.seed_everything
     if isinstance(model, MimicryModule):

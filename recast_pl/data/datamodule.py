@@ -86,6 +86,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self._current = 0
         self._train_on: TaskSplit | None = None
         self._prepared = False
+        self._flipped = torch.zeros(0, dtype=torch.bool)
 
     def select(self, index: int) -> None:
         """Makes a task the current one.
@@ -96,13 +97,29 @@ class SequentialTaskDataModule(LightningDataModule):
         self._current, self._train_on = index, None
 
     def train_on(self, images: Tensor, labels: Tensor) -> None:
-        """Gives other images for training, until a task is selected.
+        """Trains on other images until a task is selected; they are mirrored at random where their task asks for it.
 
         Args:
-            images: uint8 (N, 3, H, W); they are not augmented.
-            labels: (N, ...), which batches carry as they are.
+            images: uint8 (N, 3, H, W).
+            labels: Position of the task, and class index within it (N, 2).
         """
-        self._train_on = TaskSplit(images, labels, np.arange(len(images)), self._images.task, None)
+        split = TaskSplit(images, labels, np.arange(len(images)), self._images.task, self._task_seed)
+        split.flip, split.transforms = np.array([task.flip for task in self.tasks])[labels[:, 0]], ()
+        self._train_on = split
+
+    def unaugmented(self, images: Tensor) -> Tensor:
+        """The images (B, 3, S, S) of the last batch as they were before they were mirrored at random."""
+        return torch.where(self._flipped[:, None, None, None], images.flip(-1), images)
+
+    def augmented(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Mirrors images at random where their task asks for it.
+
+        Args:
+            images: (B, 3, S, S).
+            tasks: Positions of their tasks (B,).
+        """
+        flip = torch.tensor([task.flip for task in self.tasks])[tasks.cpu()] & (torch.rand(len(images)) < 0.5)
+        return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
 
     def check(self) -> None:
         """Refuses a stream that cannot be learnt, before anything is downloaded.
@@ -179,6 +196,7 @@ class SequentialTaskDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """On the device: to [0, 1], mirrored where asked, resized up where the source is smaller."""
         images, labels, flip = batch
+        self._flipped = flip
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)  # while they are small
         images = tv.to_dtype(images, torch.float32, scale=True)
         if images.shape[-1] != self.image_size:
@@ -281,7 +299,9 @@ class TaskSplit(Dataset[RawBatch]):
         self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
     ) -> None:
         self.pixels, self.labels, self.indices, self.seed = pixels, labels, indices, seed
-        self.flip, self.transforms = task.flip, tuple(task.transforms) if seed is not None else ()
+        self.flip: bool | NDArray[np.bool_] = task.flip
+        """Whether to mirror images at random, for all or for each position."""
+        self.transforms = tuple(task.transforms) if seed is not None else ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -294,8 +314,8 @@ class TaskSplit(Dataset[RawBatch]):
         if self.seed is None:
             labels[torch.tensor(positions) == _NOTHING] = -1
             return pixels, labels, torch.zeros(len(keys), dtype=torch.bool)
-        flips = _coin_tosses(self.seed, keys[0][0], len(self))[positions] & self.flip
-        return self._transform(pixels, keys, self.seed), labels, torch.from_numpy(flips)
+        flips = _coin_tosses(self.seed, keys[0][0], len(self)) & self.flip
+        return self._transform(pixels, keys, self.seed), labels, torch.from_numpy(flips[positions])
 
     def _transform(self, pixels: Tensor, keys: Sequence[tuple[int, int]], seed: int) -> Tensor:
         if not self.transforms:

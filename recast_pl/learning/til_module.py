@@ -45,6 +45,12 @@ class TaskData(Protocol):
     def train_on(self, images: Tensor, labels: Tensor) -> None:
         """Trains the current task on other images, whose labels (N, 2) are positions of tasks and class indices."""
 
+    def unaugmented(self, images: Tensor) -> Tensor:
+        """The images (B, 3, S, S) of the last training batch as they were before they were mirrored at random."""
+
+    def augmented(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Mirrors images (B, 3, S, S) at random, where the image's own task (B,) asks for it."""
+
 
 class TILModule(LightningModule):
     """Learns tasks one after the other: pieces with a state per task, and one head per task.
@@ -75,6 +81,9 @@ class TILModule(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone_config, self.pieces, self.warm_start = backbone, list(pieces), warm_start
+        for piece in self.pieces:
+            piece.join(self.pieces)
+        self.memories = nn.ModuleList(piece.memory for piece in self.pieces)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.merged_weights = MergedWeights()
         self.strict_loading = False  # checkpoints leave the frozen network out; on_load_checkpoint checks the rest
@@ -211,6 +220,7 @@ class TILModule(LightningModule):
         self.old_heads.to(self.device)
         for piece, tensors in zip(self.pieces, state.pieces, strict=True):
             piece.load_shared_state(tensors)
+        self.memories.to(self.device)
 
     @property
     def isolated(self) -> bool:
@@ -387,6 +397,14 @@ class TILModule(LightningModule):
     def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
         """Trains the current task on other images: uint8 (N, 3, S, S), labels (N,), positions of tasks (N,)."""
         self._data().train_on(images, torch.stack([tasks, labels], 1))
+
+    def unaugmented(self, images: Tensor) -> Tensor:
+        """The images (B, 3, S, S) of the current training batch as they were before they were mirrored at random."""
+        return self._data().unaugmented(images)
+
+    def augmented(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Mirrors stored images (B, 3, S, S) at random, where the image's own task (B,) asks for it."""
+        return self._data().augmented(images, tasks)
 
     def restart(self) -> None:
         """Sets heads, and what tasks share, back to where the first task began."""

@@ -1,4 +1,12 @@
-"""GDumb."""
+"""GDumb: every task trains again from the pretrained weights, on a balanced buffer of all tasks.
+
+Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions Our Progress in Continual Learning", ECCV 2020.
+
+When a task begins, its images are offered to the buffer ("greedy sampler"), and weights, heads and optimizer start
+over; an epoch is one pass over the buffer ("dumb learner").
+
+Deviations: there is no CutMix, and training starts from pretrained weights, as for every method here.
+"""
 
 import torch
 
@@ -6,24 +14,24 @@ from recast_pl.methods.buffer import Replay, Samples
 
 
 class GDumb(Replay):
-    """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains anew on a balanced buffer of all tasks.
+    """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains from the start on a balanced buffer.
 
-    When a task begins, its images are offered to the buffer, and weights and heads start anew; an epoch is a pass
-    over the buffer, without augmentation.
+    List it after `FineTune`, which trains the weights. Images of the buffer are mirrored at random where their task
+    asks for it; a task's `transforms` are not applied to them.
 
     Args:
-        per_class: Images kept of each class; None to bound them in all.
-        total: Images kept in all; None to bound them by class.
+        per_class: Images kept of each class; None to bound them in total.
+        total: Images kept in total; None to bound them by class.
 
     Raises:
-        MethodError: If not just one bound is given.
+        MethodError: Unless exactly one bound is given.
     """
 
     def __init__(self, per_class: int | None = None, total: int | None = 4400) -> None:
         super().__init__(True, per_class, total)
 
     def begin_fit(self) -> None:
-        """Fills the buffer and starts anew, unless the task is resumed; then gives the buffer for training."""
+        """Fills the buffer and starts over, unless the task is resumed; then trains on the buffer."""
         kept = self.buffer.kept
         if kept is None or not bool((kept.tasks == self.task).any()):
             self._fill()

@@ -1,27 +1,28 @@
-"""Spectral templates."""
+"""Spectral templates: a coefficient for each of the leading singular directions of each weight.
+
+    W' = W + Σ_j c_j · σ_j·u_j·v_jᵀ over the r leading singular directions of W
+
+It is not from a paper. The directions are templates like those of RECAST's equation 1 that no file needs to hold, as
+they are computed from the backbone. With r = 1 it equals LoRA-XS of rank 1.
+"""
 
 from recast_pl.methods.adaptation import EVERY_LAYER
-from recast_pl.methods.lora_xs import LoRAXS
+from recast_pl.methods.lora_xs import SingularPiece
 
 
-class Spectral(LoRAXS):
+class Spectral(SingularPiece):
     """Spectral templates: the r leading singular directions σuvᵀ of each weight, with a coefficient for each.
 
-    They are templates like those of equation 1 that no file holds, as they are worked out from the backbone. With r = 1
-    this is `LoRAXS` of rank 1.
-
     Args:
-        rank: r: there are r numbers for each weight.
+        rank: r, also the numbers for each weight.
         targets: Regular expressions for names of weights.
-        learning_rate: Rate of the coefficients; None for that of the head.
+        learning_rate: Learning rate of the coefficients; None for that of the head.
 
     Raises:
-        MethodError: If the rank is below 1, or not below the rows and columns of a target.
+        MethodError: If the rank is below 1, or not below the number of rows and of columns of a target.
     """
-
-    diagonal = True
 
     def __init__(
         self, rank: int = 1, targets: tuple[str, ...] = EVERY_LAYER, learning_rate: float | None = None
     ) -> None:
-        super().__init__(rank, targets, learning_rate)
+        super().__init__(rank, True, targets, learning_rate)

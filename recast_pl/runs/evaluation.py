@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from lightning import Trainer
 from torch import Tensor
 
@@ -100,8 +101,9 @@ def learnt_coefficients(module: TILModule, run_dir: Path) -> dict[str, Tensor]:
     """
     if not any((run_dir / "patches").glob("*.safetensors")):
         return {}
-    (index,) = (i for i, piece in enumerate(module.pieces) if isinstance(piece, Recast))
-    return {task: patch.pieces[index]["coefficients"] for task, patch in load_patches(run_dir).items()}
+    indices = [index for index, piece in enumerate(module.pieces) if isinstance(piece, Recast)]
+    patches = load_patches(run_dir).items()
+    return {task: torch.cat([patch.pieces[index]["coefficients"] for index in indices]) for task, patch in patches}
 
 
 def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
