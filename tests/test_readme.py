@@ -1,4 +1,4 @@
-"""Runs every command and every example of the README and of docs/, and checks what the pages claim about the project."""
+"""Runs every command and every example of the README and of docs/, and checks what the pages say of the code."""
 
 import ast
 import json
