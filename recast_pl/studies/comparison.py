@@ -10,10 +10,10 @@ from rich.console import RenderableType
 
 from recast_pl.errors import RunError
 from recast_pl.files import json_text, read_json, write_atomic
-from recast_pl.reporting.measures import MEASURES, forward_gain, measures
+from recast_pl.reporting.measures import MEASURES, measures
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
 from recast_pl.runs.collection import PLAN, Label, Summary, is_whole
-from recast_pl.runs.metrics import spread
+from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
 
 
@@ -159,6 +159,9 @@ class Comparison:
         cells = measures(list(runs.values()))
         if self.alone is not None:
             alone = finished.get(self.alone, {})
-            gains = [forward_gain(runs[seed], alone[seed]) for seed in runs.keys() & alone.keys()]
+            gains = [
+                forward_transfer(runs[seed]["accuracy_matrix"], [task["accuracy"] for task in alone[seed]["tasks"]])
+                for seed in runs.keys() & alone.keys()
+            ]
             cells.append(str(spread(gains)) if gains else "")
         return cells
