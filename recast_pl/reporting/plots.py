@@ -157,12 +157,12 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
     for position, (name, colour, hatch) in enumerate(fills):
         bars = [mark for mark in marks if mark.series == name]
         xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
-        heights = [mark.y.mean for mark in bars]
+        heights, deviations = [mark.y.mean for mark in bars], [mark.y.deviation or 0.0 for mark in bars]
         drawn = axes.bar(
             xs,
             heights,
             width,
-            yerr=[mark.y.deviation or 0.0 for mark in bars],
+            yerr=deviations,
             color=colour,
             hatch=hatch,
             edgecolor="black",

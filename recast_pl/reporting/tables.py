@@ -133,7 +133,7 @@ def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableT
 
 
 def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:
-    """Writes the accuracy matrix as CSV: a row for each trained task, a column for each tested task, blank if unknown."""
+    """Writes the accuracy matrix as CSV: a row for each trained task, a column for each tested one."""
     return table_csv(
         ["after", *tasks],
         ([name, *("" if v is None else v for v in row)] for name, row in zip(tasks, matrix, strict=True)),
@@ -172,12 +172,8 @@ def terminal_table(cells: Cells, text_columns: int = 1, title: str | None = None
     header, rows = cells
     table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False, collapse_padding=True)
     for column, heading in enumerate(header):
-        table.add_column(
-            heading,
-            justify="left" if column < text_columns else "right",
-            overflow="fold",
-            no_wrap=column >= text_columns,
-        )
+        text = column < text_columns
+        table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for row in rows:
         table.add_row(*row)
     return table
