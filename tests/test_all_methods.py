@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 import recast_pl as rp
 from recast_pl import BackboneConfig, BankLayout, SequentialTaskDataModule, SharedState, TaskConfig, TaskPatch, TILModule
+from recast_pl.learning.checkpoint import trainable_state
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
@@ -215,10 +216,10 @@ class Change(L.Callback):
     """What training has done to all that is trained."""
 
     def on_train_start(self, trainer, pl_module):
-        self.before = pl_module.trainable_state()
+        self.before = trainable_state(pl_module)
 
     def on_train_end(self, trainer, pl_module):
-        self.values = {name: value - self.before[name] for name, value in pl_module.trainable_state().items()}
+        self.values = {name: value - self.before[name] for name, value in trainable_state(pl_module).items()}
 
 
 QUICK = ("recast-vit", "clr-resnet")
