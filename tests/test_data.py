@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
-from recast_pl.data.datamodule import TaskSampler
+from recast_pl.data.batches import TaskSampler
 from recast_pl.data.datasets import open_folder
 from recast_pl.data.images import decode_file
 from recast_pl.data.tasks import split_images
@@ -33,7 +33,7 @@ def stream(*tasks, **settings):
 
 
 def epoch_of(data, epoch=0):
-    """The raw batches of a training epoch: images, labels and flips, whole."""
+    """Images, labels and flips of all batches of a training epoch."""
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)
     return [torch.cat(parts) for parts in zip(*loader, strict=True)]
@@ -62,28 +62,28 @@ def test_splits_are_disjoint_complete_and_stratified():
         assert (LABELS[splits["train"]] == label).sum() >= 1
 
 
-def test_a_split_depends_on_the_seed_alone():
+def test_a_split_depends_only_on_the_seed():
     first, again, other = (split_images(LABELS, [""] * len(LABELS), seed) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in SPLITS)
     assert not np.array_equal(first["val"], other["val"])
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_class_too_small_to_divide_is_trained_on(count):
+def test_a_class_too_small_to_divide_goes_to_training(count):
     labels = np.repeat([0, 1], [count, 10])
     splits = split_images(labels, [""] * len(labels), 0)
     assert (labels[splits["train"]] == 0).sum() == count
 
 
-@pytest.mark.parametrize(("given", "carved"), [(("train", "test"), "val"), (("train", "val"), "test")])
-def test_only_the_missing_split_is_carved_out_of_training(given, carved):
+@pytest.mark.parametrize(("given", "missing"), [(("train", "test"), "val"), (("train", "val"), "test")])
+def test_only_the_missing_split_is_taken_from_training(given, missing):
     labels = np.tile(np.repeat([0, 1], 20), 2)
     names = np.repeat(given, 40)
     splits = split_images(labels, list(names), 0)
     kept = given[1]
     assert splits[kept].tolist() == np.flatnonzero(names == kept).tolist()
-    assert np.bincount(labels[splits[carved]]).tolist() == [3, 3]  # 15 % of 20
-    assert set(splits[carved]) | set(splits["train"]) == set(np.flatnonzero(names == "train"))
+    assert np.bincount(labels[splits[missing]]).tolist() == [3, 3]  # 15 % of 20
+    assert set(splits[missing]) | set(splits["train"]) == set(np.flatnonzero(names == "train"))
 
 
 def test_given_splits_are_kept():
@@ -163,7 +163,7 @@ def test_hidden_folders_do_not_count(image_folder):
         (lambda folder: [c.rename(folder.parent / c.name) for c in list(folder.iterdir())], "has 0 class folders"),
         (lambda folder: (folder / "class0").rename(folder.parent / "class0"), "has 1 class folders"),
         (lambda folder: (folder / "void").mkdir(), "void"),
-        (lambda folder: (folder / "class1" / "009.jpg").write_text("no image"), "009.jpg"),
+        (lambda folder: (folder / "class1" / "009.jpg").write_text("text"), "009.jpg"),
         (lambda folder: os.truncate(folder / "class1" / "001.png", 100), "001.png"),
     ],
     ids=["missing", "no-class", "one-class", "empty-class", "text", "truncated"],
@@ -227,9 +227,9 @@ def test_cmyk_and_palette_images_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_upright(tmp_path, orientation):
-    upright = np.zeros((8, 8, 3), np.uint8)  # asymmetric: a bright corner, and a lesser one at its right
+    upright = np.zeros((8, 8, 3), np.uint8)  # asymmetric: a bright corner, and a darker one to its right
     upright[:4, :4], upright[:4, 4:] = 255, 100
-    # how a camera held that way stores it: the EXIF standard's row 0 and column 0 for each orientation
+    # how a camera stores it: the EXIF standard defines row 0 and column 0 for each orientation
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -268,7 +268,7 @@ def test_batches_reach_the_model_as_numbers_from_0_to_1(image_folder):
             assert same is labels
             wanted = raw.numpy().astype(np.float64)
             wanted[flip.numpy()] = wanted[flip.numpy()][..., ::-1]
-            assert np.abs(images.numpy() * 255.0 - wanted).max() < 1e-4  # where a pixel in the wrong place is 1 off
+            assert np.abs(images.numpy() * 255.0 - wanted).max() < 1e-4  # a pixel in the wrong place would be off by 1
 
 
 def test_digits_keep_their_own_size_until_they_are_on_the_device():
@@ -283,17 +283,17 @@ def test_digits_keep_their_own_size_until_they_are_on_the_device():
     images, _ = data.on_after_batch_transfer(batch, 0)
     assert images.shape == (4, 3, 32, 32)
     assert 0 <= images.min() < images.max() <= 1
-    # four pixels share an old one: linear interpolation keeps the mean, but for the border
+    # linear interpolation keeps the mean, except at the border
     assert float((images.mean() - batch[0].float().mean() / 255).abs()) < 0.02
 
 
-def test_an_epoch_depends_on_seed_task_and_epoch_alone(image_folder):
+def test_an_epoch_depends_only_on_seed_task_and_epoch(image_folder):
     folder = str(image_folder("colours", images=30))
     wanted = epoch_of(stream(TaskConfig("colours", folder)), 3)
     data = stream(TaskConfig("other", folder), TaskConfig("colours", folder))
     data.select(1)
     torch.rand(7)
-    epoch_of(data, 0)  # neither what came before, nor the other tasks, nor the size of batches
+    epoch_of(data, 0)  # earlier epochs, other tasks and the batch size change nothing
     data.batch_size = 7
     assert all(torch.equal(a, b) for a, b in zip(epoch_of(data, 3), wanted, strict=True))
 
@@ -301,7 +301,7 @@ def test_an_epoch_depends_on_seed_task_and_epoch_alone(image_folder):
 @pytest.mark.parametrize("change", ["epoch", "seed", "task"])
 def test_order_and_flips_change_with(image_folder, change):
     folder = image_folder("colours", images=30)
-    for split in ("val", "test"):  # given splits, so that the seed decides the order alone
+    for split in ("val", "test"):  # with given splits, the seed decides only the order
         image_folder(f"given/{split}", images=3, seed=1)
     folder.rename(folder.parent / "given" / "train")
     task = TaskConfig("colours", str(folder.parent / "given"))
@@ -339,7 +339,7 @@ def test_transforms_are_seeded_by_image_and_epoch(image_folder):
     first, state = epoch_of(data), torch.get_rng_state()
     torch.manual_seed(0)
     plain = epoch_of(stream(TaskConfig("colours", folder)))
-    assert torch.equal(torch.get_rng_state(), state)  # the randomness of dropout is left alone
+    assert torch.equal(torch.get_rng_state(), state)  # the random state that dropout uses is unchanged
     assert torch.equal(first[1], plain[1])
     assert not torch.equal(first[0], plain[0])
     torch.manual_seed(9)
@@ -349,7 +349,7 @@ def test_transforms_are_seeded_by_image_and_epoch(image_folder):
         assert torch.equal(epoch_of(data)[0], first[0])
 
 
-def test_transforms_draw_anew_in_every_epoch_and_spare_evaluation(image_folder):
+def test_transforms_differ_between_epochs_and_skip_evaluation(image_folder):
     folder = str(image_folder("colours"))
     data = stream(TaskConfig("colours", folder, flip=False, transforms=[v2.ColorJitter(0.9)]))
     means = [sorted(epoch_of(data, epoch)[0].float().mean((1, 2, 3)).tolist()) for epoch in (0, 1)]
@@ -376,7 +376,7 @@ def test_shares_of_evaluation_cover_every_image_once(image_folder, replicas):
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 4])
-def test_shares_of_training_are_equally_long_and_cover_every_image(image_folder, replicas):
+def test_shares_of_training_have_equal_length_and_cover_every_image(image_folder, replicas):
     dataset = stream(TaskConfig("colours", str(image_folder("colours", images=17)))).plain_dataloader("train").dataset
     samplers = [TaskSampler(dataset, replicas, rank, shuffle=True, seed=1) for rank in range(replicas)]
     for sampler in samplers:
@@ -410,7 +410,7 @@ def test_selecting_changes_the_current_task(image_folder):
         *(([TaskConfig(name)], repr(name)) for name in ("", "../up", "a/b", ".hidden", "new\nline")),
     ],
 )
-def test_a_stream_that_cannot_be_learnt_names_the_task(tasks, named):
+def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
     with pytest.raises(DataError, match=re.escape(named)):
         SequentialTaskDataModule(tasks).check()
 
