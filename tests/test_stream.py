@@ -444,7 +444,7 @@ def test_a_damaged_checkpoint_is_named_and_the_task_begun_anew(run, tiny_fit, tm
     content[largest.header_offset + 200] ^= 1
     last.write_bytes(content)
     assert main(tiny_fit("--resume", "true", run_dir=damaged)) == 0
-    assert f"{last} is damaged; the task begins anew" in capsys.readouterr().out.replace("\n", "")
+    assert f"{last} is damaged; the task is trained again from its start" in capsys.readouterr().out.replace("\n", "")
     assert patches(damaged) == patches(run)
 
 
