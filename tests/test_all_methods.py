@@ -14,7 +14,15 @@ from conftest import ROOT, TINY_VIT
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 import recast_pl as rp
-from recast_pl import BackboneConfig, BankLayout, SequentialTaskDataModule, SharedState, TaskConfig, TaskPatch, TILModule
+from recast_pl import (
+    BackboneConfig,
+    BankLayout,
+    SequentialTaskDataModule,
+    SharedState,
+    TaskConfig,
+    TaskPatch,
+    TILModule,
+)
 from recast_pl.learning.checkpoint import trainable_state
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
@@ -80,12 +88,6 @@ METHODS = {
 ISOLATED = {name: make for name, make in METHODS.items() if all(piece.isolated for piece in make()[1])}
 SHARED = {name: make for name, make in METHODS.items() if name not in ISOLATED}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture
-def data(image_folder):
-    tasks = [TaskConfig(n, str(image_folder(n, c, seed=c))) for n, c in (("first", 3), ("second", 2))]
-    return SequentialTaskDataModule(tasks, image_size=32, batch_size=4)
 
 
 @pytest.fixture(params=METHODS)
@@ -171,6 +173,19 @@ def test_a_patch_file_gives_identical_logits_in_a_fresh_process_like_module(modu
     assert torch.equal(logits(fresh, images), expected)
 
 
+def test_a_patch_in_half_precision_loads_and_unpacks_in_that_of_the_network(module):
+    module.build(32)
+    module.begin_task("first", ["a", "b"])
+    for piece in module.pieces:
+        state = {n: t.half() if t.is_floating_point() else t for n, t in piece.task_state().items()}
+        piece.load_task_state(state)
+        assert {p.dtype for p in piece.parameters.values()} <= {torch.float32}
+        unpacked = piece.unpack({n: t[None] for n, t in state.items()})
+        for tensor, (values,) in (unpacked or {}).items():
+            assert values.dtype == tensor.dtype
+            assert torch.equal(values, tensor)
+
+
 def test_a_task_starts_from_the_pretrained_features(isolated, data):
     module = isolated
     module.build(32)
@@ -191,7 +206,7 @@ def test_old_tasks_are_used_with_what_is_shared_after_the_last(sharing, data, tm
     module.activate(first)
     expected = logits(module, images)
     assert expected.shape == before.shape
-    if not {"HAT", "Growth"} & set(module.method):  # whose units, or templates, of old tasks are kept
+    if not {"HAT", "Growth"} & set(module.method):  # they protect units, or templates, of old tasks
         assert not torch.equal(expected, before)
     torch.manual_seed(0)
     fresh = TILModule(*SHARED[request.node.callspec.params["sharing"]]())
@@ -213,7 +228,7 @@ def test_trains_in_bf16_mixed(module, data):
 
 
 class Change(L.Callback):
-    """What training has done to all that is trained."""
+    """How training has changed everything that is trained."""
 
     def on_train_start(self, trainer, pl_module):
         self.before = trainable_state(pl_module)
@@ -223,12 +238,12 @@ class Change(L.Callback):
 
 
 QUICK = ("recast-vit", "clr-resnet")
-# methods whose tasks share weights may look at each batch by itself: they draw from a buffer, or harden masks
+# methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks
 STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ISOLATED]
 
 
 def change_in_an_epoch(name, folder, batch_size, **settings):
-    """Of plain gradient descent on 18 images: with all of them in a batch, the negative gradient."""
+    """The change by plain gradient descent on 18 images: the negative gradient, if one batch holds them all."""
     torch.manual_seed(0)
     backbone, pieces = METHODS[name]()
     for piece in pieces:
@@ -241,7 +256,7 @@ def change_in_an_epoch(name, folder, batch_size, **settings):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_half_batches_that_are_accumulated_are_a_whole_one_and_clipping_bounds_the_step(name, image_folder):
+def test_accumulated_half_batches_equal_a_whole_one_and_clipping_bounds_the_step(name, image_folder):
     folder = image_folder("first", 3)
     whole = change_in_an_epoch(name, folder, 18)
     halves = change_in_an_epoch(name, folder, 9, accumulate_grad_batches=2)

@@ -28,12 +28,11 @@ from recast_pl import (
     LoRA,
     LwF,
     Recast,
-    SequentialTaskDataModule,
-    TaskConfig,
     TaskPatch,
     TILModule,
 )
 from recast_pl.errors import MethodError, PatchError
+from recast_pl.learning.checkpoint import trainable_state
 from recast_pl.learning.patch import SharedState
 from recast_pl.methods.buffer import Buffer, Samples
 from recast_pl.methods.derpp import logit_distance
@@ -49,10 +48,19 @@ def two_layers():
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 5))
 
 
+class Module(TILModule):
+    """Without a datamodule: augments nothing."""
+
+    plain_images = None
+
+    def augment(self, images, tasks):
+        return images
+
+
 def learner(*pieces, classes=3, old=(), backbone="test_sharing.two_layers", size=4):
     """A module in the middle of a task after tasks with `old` classes, in float64."""
     torch.manual_seed(0)
-    module = TILModule(BackboneConfig(backbone, "random"), pieces)
+    module = Module(BackboneConfig(backbone, "random"), pieces)
     module.build(size)
     for count in old:
         module.old_heads.append(nn.Linear(module.backbone.num_features, count))
@@ -81,11 +89,6 @@ def kept(ewc, kind):
     """What EWC remembers of each weight, `fisher` or `anchor`."""
     tensors = ewc.memory.tensors.items()
     return {name.removeprefix(f"{kind}:"): tensor for name, tensor in tensors if name.startswith(kind)}
-
-
-def plain(module):
-    """Neither mirrors images nor mirrors them back."""
-    module.unaugmented, module.augmented = lambda images: images, lambda images, tasks: images
 
 
 # heads
@@ -299,17 +302,16 @@ def test_images_are_kept_as_the_bytes_they_were():
     piece = ERACE(per_class=4)
     module = learner(FineTune(), piece, classes=2)
     pixels = torch.arange(2 * 48, dtype=torch.uint8).view(2, 3, 4, 4)
-    plain(module)
-    piece.keep(step_of(module, pixels.double() / 255, torch.tensor([0, 1])))
+    module.plain_images = pixels.double() / 255
+    piece.keep(step_of(module, torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1])))
     assert torch.equal(piece.buffer.kept.images, pixels)
-    assert torch.equal(piece.buffer.kept.pixels, pixels.float() / 255)
 
 
 def test_the_incoming_loss_of_er_ace_knows_only_the_classes_of_its_batch():
     piece = ERACE(per_class=5)
     module = learner(FineTune(), piece, classes=4, old=(2,))
-    plain(module)
     images, _ = some(3, 4)
+    module.plain_images = images
     labels = torch.tensor([0, 2, 2])
     step = step_of(module, images, labels)
     ours = F.cross_entropy(piece.incoming(step.logits, labels), labels)
@@ -327,7 +329,7 @@ def test_the_incoming_loss_of_er_ace_knows_only_the_classes_of_its_batch():
 def test_the_two_terms_of_der():
     piece = DERPP(alpha=0.7, beta=0.4, per_class=10)
     module = learner(FineTune(), piece, classes=3, old=(2,))
-    plain(module)
+    module.plain_images = torch.rand(2, 3, 4, 4)
     stored = torch.tensor([[1.0, 2.0, -INF], [0.5, -0.5, 1.5]])
     images = (torch.rand(2, 3, 4, 4) * 255).to(torch.uint8)
     piece.buffer.add(Samples(images, torch.tensor([1, 2]), torch.tensor([0, 1]), stored))
@@ -345,8 +347,7 @@ def test_the_two_terms_of_der():
 def test_the_draws_of_der_are_independent(monkeypatch):
     piece = DERPP(per_class=50)
     module = learner(FineTune(), piece, classes=2)
-    plain(module)
-    monkeypatch.setattr(Samples, "pixels", property(lambda self: self.images.double() / 255))
+    module.plain_images = torch.rand(8, 3, 4, 4)
     piece.buffer.add(samples(40, logits=torch.zeros(40, 2), size=4))
     drawn, draw = [], Buffer.draw
 
@@ -589,7 +590,8 @@ def test_inflora_watches_the_inputs_of_linear_layers_and_convolutions():
     piece.attach(network)
 
     class Lesson:
-        backbone = network
+        def current(self):
+            return network, None
 
         def batches(self, split):
             yield from ((x, None) for x in images.split(2))
@@ -753,7 +755,7 @@ def test_what_guards_remember_moves_with_the_module():
     assert {t.dtype for guard in (ewc, lwf, hat) for t in guard.memory.tensors.values()} == {torch.float64}
     assert all(len(guard.memory.tensors) for guard in (ewc, lwf, hat))
     assert not any(p.requires_grad for p in module.memories.parameters())
-    assert not [n for n in module.trainable_state() if n.startswith("memories")]
+    assert not [n for n in trainable_state(module) if n.startswith("memories")]
 
 
 def test_a_shared_state_that_does_not_fit_is_refused(tmp_path):

@@ -5,17 +5,17 @@ import dataclasses
 import lightning as L
 import pytest
 import torch
-from test_all_methods import QUIET, VIT, VIT_ATTENTION, VIT_MLP, data, fit, recast  # noqa: F401
+from test_all_methods import QUIET, RESNET, VIT, VIT_MLP, fit
 from torch import nn
 
 import recast_pl as rp
 from recast_pl import BackboneConfig, BankLayout, LinearProbe, Recast, TaskPatch, TILModule
-from recast_pl.errors import DecompositionError, PatchError, RunError
+from recast_pl.errors import DecompositionError, MethodError, PatchError, RunError
 from recast_pl.learning.probe import Features, fit_probe
 from recast_pl.methods.piece import Piece
 
 
-def test_averaging_many_sets_loses_no_bit_when_a_patch_returns(data):
+def test_averaging_many_sets_loses_no_bit_when_a_patch_is_loaded(data):
     # the mean of seven equal numbers need not be that number again, hence the single set
     torch.manual_seed(0)
     module = TILModule(VIT, [Recast(dataclasses.replace(VIT_MLP, coefficient_sets=7), learning_rate=0.1)])
@@ -123,7 +123,7 @@ def test_equal_patches_are_equal_files(tmp_path):
     assert TaskPatch.load(str(tmp_path / "a")).to_bytes() == patch.to_bytes()
 
 
-def test_recast_wants_a_layout_or_a_file():
+def test_recast_needs_a_layout_or_a_file():
     with pytest.raises(DecompositionError, match="neither"):
         Recast()
     with pytest.raises(DecompositionError, match="both"):
@@ -139,8 +139,30 @@ def test_each_piece_has_its_own_learning_rate(data):
     assert sum(p.numel() for p in groups["Recast"]["params"]) == 96
 
 
+def test_parameter_groups_of_two_pieces_of_a_class_have_names_of_their_own():
+    module = TILModule(VIT, [rp.LoRA(), rp.LoRA(targets=["mlp"]), rp.Growth(), rp.Growth(rank=2)])
+    module.build(32)
+    module.begin_task("task", ["a", "b"])
+    names = [group["name"] for group in module.configure_optimizers()[0][0].param_groups]
+    assert names == ["head", "LoRA", "LoRA_1", "Growth factors", "Growth_1 factors"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pieces", "named"),
+    [
+        (RESNET, lambda: [rp.AdaptFormer(), rp.CLR()], "CLR and a piece before it extend the same Conv2d"),
+        (VIT, lambda: [rp.AdaptFormer(), rp.AdaptFormer()], "AdaptFormer and a piece before it extend the same"),
+        (RESNET, lambda: [rp.FineTune(), rp.HAT(), rp.CLR()], "CLR and a piece before it extend the same Conv2d"),
+        (VIT, lambda: [rp.L2P(), rp.L2P()], "L2P and a piece before it extend the same"),
+    ],
+)
+def test_pieces_that_extend_the_same_module_are_refused(backbone, pieces, named):
+    with pytest.raises(MethodError, match=named):
+        TILModule(backbone, pieces()).build(32)
+
+
 class _Penalty(Piece):
-    """A piece that only adds to the loss, and thereby turns the head's bias."""
+    """A piece that only adds to the loss, and so changes the head's bias."""
 
     def loss(self, step):
         assert step.images.ndim == 4
@@ -200,7 +222,7 @@ def test_the_probe_keeps_its_best_epoch():
     assert best >= validation.score(last)[0]
 
 
-def test_what_was_forgotten_is_said(data):
+def test_a_missing_call_is_named(data):
     module = TILModule(VIT, [LinearProbe()])
     with pytest.raises(RunError, match="build"):
         module.begin_task("task", ["a", "b"])

@@ -36,11 +36,6 @@ class Samples(NamedTuple):
         """The same samples on a device."""
         return Samples(*(part.to(device) for part in self))
 
-    @property
-    def pixels(self) -> Tensor:
-        """The images in [0, 1]."""
-        return self.images.float() / 255
-
 
 class Buffer:
     """A bounded buffer of images on the CPU, of 3·S² bytes each.
@@ -85,15 +80,14 @@ class Buffer:
         """The samples that it holds; None before anything was added."""
         return None if self._slots is None else Samples(*(part[: self._count] for part in self._slots))
 
-    def draw(self, count: int, device: torch.device) -> Samples:
+    def draw(self, count: int) -> Samples:
         """Draws samples at random without replacement; they stay in the buffer.
 
         Args:
             count: How many; all if it holds fewer.
-            device: Where to put them.
         """
         assert self._slots is not None
-        return self._slots.take(torch.randperm(len(self))[:count]).to(device)
+        return self._slots.take(torch.randperm(len(self))[:count])
 
     def add(self, samples: Samples) -> None:
         """Offers samples to the buffer, in order.
@@ -183,8 +177,8 @@ class Buffer:
 class Replay(Guard):
     """A piece that trains on images of earlier tasks again.
 
-    As in the reference implementations, the buffer holds images before they are mirrored at random, and replayed images
-    are mirrored at random once more. The `transforms` of a task, if it has any, stay in its stored images.
+    As in the reference implementations, the buffer holds images before augmentation, and replayed images are augmented
+    again, each as its own task asks.
 
     Args:
         balanced: See `Buffer`.
@@ -205,24 +199,30 @@ class Replay(Guard):
 
     def begin_task(self) -> None:
         """Raises the capacity for the classes of the task."""
-        assert self.learner.head is not None
-        self.buffer.classes += self.learner.head.out_features
+        self.buffer.classes += self.learner.current()[1].out_features
 
     def restart(self) -> None:
         """Keeps the buffer."""
 
     def keep(self, step: Step) -> None:
         """Offers the images of a step, from all processes, to the buffer."""
-        images = (self.learner.unaugmented(step.images) * 255).round().to(torch.uint8)
+        images = to_uint8(self.learner.plain_images)
         tasks = torch.full_like(step.labels, self.task)
         for samples in _of_all_processes(Samples(images, step.labels, tasks, step.logits.detach().float())):
             self.buffer.add(samples)
 
-    def logits(self, samples: Samples) -> Tensor:
-        """What the samples' own heads output now for the images, augmented again (B, C)."""
-        assert self.learner.backbone is not None
-        images = self.learner.augmented(samples.pixels, samples.tasks)
-        return self.learner.own_logits(self.learner.backbone(images), samples.tasks)
+    def draw(self, step: Step) -> tuple[Tensor, Samples]:
+        """Draws as many samples as a step has images.
+
+        Returns:
+            What the samples' own heads output now for the images, augmented again (B, C), and the samples, both on the
+            device of the step.
+        """
+        samples = self.buffer.draw(len(step.labels))
+        images = self.learner.augment(samples.images, samples.tasks)
+        samples = samples.to(step.images.device)
+        features = self.learner.current()[0](images.to(step.images) / 255)
+        return self.learner.own_logits(features, samples.tasks), samples
 
     def shared_state(self) -> dict[str, Tensor]:
         """The buffer."""
@@ -233,6 +233,11 @@ class Replay(Guard):
         self.buffer.load_state(state)
 
     training_state, load_training_state = shared_state, load_shared_state  # the buffer in the middle of a task
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] as bytes."""
+    return (images * 255).round().to(torch.uint8)
 
 
 def widen(logits: Tensor, width: int) -> Tensor:

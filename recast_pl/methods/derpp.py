@@ -20,8 +20,8 @@ from recast_pl.methods.piece import Step
 class DERPP(Replay):
     """Dark experience replay++ (Buzzega et al., 2020): α·‖z − z₀‖² and β·cross-entropy of replayed images.
 
-    List it after `FineTune`, which trains the weights. The buffer holds images before they are mirrored at random, and
-    replayed images are mirrored at random again; a task's `transforms` stay in its stored images.
+    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation, and replayed images
+    are augmented again.
 
     Args:
         alpha: α.
@@ -45,10 +45,8 @@ class DERPP(Replay):
         """The two terms; then the batch is offered to the buffer."""
         term = None
         if len(self.buffer):
-            count, device = len(step.labels), step.images.device
-            dark, again = self.buffer.draw(count, device), self.buffer.draw(count, device)
-            term = self.alpha * logit_distance(self.logits(dark), dark.logits)
-            term = term + self.beta * F.cross_entropy(self.logits(again), again.labels)
+            (logits, dark), (others, again) = self.draw(step), self.draw(step)
+            term = self.alpha * logit_distance(logits, dark.logits) + self.beta * F.cross_entropy(others, again.labels)
         self.keep(step)
         return term
 

@@ -20,8 +20,8 @@ from recast_pl.methods.piece import Step
 class ERACE(Replay):
     """Experience replay with asymmetric cross-entropy (Caccia et al., 2022).
 
-    List it after `FineTune`, which trains the weights. The buffer holds images before they are mirrored at random, and
-    replayed images are mirrored at random again; a task's `transforms` stay in its stored images.
+    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation, and replayed images
+    are augmented again.
 
     Args:
         per_class: Images kept of each class; None to bound them in total.
@@ -43,7 +43,7 @@ class ERACE(Replay):
         """Cross-entropy of as many replayed images as the batch has; then the batch is offered to the buffer."""
         term = None
         if len(self.buffer):
-            samples = self.buffer.draw(len(step.labels), step.images.device)
-            term = F.cross_entropy(self.logits(samples), samples.labels)
+            logits, samples = self.draw(step)
+            term = F.cross_entropy(logits, samples.labels)
         self.keep(step)
         return term

@@ -73,9 +73,7 @@ class EWC(Guard):
     @torch.enable_grad()
     def _information(self) -> dict[str, Tensor]:
         """The Fisher information of each shared weight from the current task."""
-        backbone, head, weights = self.learner.backbone, self.learner.head, self.shared_weights()
-        assert backbone is not None
-        assert head is not None
+        (backbone, head), weights = self.learner.current(), self.shared_weights()
         squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         count = 0
         for images, labels in self.learner.batches("train"):

@@ -10,14 +10,14 @@ Deviations: there is no CutMix, and training starts from pretrained weights, as 
 
 import torch
 
-from recast_pl.methods.buffer import Replay, Samples
+from recast_pl.methods.buffer import Replay, Samples, to_uint8
 
 
 class GDumb(Replay):
     """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains from the start on a balanced buffer.
 
-    List it after `FineTune`, which trains the weights. Images of the buffer are mirrored at random where their task
-    asks for it; a task's `transforms` are not applied to them.
+    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation; training augments
+    them as their own tasks ask.
 
     Args:
         per_class: Images kept of each class; None to bound them in total.
@@ -42,6 +42,5 @@ class GDumb(Replay):
 
     def _fill(self) -> None:
         for images, labels in self.learner.batches("train"):
-            pixels = (images * 255).round().to(torch.uint8)
             tasks = torch.full_like(labels, self.task)
-            self.buffer.add(Samples(pixels, labels, tasks, torch.empty(len(labels), 0)))
+            self.buffer.add(Samples(to_uint8(images), labels, tasks, torch.empty(len(labels), 0)))

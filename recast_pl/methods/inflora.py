@@ -214,12 +214,10 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
             return add
 
         handles = [site.register_forward_pre_hook(summing(name)) for name, (site, _) in self._sites.items()]
-        backbone = self.learner.backbone
-        assert backbone is not None
         try:
             with torch.no_grad():
                 for images, _ in self.learner.batches("train"):
-                    backbone(images)
+                    self.learner.current()[0](images)
         finally:
             for handle in handles:
                 handle.remove()

@@ -49,15 +49,14 @@ class LwF(Guard):
 
     def loss(self, step: Step) -> Tensor | None:
         """The distillation of all earlier heads; None during the first task."""
-        backbone, heads, teacher = self.learner.backbone, self.learner.old_heads, self.memory.tensors
+        teacher = self.memory.tensors
         if not teacher:
             return None
-        assert backbone is not None
         weights = {name.removeprefix("backbone:"): p for name, p in teacher.items() if name.startswith("backbone:")}
         with torch.no_grad():
-            features = functional_call(backbone, weights, (step.images,))  # (B, D)
+            features = functional_call(self.learner.current()[0], weights, (step.images,))  # (B, D)
         terms = []
-        for index, head in enumerate(heads):
+        for index, head in enumerate(self.learner.old_heads):
             before = F.linear(features, teacher[f"head:{index}.weight"], teacher[f"head:{index}.bias"])
             target = (before / self.temperature).softmax(1)
             terms.append(F.cross_entropy(head(step.features) / self.temperature, target))

@@ -40,9 +40,8 @@ class Learner(Protocol):
     def backbone(self) -> nn.Module | None:
         """Maps images (B, 3, S, S) in [0, 1] to features (B, D); None before it is built."""
 
-    @property
-    def head(self) -> nn.Linear | None:
-        """The head of the current task; None before the first task."""
+    def current(self) -> tuple[nn.Module, nn.Linear]:
+        """The backbone, and the head of the current task."""
 
     @property
     def old_heads(self) -> nn.ModuleList:
@@ -58,14 +57,15 @@ class Learner(Protocol):
     def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images in [0, 1] and labels of a split of the current task, in order, not augmented, on the device."""
 
+    @property
+    def plain_images(self) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] of the current training batch, before augmentation."""
+
+    def augment(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Augments plain images, uint8 (B, 3, S, S), as their own tasks (B,) ask."""
+
     def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
         """Trains the current task on other images: uint8 (N, 3, S, S), labels (N,), positions of tasks (N,)."""
-
-    def unaugmented(self, images: Tensor) -> Tensor:
-        """The images (B, 3, S, S) of the current training batch as they were before they were mirrored at random."""
-
-    def augmented(self, images: Tensor, tasks: Tensor) -> Tensor:
-        """Mirrors stored images (B, 3, S, S) at random, where the image's own task (B,) asks for it."""
 
     def restart(self) -> None:
         """Resets the heads, and what tasks share, to where the first task began."""
