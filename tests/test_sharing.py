@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 
+import lightning as L
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY_VIT
+from test_all_methods import QUIET
 from torch import nn
 
 from recast_pl import (
@@ -28,6 +30,8 @@ from recast_pl import (
     LoRA,
     LwF,
     Recast,
+    SequentialTaskDataModule,
+    TaskConfig,
     TaskPatch,
     TILModule,
 )
@@ -296,6 +300,44 @@ def test_a_buffer_returns_from_its_state():
     empty = Buffer(False, 2, None)
     empty.load_state(Buffer(False, 2, None).state())
     assert len(empty) == 0
+
+
+class Invert(nn.Module):
+    def forward(self, image):
+        return 255 - image
+
+
+@pytest.mark.parametrize("guard", [ERACE, DERPP, GDumb])
+def test_a_buffer_holds_plain_images_which_training_augments_as_their_tasks_ask(guard, image_folder):
+    torch.manual_seed(0)
+    first = TaskConfig("first", str(image_folder("first", size=4)), transforms=[Invert()])
+    second = TaskConfig("second", str(image_folder("second", classes=2, size=4, seed=1)), flip=False)
+    data = SequentialTaskDataModule([first, second], image_size=4, batch_size=6)
+    piece = guard(per_class=4, total=None)
+    module = TILModule(BackboneConfig("test_sharing.two_layers", "random"), [FineTune(), piece])
+    plain, inputs, trained, own_logits = [], [], [], module.own_logits
+
+    def watch(features, tasks):
+        trained.extend(zip(tasks.tolist(), inputs[-1], strict=True))
+        return own_logits(features, tasks)
+
+    module.build(4).register_forward_pre_hook(lambda _, args: inputs.append((args[0] * 255).round().to(torch.uint8)))
+    module.own_logits = watch
+    for index in range(2):
+        data.select(index)
+        L.Trainer(max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, **QUIET).fit(module, datamodule=data)
+        plain += [image for images, *_ in data.plain_dataloader("train") for image in images]
+
+    def is_one_of(images, image):
+        return any(torch.equal(image, other) for other in images)
+
+    assert len(piece.buffer) == 20
+    assert all(is_one_of(plain, image) for image in piece.buffer.kept.images)
+    unmirrored = {0: [255 - image for image in plain], 1: plain}
+    mirrored = {task: [image.flip(-1) for image in images] for task, images in unmirrored.items()}
+    assert all(is_one_of(unmirrored[task] + mirrored[task], image) for task, image in trained)
+    assert {task for task, image in trained if is_one_of(mirrored[task], image)} == {0}
+    assert {task for task, image in trained if is_one_of(unmirrored[task], image)} == {0, 1}
 
 
 def test_images_are_kept_as_the_bytes_they_were():

@@ -1,7 +1,6 @@
 """AdaptFormer: a small bottleneck in parallel to the MLP of each block.
 
-Chen, Ge, Tong, Wang, Song, Wang and Luo, "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition",
-NeurIPS 2022.
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022.
 
     x' = x + MLP(norm(x)) + s · up(ReLU(down(x))), where x is the block's state after attention
 

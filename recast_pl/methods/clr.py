@@ -1,6 +1,6 @@
 """CLR: a small convolution of each channel after the convolutions of the network.
 
-Ge, Li, Li, Xu, Xia, Zhang and Itti, "CLR: Channel-wise Lightweight Reprogramming for Continual Learning", ICCV 2023.
+Ge et al., "CLR: Channel-wise Lightweight Reprogramming for Continual Learning", ICCV 2023.
 
     y'_c = k_c * y_c for each channel c of a convolution's output y; the 3×3 kernel k_c starts as the identity
 

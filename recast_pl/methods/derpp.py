@@ -1,7 +1,6 @@
 """DER++: replayed images keep their logits as well as their labels.
 
-Buzzega, Boschini, Porrello, Abati and Calderara, "Dark Experience for General Continual Learning: a Strong, Simple
-Baseline", NeurIPS 2020.
+Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline", NeurIPS 2020.
 
     loss = cross-entropy(new images) + α · mean squared error(z, z₀) + β · cross-entropy(replayed images)
 

@@ -1,6 +1,6 @@
 """DoRA: a low-rank update of each weight's direction, and a trained magnitude for each row.
 
-Liu, Wang, Yin, Molchanov, Wang, Cheng and Chen, "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024.
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024.
 
     W' = m · V / ‖V‖, with V = W + (alpha / r) · B·A and one norm and magnitude for each row; m starts at ‖W‖
 
@@ -8,12 +8,10 @@ As in section 4.3 of the paper, the gradient treats the norm as a constant.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recast_pl.methods.adaptation import Part
 from recast_pl.methods.lora import LoRA, LowRank
 
 
@@ -46,13 +44,11 @@ class DoRA(LoRA):
 
     Args:
         rank: r.
-        parts: Which parts of fused query-key-value weights to adapt (any sequence); other weights are adapted whole.
-
-    Raises:
-        MethodError: If the rank is below 1, or there are no parts.
+        alpha: α; None for r, so that the factor is 1.
+        targets: Regular expressions for names of weights.
+        parts: Which parts of fused query-key-value weights to adapt (any sequence); None for all three.
+        learning_rate: Learning rate of all parameters; None for that of the head.
     """
 
     adaptation = MagnitudeDirection
-
-    def __init__(self, rank: int = 1, *, parts: tuple[Part, ...] = ("q", "k", "v"), **options: Any) -> None:
-        super().__init__(rank, parts=parts, **options)
+    default_parts = ("q", "k", "v")

@@ -1,7 +1,6 @@
 """ER-ACE: experience replay in which the loss of new images ignores classes that the batch does not hold.
 
-Caccia, Aljundi, Asadi, Tuytelaars, Pineau and Belilovsky, "New Insights on Reducing Abrupt Representation Change in
-Online Continual Learning", ICLR 2022.
+Caccia et al., "New Insights on Reducing Abrupt Representation Change in Online Continual Learning", ICLR 2022.
 
     loss = cross-entropy(new images, classes of the batch) + cross-entropy(replayed images, all classes of their heads)
 

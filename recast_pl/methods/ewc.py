@@ -1,6 +1,6 @@
 """EWC: a quadratic penalty on changes of the weights that mattered to earlier tasks.
 
-Kirkpatrick, Pascanu, Rabinowitz et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017.
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017.
 
     loss = cross-entropy + Σ_t ½·λ·F_t·(θ − θ_t)²
 

@@ -98,10 +98,10 @@ class Growth(WeightPiece[Grown]):
         learning_rate: float | None = None,
         growing_rate: float | None = None,
     ) -> None:
-        super().__init__(targets, learning_rate)
-        self.tasks, self.rank, self.growing_rate = tasks, rank, growing_rate
         if min(tasks, rank) < 1:
             raise MethodError(f"Growth: tasks={tasks} and rank={rank} must be at least 1; or remove the piece")
+        super().__init__(targets, learning_rate)
+        self.tasks, self.rank, self.growing_rate = tasks, rank, growing_rate
         self.templates: list[Tensor] = []
         """For each task that has left templates their factors, target after target (Σ r·(rows + columns),)."""
 

@@ -40,9 +40,5 @@ class Guard(Piece):
     def shared_weights(self) -> dict[str, nn.Parameter]:
         """The weights to protect, by their name in the backbone."""
         assert self.learner.backbone is not None
-        return self.shared_among(self.learner.backbone)
-
-    def shared_among(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of a network that the protected pieces train, by name."""
         trained = {id(parameter) for piece in self.protected for parameter in piece.parameters.values()}
-        return {name: parameter for name, parameter in network.named_parameters() if id(parameter) in trained}
+        return {name: p for name, p in self.learner.backbone.named_parameters() if id(p) in trained}

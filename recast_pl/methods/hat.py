@@ -1,6 +1,6 @@
 """HAT: a mask on units for each task; what the masks of earlier tasks use is protected.
 
-Serrà, Surís, Miron and Karatzoglou, "Overcoming Catastrophic Forgetting with Hard Attention to the Task", ICML 2018.
+Serrà et al., "Overcoming Catastrophic Forgetting with Hard Attention to the Task", ICML 2018.
 
     mask a = sigmoid(s · e); s rises from 1/s_max to s_max in each epoch
     step of the weight from unit j to unit i ∝ 1 − min(used_i, used_j), with used = maximum of earlier tasks' masks
@@ -82,7 +82,6 @@ class HAT(Guard):
         self.sparsity, self.hardest, self.start = sparsity, hardest, start
         self.masks: dict[str, UnitMask] = {}
         """By name of the layer that reads the masked units; filled by `attach`."""
-        self._network = nn.Module()
         self._into: dict[str, str] = {}  # name of a weight, to the mask on the units it leads into
         self._from: dict[str, str] = {}  # and to the mask on the units it comes from
         self._before: dict[str, Tensor] = {}
@@ -93,7 +92,6 @@ class HAT(Guard):
         Raises:
             MethodError: If there are none.
         """
-        self._network = network
         for path, block in list(network.named_modules()):
             for first, between, second in _CONSECUTIVE:
                 layers = [getattr(block, name, None) for name in (first, second)]
@@ -115,8 +113,7 @@ class HAT(Guard):
         for mask in self.masks.values():
             mask.scale = 1 / self.hardest + (self.hardest - 1 / self.hardest) * progress
         if self.memory.tensors:
-            weights = self.shared_among(self._network)
-            self._before = {name: weight.detach().clone() for name, weight in weights.items()}
+            self._before = {name: weight.detach().clone() for name, weight in self.shared_weights().items()}
 
     def loss(self, step: Step) -> Tensor:
         """λ·Σ a·(1 − used) / Σ (1 − used) over all units."""
@@ -128,10 +125,10 @@ class HAT(Guard):
     @torch.no_grad()
     def end_step(self) -> None:
         """Undoes the step where weights are in use; until the next step, masks are those of evaluation."""
-        weights = self.shared_among(self._network) if self._before else {}
-        for name, before in self._before.items():
-            weight = weights[name]
-            weight.copy_(torch.lerp(before, weight, self.freedom(name, weight).to(weight.dtype).expand_as(weight)))
+        weights = self.shared_weights() if self._before else {}
+        for name, weight in weights.items():
+            free = self.freedom(name.removeprefix("net."), weight).to(weight.dtype)  # the network within the backbone
+            weight.copy_(torch.lerp(self._before[name], weight, free.expand_as(weight)))
         self._before = {}
         for mask in self.masks.values():
             mask.embedding.clamp_(-6, 6)

@@ -1,6 +1,6 @@
 """L2P: tasks share a pool of prompts; each image gets those whose keys are nearest to it.
 
-Wang, Zhang, Lee, Zhang, Sun, Ren, Su, Perot, Dy and Pfister, "Learning to Prompt for Continual Learning", CVPR 2022.
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022.
 
     chosen = the k keys of the highest cosine to q(x), the feature of the frozen network without prompts
     features = mean of the prompts' tokens after the blocks, with the chosen prompts before the image's tokens

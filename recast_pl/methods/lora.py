@@ -1,8 +1,7 @@
 """LoRA, and with rank 1 on queries and values MeLo: a low-rank update of each weight.
 
-Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang and Chen, "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
-Zhu, Shen, Zhao, Wang, Wang, Zhao, Shen and Wang, "MeLo: Low-rank Adaptation is Better than Fine-tuning for Medical
-Image Diagnosis", ISBI 2024.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022. Zhu et al., "MeLo: Low-rank Adaptation is
+Better than Fine-tuning for Medical Image Diagnosis", ISBI 2024.
 
     W' = W + (alpha / r) · B·A, with A (r, columns) and B (rows, r); B starts at 0
 
@@ -73,7 +72,8 @@ class LoRA(WeightPiece[LowRank]):
         rank: r.
         alpha: α; None for r, so that the factor is 1.
         targets: Regular expressions for names of weights.
-        parts: Which parts of fused query-key-value weights to adapt (any sequence); other weights are adapted whole.
+        parts: Which parts of fused query-key-value weights to adapt (any sequence); None for q and v. Other weights are
+            adapted whole.
         learning_rate: Learning rate of all parameters; None for that of the head.
 
     Raises:
@@ -81,19 +81,21 @@ class LoRA(WeightPiece[LowRank]):
     """
 
     adaptation: type[LowRank] = LowRank
+    default_parts: tuple[Part, ...] = ("q", "v")
 
     def __init__(
         self,
         rank: int = 1,
         alpha: float | None = None,
         targets: tuple[str, ...] = (ATTENTION, CONVOLUTIONS),
-        parts: tuple[Part, ...] = ("q", "v"),
+        parts: tuple[Part, ...] | None = None,
         learning_rate: float | None = None,
     ) -> None:
         super().__init__(targets, learning_rate)
-        if rank < 1 or not parts:
+        self.parts = self.default_parts if parts is None else parts
+        if rank < 1 or not self.parts:
             raise MethodError(f"{type(self).__name__}: rank={rank} must be at least 1, and parts={parts} not empty")
-        self.rank, self.scale, self.parts = rank, (rank if alpha is None else alpha) / rank, parts
+        self.rank, self.scale = rank, (rank if alpha is None else alpha) / rank
 
     def adapt(self, name: str, weight: Tensor) -> LowRank:
         """Low-rank factors for the weight, or for the parts of a fused one."""

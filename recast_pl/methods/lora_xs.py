@@ -1,7 +1,6 @@
 """LoRA-XS: a small trained matrix between the leading singular directions of each weight.
 
-Bałazy, Banaei, Aberer and Tabor, "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024
-(arXiv:2405.17604).
+Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024 (arXiv:2405.17604).
 
     W' = W + U_r·Σ_r·R·V_rᵀ, where U·Σ·Vᵀ is the singular value decomposition of W and R (r, r) is trained
 
@@ -59,19 +58,25 @@ class SingularCore(Adaptation):
         y.add_(hidden @ self.left.T)
 
 
-class SingularPiece(CompactPiece[SingularCore]):
-    """A core between the leading singular directions of each weight.
+class LoRAXS(CompactPiece[SingularCore]):
+    """LoRA-XS (Bałazy et al., 2024): W + UΣ·R·Vᵀ, with a core R between the leading singular directions of W.
 
     Args:
-        rank: r.
-        diagonal: Whether the cores are diagonal.
+        rank: r; there are r² numbers for each weight.
         targets: Regular expressions for names of weights.
-        learning_rate: Learning rate of the cores; None for that of the head.
+        learning_rate: Learning rate of the numbers; None for that of the head.
+
+    Raises:
+        MethodError: If the rank is below 1, or not below the number of rows and of columns of a target.
     """
 
-    def __init__(self, rank: int, diagonal: bool, targets: tuple[str, ...], learning_rate: float | None) -> None:
+    diagonal = False
+
+    def __init__(
+        self, rank: int = 2, targets: tuple[str, ...] = (MLP, CONVOLUTIONS), learning_rate: float | None = None
+    ) -> None:
         super().__init__(targets, learning_rate)
-        self.rank, self.diagonal = rank, diagonal
+        self.rank = rank
 
     def adapt(self, name: str, weight: Tensor) -> SingularCore:
         """A core between the leading singular directions of the weight."""
@@ -79,21 +84,3 @@ class SingularPiece(CompactPiece[SingularCore]):
         if not 1 <= self.rank <= largest:
             raise MethodError(f"{type(self).__name__}: rank={self.rank} must be from 1 to {largest} for {name}")
         return SingularCore(weight, self.rank, self.diagonal)
-
-
-class LoRAXS(SingularPiece):
-    """LoRA-XS (Bałazy et al., 2024): W + UΣ·R·Vᵀ, with a core R between the leading singular directions of W.
-
-    Args:
-        rank: r; there are r² numbers for each weight.
-        targets: Regular expressions for names of weights.
-        learning_rate: Learning rate of the cores; None for that of the head.
-
-    Raises:
-        MethodError: If the rank is below 1, or not below the number of rows and of columns of a target.
-    """
-
-    def __init__(
-        self, rank: int = 2, targets: tuple[str, ...] = (MLP, CONVOLUTIONS), learning_rate: float | None = None
-    ) -> None:
-        super().__init__(rank, False, targets, learning_rate)

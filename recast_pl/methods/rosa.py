@@ -1,7 +1,6 @@
 """RoSA: a sparse update of each weight, on the entries whose gradients are largest.
 
-Nikdan, Tabesh, Crnčević and Alistarh, "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation",
-ICML 2024.
+Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation", ICML 2024.
 
     W' = W + B·A + S, where S has k = ⌊density · entries of W⌋ entries that are not zero
 

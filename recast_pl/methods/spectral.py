@@ -7,22 +7,21 @@ they are computed from the backbone. With r = 1 it equals LoRA-XS of rank 1.
 """
 
 from recast_pl.methods.adaptation import EVERY_LAYER
-from recast_pl.methods.lora_xs import SingularPiece
+from recast_pl.methods.lora_xs import LoRAXS
 
 
-class Spectral(SingularPiece):
+class Spectral(LoRAXS):
     """Spectral templates: the r leading singular directions σuvᵀ of each weight, with a coefficient for each.
 
     Args:
-        rank: r, also the numbers for each weight.
+        rank: r, also the number of coefficients for each weight.
         targets: Regular expressions for names of weights.
         learning_rate: Learning rate of the coefficients; None for that of the head.
-
-    Raises:
-        MethodError: If the rank is below 1, or not below the number of rows and of columns of a target.
     """
+
+    diagonal = True
 
     def __init__(
         self, rank: int = 1, targets: tuple[str, ...] = EVERY_LAYER, learning_rate: float | None = None
     ) -> None:
-        super().__init__(rank, True, targets, learning_rate)
+        super().__init__(rank, targets, learning_rate)
