@@ -156,7 +156,7 @@ def test_old_logits_are_bit_identical_after_later_tasks(isolated, data):
     assert torch.equal(logits(module, images), before)
 
 
-def test_a_patch_file_gives_identical_logits_in_a_fresh_process_like_module(module, data, tmp_path, request):
+def test_a_patch_file_gives_identical_logits_in_a_fresh_module(module, data, tmp_path, request):
     module.build(32)
     images = torch.rand(3, 3, 32, 32)
     patch = fit(module, data)
@@ -196,7 +196,7 @@ def test_a_task_starts_from_the_pretrained_features(isolated, data):
     assert torch.equal(module.backbone(images), start)
 
 
-def test_old_tasks_are_used_with_what_is_shared_after_the_last(sharing, data, tmp_path, request):
+def test_old_tasks_use_the_state_shared_after_the_last(sharing, data, tmp_path, request):
     module, images = sharing, torch.rand(3, 3, 32, 32)
     first = fit(module, data)
     module.activate(first)
@@ -270,7 +270,7 @@ def test_accumulated_half_batches_equal_a_whole_one_and_clipping_bounds_the_step
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_trains_in_fp16_with_gradients_that_are_scaled_and_may_overflow(module, device, data):
+def test_trains_in_fp16_with_scaled_gradients_that_may_overflow(module, device, data):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     if device == "cpu" and module.backbone_config is RESNET:

@@ -201,7 +201,7 @@ def test_lwf_distils_every_old_head_at_temperature_two():
     assert all(g.abs().sum() > 0 for g in gradients)  # old heads are trained, too
 
 
-def test_lwf_says_nothing_during_the_first_task():
+def test_lwf_adds_no_term_during_the_first_task():
     lwf = LwF()
     module = learner(FineTune(), lwf)
     assert lwf.loss(step_of(module, *some(2, 3))) is None
@@ -281,7 +281,7 @@ def test_a_class_that_is_full_keeps_its_images_with_equal_probability():
     assert all(abs(count - 100) < 4.5 * math.sqrt(500 * 0.2 * 0.8) for count in counts.values())
 
 
-def test_a_buffer_returns_from_its_state():
+def test_a_buffer_is_restored_from_its_state():
     for balanced in (False, True):
         whole, parts = Buffer(balanced, 2, None), Buffer(balanced, 2, None)
         for index in range(6):
@@ -340,7 +340,7 @@ def test_a_buffer_holds_plain_images_which_training_augments_as_their_tasks_ask(
     assert {task for task, image in trained if is_one_of(unmirrored[task], image)} == {0, 1}
 
 
-def test_images_are_kept_as_the_bytes_they_were():
+def test_images_are_stored_without_loss():
     piece = ERACE(per_class=4)
     module = learner(FineTune(), piece, classes=2)
     pixels = torch.arange(2 * 48, dtype=torch.uint8).view(2, 3, 4, 4)
@@ -349,7 +349,7 @@ def test_images_are_kept_as_the_bytes_they_were():
     assert torch.equal(piece.buffer.kept.images, pixels)
 
 
-def test_the_incoming_loss_of_er_ace_knows_only_the_classes_of_its_batch():
+def test_the_incoming_loss_of_er_ace_compares_only_the_classes_of_its_batch():
     piece = ERACE(per_class=5)
     module = learner(FineTune(), piece, classes=4, old=(2,))
     images, _ = some(3, 4)
@@ -434,7 +434,7 @@ def test_gdumb_starts_over_on_its_buffer_alone():
     assert torch.equal(seen[1][0], pixels)
 
 
-# attention to the task
+# masks on units
 
 
 def test_the_gradient_of_a_mask_is_compensated_for_annealing():
@@ -533,7 +533,7 @@ def test_a_weight_between_two_masked_units_is_as_free_as_the_less_used_one():
     assert freedom("conv1.0.weight").expand(24, 3, 3, 3).sum() == 0
 
 
-def test_masks_of_tasks_add_up_to_what_is_in_use_and_sparsity_asks_for_the_rest():
+def test_used_units_are_the_maximum_of_all_masks_and_sparsity_counts_the_others():
     hat = HAT(sparsity=2.0)
     module = learner(FineTune(), hat, backbone="test_sharing.Mlp")
     units = hat.masks["fc2"]
@@ -586,7 +586,7 @@ def test_a_is_orthogonal_to_the_inputs_of_old_tasks():
     assert space.complement or space.basis.shape[1] > 0
 
 
-def test_the_space_holds_no_more_directions_than_the_energy_asks_for():
+def test_the_space_holds_no_more_directions_than_the_energy_needs():
     current = covariance(12, 12, 3)
     space = Subspace(torch.empty(12, 0, dtype=torch.float64), False).grow(current, 0.7)
     values = np.linalg.eigvalsh(current.numpy())[::-1]
@@ -616,7 +616,7 @@ def test_a_has_no_row_for_directions_that_the_inputs_do_not_have():
     assert design(covariance(3, 3, 1), None, 5).shape == (5, 3)
 
 
-def test_inflora_watches_the_inputs_of_linear_layers_and_convolutions():
+def test_inflora_observes_the_inputs_of_linear_layers_and_convolutions():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -689,7 +689,7 @@ def test_prompts_are_those_whose_keys_are_nearest_to_the_query(prompted):
     assert {i for i in range(6) if gradient[i].abs().sum() > 0} == chosen
 
 
-def test_the_query_knows_no_prompts_and_needs_no_batch(prompted):
+def test_the_query_depends_on_neither_prompts_nor_the_batch(prompted):
     network, piece, images, query = prompted
     together = network(images)
     assert torch.equal(piece.pool.query, query)
@@ -698,7 +698,7 @@ def test_the_query_knows_no_prompts_and_needs_no_batch(prompted):
     assert torch.allclose(alone, together, atol=1e-5)
 
 
-def test_l2p_fits_the_vision_transformers_of_torchvision_too():
+def test_l2p_works_on_the_vision_transformers_of_torchvision_too():
     import torchvision
 
     network = torchvision.models.VisionTransformer(16, 8, 2, 2, 12, 16).eval()
@@ -710,7 +710,7 @@ def test_l2p_fits_the_vision_transformers_of_torchvision_too():
         L2P().attach(torchvision.models.resnet18())
 
 
-# what cannot be
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -730,7 +730,7 @@ def test_l2p_fits_the_vision_transformers_of_torchvision_too():
         (lambda: L2P(pool=3, chosen=4), "chosen=4"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(make, named):
+def test_an_invalid_setting_is_named(make, named):
     with pytest.raises(MethodError, match=named):
         make()
 
@@ -756,7 +756,7 @@ def test_a_guard_with_nothing_to_protect_is_refused(index):
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_a_guard_before_what_it_protects_or_twice_is_refused(index):
+def test_a_guard_listed_too_early_or_twice_is_refused(index):
     backbone, guard, again = BackboneConfig("test_sharing.Mlp", "random"), guards()[index], guards()[index]
     if isinstance(guard, HAT):
         TILModule(backbone, [guard, FineTune()])  # any order will do

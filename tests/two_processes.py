@@ -1,4 +1,4 @@
-"""Learns a task by every method in two processes; each writes digests of what it ends with to OUTPUT/RANK.json.
+"""Trains a task by every method in two processes; each writes digests of what it ends with to OUTPUT/RANK.json.
 
 Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER OUTPUT NAMES...
 """
