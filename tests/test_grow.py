@@ -126,9 +126,9 @@ def test_a_patch_of_another_run_is_refused(run, tmp_path, capsys):
 
 def test_a_growing_bank_is_learnt_in_order(tmp_path, capsys):
     assert main(words(tmp_path / "run", "--only", "food")) == 2
-    assert "they share what Growth trains; learn them in order" in capsys.readouterr().err
+    assert "they share what Growth trains; train them in order" in capsys.readouterr().err
     assert main(words(tmp_path / "run", "--engine", "Processes")) == 2
-    assert "they share what Growth trains; learn them in order" in capsys.readouterr().err
+    assert "they share what Growth trains; train them in order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "value"), [("tasks", 0), ("rank", 0)])

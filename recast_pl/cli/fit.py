@@ -94,9 +94,7 @@ def _learn(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     trainers, seed = TrainerFactory(init.trainer), init.seed_everything
     results = StreamResults(console, trainers)
     if init.engine is None:
-        # the run's own config stays: that of a process that learns some of the tasks may name fewer devices
-        kept = None if init.only and RunFolder(run_dir).config.is_file() else text
-        Stream(til(init.model), init.data, run_dir, trainers, seed, kept, console, results).run(init.only)
+        Stream(til(init.model), init.data, run_dir, trainers, seed, text, console, results).run(init.only)
         return 0
     here = trainers.alone(accelerator="cpu")  # which need not have what the engine has
     learning = Stream(til(init.model), init.data, run_dir, here, seed, text, console, results)

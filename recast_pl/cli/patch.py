@@ -1,5 +1,6 @@
 """`patch`: looks at files of learnt tasks, and makes others of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -13,7 +14,7 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.evaluation import measure, open_task
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.patch_tools import average_patches, check_patch, compare_patches, quantize_patch, with_accuracies
+from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, check_patch, compare_patches, quantize_patch
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def _quantize(paths: list[Path], options: Namespace) -> None:
         return
     before, after = _measure([patch, half], options.run_dir)
     told = f"test accuracy {before:.2f} % before, {after:.2f} % after"
-    _write(with_accuracies(half, before, after), options.output, told)
+    _write(replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after}), options.output, told)
 
 
 def _measure(patches: list[TaskPatch], folder: str) -> list[float]:

@@ -1,12 +1,14 @@
 """A run folder: where each file of a run lies, and how its trained tasks are read."""
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
+from uuid import uuid4
 
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import read_json, read_sealed_json, sha256
+from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
 
 
@@ -160,6 +162,20 @@ class RunFolder:
                 f"run folder {self.path} exists; add --resume true to continue it, or name another --run_dir"
             )
 
+    def add_files(self, write: Callable[[Path], None]) -> bool:
+        """Adds files to the run safely beside other processes that add files of the same names.
+
+        Args:
+            write: Writes the files into a folder.
+
+        Returns:
+            Whether the run has just these files now; False if another process has written others before.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
+            return all(same)
+
     def read_summary(self) -> Summary:
         """Reads `summary.json`.
 
@@ -226,3 +242,29 @@ class RunFolder:
 
     def _patch_paths(self) -> Iterable[Path]:
         return (self.path / "patches").glob("*.safetensors")
+
+
+def write_once(path: Path, content: bytes | str) -> bool:
+    """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
+
+    Args:
+        path: The file; its folder is created.
+        content: Bytes, or text to be encoded as UTF-8.
+
+    Returns:
+        Whether the file has this content now.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    draft = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    write_atomic(draft, data)
+    with writing(path):
+        try:
+            path.hardlink_to(draft)  # unlike a rename, it fails if the path exists
+        except OSError:
+            if not path.exists():  # the file system has no hard links
+                draft.replace(path)
+        draft.unlink(missing_ok=True)
+    return path.read_bytes() == data
