@@ -53,7 +53,7 @@ def test_a_file_that_is_not_named_as_a_patch_is_refused(tmp_path):
     store(folder.files(0, "t"), a_patch("t"), {})
     a_patch("t").save(tmp_path / "patches" / "mean.safetensors")
     with pytest.raises(RunError, match=r"mean\.safetensors is not named POSITION_TASK"):
-        folder.load_patch("t")
+        folder.load_patches(["t"])
 
 
 def test_a_task_name_may_look_like_a_position(tmp_path):
@@ -62,7 +62,7 @@ def test_a_task_name_may_look_like_a_position(tmp_path):
         store(folder.files(index, name), a_patch(name), {})
     assert list(folder.load_patches()) == ["9_9", "_a", "10"]
     with pytest.raises(RunError, match=r"task '9' is not trained in .*; trained are 9_9, _a, 10"):
-        folder.load_patch("9")
+        folder.load_patches(["9"])
 
 
 @pytest.fixture
@@ -138,9 +138,9 @@ def test_a_method_with_shared_weights_passes_a_hundred_tasks(tiny_fit, tmp_path)
 
 def test_a_file_is_written_once(tmp_path):
     path = tmp_path / "folder" / "file"
-    assert write_once(path, "first")
     assert write_once(path, b"first")
-    assert not write_once(path, "second")
+    assert write_once(path, b"first")  # the same content
+    assert not write_once(path, b"second")
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
 

@@ -79,7 +79,7 @@ def load(
             module, precision, place = _from_config(run_dir)
             device = place if device is None else device
         folder = RunFolder(run_dir)
-        patches = [folder.load_patch(task) for task in (folder.finished() if tasks is None else tasks)]
+        patches = list(folder.load_patches(tasks).values())
         restore(module, folder, patches[-1].image_size)
     predictor = Predictor(precision.convert_module(module.to(device or module.device)), precision, len(patches))  # type: ignore[arg-type]
     for patch in patches:

@@ -161,7 +161,7 @@ class Stream:
             return
         if self.config is not None:
             write = write_once if beside_others else write_atomic
-            write(self.folder.config, self.config)
+            write(self.folder.config, self.config.encode())
         if not beside_others:
             self._save_base(self.folder.path)
         elif not self.folder.add_files(self._save_base):
