@@ -13,7 +13,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from recast_pl.backbones.weights import _MissingKeys, drop_classifier, existing, load_into, not_loaded
+from recast_pl.backbones.weights import drop_classifier, existing, load_into, not_loaded
+from recast_pl.compat.timm import MissingKeys
 from recast_pl.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def from_timm(config: "BackboneConfig", image_size: int) -> Built:
     file = None if config.weights in ("hub", "random") else existing(config.weights)
     overlay = {"file": str(file)} if file else None
     try:
-        with _MissingKeys() as missing:
+        with MissingKeys() as missing:
             net = timm.create_model(
                 config.name,
                 pretrained=config.weights != "random",

@@ -1,6 +1,5 @@
 """Reads weight files."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,33 +11,6 @@ from recast_pl.errors import BackboneError
 
 if TYPE_CHECKING:
     from recast_pl.backbones.backbone import BackboneConfig
-
-
-class _MissingKeys(logging.Handler):
-    """Listens for weights that timm left at random: without a classifier it loads what fits and only says so."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.logger, self.found = logging.getLogger("timm.models._builder"), list[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith("Missing keys"):
-            self.found.append(record.getMessage())
-
-    def refuse(self) -> None:
-        """Raises if weights are missing."""
-        if self.found:
-            raise ValueError(self.found[0])
-
-    def __enter__(self) -> "_MissingKeys":
-        self.level_before = self.logger.level
-        self.logger.setLevel(logging.INFO)
-        self.logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.removeHandler(self)
-        self.logger.setLevel(self.level_before)
 
 
 def existing(weights: str) -> Path:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from recast_pl.compat.torch import convolve
 from recast_pl.decomposition.bank import Decomposition, TemplateBank
 from recast_pl.decomposition.solve import project
 from recast_pl.errors import DecompositionError
@@ -35,7 +36,7 @@ class Inputs:
         layer, x = self.layer, self.x
         if isinstance(layer, nn.Linear):
             return F.linear(self.rows(), matrix)
-        maps: Tensor = layer._conv_forward(x, matrix.view(len(matrix), -1, *layer.kernel_size), None)  # (B, m, H, W)
+        maps: Tensor = convolve(layer, x, matrix.view(len(matrix), -1, *layer.kernel_size))  # (B, m, H, W)
         self.size = maps.shape[2:]
         return maps.flatten(2).mT  # (B, N, m)
 
@@ -137,7 +138,7 @@ def check_fits(model: nn.Module, decomposition: Decomposition) -> None:
 def _check_target(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     path, _, attribute = name.rpartition(".")
     try:
-        parameter = model.get_submodule(path)._parameters.get(attribute)
+        parameter = dict(model.get_submodule(path).named_parameters(recurse=False)).get(attribute)
     except AttributeError:
         parameter = None
     if parameter is None or tuple(parameter.shape) != shape:

@@ -142,7 +142,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Parameter]:
     """All weights that can be decomposed; those generated already are no parameters of their layer any more."""
     found = {}
     for name, (module, attribute) in weight_sites(model).items():
-        parameter = module._parameters.get(attribute)
+        parameter = dict(module.named_parameters(recurse=False)).get(attribute)
         if parameter is not None:
             found[name] = parameter
     return found
