@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.register_assert_rewrite("fixtures_sets", "fixtures_catalogue")
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
