@@ -219,7 +219,7 @@ def test_python_m_is_the_same_command():
     command = [sys.executable, "-m", "recast_pl", "test", "--run_dir", "/no/such/run"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 2
-    assert process.stderr.startswith("recast_pl: error: /no/such/run is no run folder")
+    assert process.stderr.startswith("recast_pl: error: /no/such/run is not a run folder")
 
 
 def test_help_waits_for_no_import_of_the_library():

@@ -19,7 +19,7 @@ from recast_pl.cli import main
 from recast_pl.config.run_config import open_run
 from recast_pl.data.images import FileDataset
 from recast_pl.runs.evaluation import open_task
-from recast_pl.runs.folder import load_patches
+from recast_pl.runs.folder import RunFolder
 
 PICTURES = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:5]
 
@@ -33,7 +33,7 @@ def expected(run, task, size=32):
     files = FileDataset(PICTURES, size)
     images = torch.stack([files[index][0] for index in range(len(files))])
     module = open_run(str(run))[1].model
-    open_task(module, run, load_patches(run)[task])
+    open_task(module, RunFolder(run), RunFolder(run).load_patches()[task])
     with torch.no_grad():
         return images, module.eval()(images)
 

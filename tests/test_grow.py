@@ -17,7 +17,7 @@ from recast_pl.data.images import decode_file
 from recast_pl.errors import PatchError
 from recast_pl.files import read_tensors
 from recast_pl.runs.evaluation import restore
-from recast_pl.runs.folder import load_patches
+from recast_pl.runs.folder import RunFolder
 
 RATES = {"learning_rate": 2e-2, "growing_rate": 5e-3}
 TARGETS, TEMPLATE = 24, 32 + 128  # weights of the MLP, and the numbers of one template of rank 1
@@ -54,7 +54,7 @@ def test_later_tasks_mix_what_the_first_have_left(run):
     templates = {name: tensor for name, tensor in load_file(shared).items() if "template" in name}
     assert {len(t) for t in templates.values()} == {TARGETS * TEMPLATE}
     assert len(templates) == 2
-    states = [patch.pieces[1] for patch in load_patches(run).values()]
+    states = [patch.pieces[1] for patch in RunFolder(run).load_patches().values()]
     assert [len(state["coefficients"]) // TARGETS for state in states] == [1, 2, 2]
     assert states[0]["coefficients"].eq(1).all()
     assert states[1]["coefficients"].view(TARGETS, 2)[:, 1].eq(1).all()
@@ -63,8 +63,8 @@ def test_later_tasks_mix_what_the_first_have_left(run):
 
 
 def test_a_weight_is_what_the_formula_says(run):
-    module, learnt = open_run(str(run))[1].model, load_patches(run)
-    restore(module, run, 32)
+    module, learnt = open_run(str(run))[1].model, RunFolder(run).load_patches()
+    restore(module, RunFolder(run), 32)
     module.activate(learnt["food"])
     tensors, facts = read_tensors(run / "decomposition.safetensors", PatchError)
     shared = load_file(run / "shared" / "02_food.safetensors")
@@ -84,8 +84,8 @@ def test_a_weight_is_what_the_formula_says(run):
 
 def test_old_tasks_say_the_same_bit_by_bit_however_the_bank_has_grown(run):
     images = torch.rand(3, 3, 32, 32)
-    module, first = open_run(str(run))[1].model, load_patches(run)["signs"]
-    restore(module, run, 32)
+    module, first = open_run(str(run))[1].model, RunFolder(run).load_patches()["signs"]
+    restore(module, RunFolder(run), 32)
     whole = module.pieces[1].templates
     logits = []
     for count in (2, 1):
@@ -100,10 +100,10 @@ def test_old_tasks_say_the_same_bit_by_bit_however_the_bank_has_grown(run):
 
 
 def test_grown_tasks_predict_each_and_together(run):
-    model, learnt = recast_pl.load(run), load_patches(run)
+    model, learnt = recast_pl.load(run), RunFolder(run).load_patches()
     images = sorted((ROOT / "data" / "clipart" / "food").rglob("*.jpg"))[::60]
     module = open_run(str(run))[1].model
-    restore(module, run, 32)
+    restore(module, RunFolder(run), 32)
     for task, patch in learnt.items():  # which have 1, 2 and 2 coefficients for each weight
         module.activate(patch)
         with torch.no_grad():
@@ -119,16 +119,16 @@ def test_a_patch_of_another_run_is_refused(run, tmp_path, capsys):
     assert main(words(tmp_path / "other", "--model.optimizer.init_args.lr", "1e-3")) == 0
     patch = tmp_path / "other" / "patches" / "00_signs.safetensors"
     assert main(["patch", "verify", str(patch), "--run_dir", str(tmp_path / "other")]) == 0
-    assert TaskPatch.load(patch).base == load_patches(run)["signs"].base
+    assert TaskPatch.load(patch).base == RunFolder(run).load_patches()["signs"].base
     assert main(["patch", "verify", str(patch), "--run_dir", str(run)]) == 2
     assert "needs 1 grown templates" in capsys.readouterr().err
 
 
 def test_a_growing_bank_is_learnt_in_order(tmp_path, capsys):
     assert main(words(tmp_path / "run", "--only", "food")) == 2
-    assert "they share what Growth trains; learn them in order" in capsys.readouterr().err
+    assert "they share what Growth trains; train them in order" in capsys.readouterr().err
     assert main(words(tmp_path / "run", "--engine", "Processes")) == 2
-    assert "they share what Growth trains; learn them in order" in capsys.readouterr().err
+    assert "they share what Growth trains; train them in order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "value"), [("tasks", 0), ("rank", 0)])

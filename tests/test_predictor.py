@@ -275,9 +275,9 @@ def test_loading_leaves_the_callers_random_numbers_alone(run):
 
 
 def test_a_folder_without_tasks_and_a_module_without_a_backbone_are_refused(tmp_path):
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         recast_pl.load(tmp_path)
-    with pytest.raises(RunError, match="holds no learnt task"):
+    with pytest.raises(RunError, match="holds no trained task"):
         recast_pl.load(tmp_path, module=TILModule(VIT, (Recast(LAYOUT),)))
     with pytest.raises(RunError, match="no backbone yet"):
         Predictor(TILModule(VIT, (Recast(LAYOUT),)))

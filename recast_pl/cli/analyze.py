@@ -31,7 +31,8 @@ from recast_pl.reporting.analysis_plots import (
 )
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
-from recast_pl.runs.evaluation import learnt_coefficients, sample_images
+from recast_pl.runs.evaluation import sample_images, trained_coefficients
+from recast_pl.runs.folder import RunFolder
 
 _IMAGES = 16  # of the first task, where none are named
 
@@ -84,7 +85,7 @@ def run(config: Namespace) -> int:
     write_atomic(subject.output / "analysis.md", "\n".join(sheet.markdown() for sheet in sheets))
     for name, figure in _figures(analysis).items():
         write_figure(figure, subject.output / name)
-    write_atomic(subject.output / "analysis.json", json_text(analysis.content()))
+    write_atomic(subject.output / RunFolder.ANALYSIS, json_text(analysis.content()))
     console.print(f"analysis: {subject.output}", soft_wrap=True)
     return 0
 
@@ -102,16 +103,16 @@ def _of_run(config: Namespace) -> _Subject:
         if config[option] is not None:
             raise RunError(f"--{option} is not for --run_dir, which has its own; leave out either")
     run_dir, init = read_run(config.run_dir)
-    path = run_dir / "decomposition.safetensors"
+    path = RunFolder(run_dir).decomposition
     if not path.is_file():
         raise RunError(f"{run_dir} holds no decomposition; give a run whose method has Recast, or of MimicryModule")
     decomposition = Decomposition.load(path)
-    output = run_dir / "analysis" if config.output is None else Path(config.output)
+    output = RunFolder(run_dir).analysis if config.output is None else Path(config.output)
     model, seed = init.model, init.seed_everything
     if isinstance(model, MimicryModule):
         return _Subject(decomposition, output, model.backbone, model.image_size, seed)
     assert isinstance(model, TILModule)
-    learnt = learnt_coefficients(model, run_dir)
+    learnt = trained_coefficients(model, RunFolder(run_dir))
     return _Subject(decomposition, output, model.backbone_config, init.data.image_size, seed, init.data, learnt)
 
 

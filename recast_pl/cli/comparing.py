@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentError
 from rich.console import Console
@@ -11,7 +10,7 @@ from recast_pl.cli.interruption import interruptible
 from recast_pl.cli.parser import command_parser
 from recast_pl.config.run_config import check_same_run, config_text, with_config_paths
 from recast_pl.errors import RunError
-from recast_pl.files import read_json
+from recast_pl.runs.folder import RunFolder
 from recast_pl.studies.comparison import Comparison
 from recast_pl.studies.engines import ONE_DEVICE, Engine, Here
 
@@ -68,10 +67,9 @@ def is_finished(words: Sequence[str]) -> bool:
         config = command_parser("fit").parse_args(with_config_paths(words)).fit
     except ArgumentError as cause:
         raise RunError(f"fit would refuse the options of {_run_dir(words)}: {cause}") from cause
-    run_dir = Path(config.run_dir)
-    check_same_run(run_dir / "config.yaml", config_text(config))
-    path = run_dir / "summary.json"
-    return path.is_file() and len(read_json(path, RunError, tasks=list)["tasks"]) == len(config.data.tasks)
+    folder = RunFolder(config.run_dir)
+    check_same_run(folder.config, config_text(config))
+    return folder.summary.is_file() and len(folder.read_summary()["tasks"]) == len(config.data.tasks)
 
 
 def _run_dir(words: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from recast_pl.config.run_config import open_run
 from recast_pl.files import write_atomic
 from recast_pl.inference.export import FORMATS, Format, feed_file
 from recast_pl.runs.evaluation import choose_patch, open_task
-from recast_pl.runs.folder import load_patches
+from recast_pl.runs.folder import RunFolder
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -31,11 +31,11 @@ def run(config: Namespace) -> int:
     """Writes the model, and says how far its logits are from the run's, and how to use it."""
     run_dir, init = open_run(config.run_dir)
     export, ending = FORMATS[config.format]
-    fed = load_patches(run_dir) if config.format == "onnx_bank" else {}
-    patch = next(iter(fed.values())) if fed else choose_patch(run_dir, config.task, config.patch)
-    open_task(init.model, run_dir, patch)
+    fed = RunFolder(run_dir).load_patches() if config.format == "onnx_bank" else {}
+    patch = next(iter(fed.values())) if fed else choose_patch(RunFolder(run_dir), config.task, config.patch)
+    open_task(init.model, RunFolder(run_dir), patch)
     exported = export(init.model, patch)
-    path = Path(config.output or run_dir / "export" / f"{'bank' if fed else patch.task}{ending}")
+    path = Path(config.output or RunFolder(run_dir).export / f"{'bank' if fed else patch.task}{ending}")
     files = {path: exported.content}
     files |= {path.with_suffix(f".{name}.safetensors"): feed_file(init.model, task) for name, task in fed.items()}
     for file, content in files.items():

@@ -21,7 +21,8 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RunError
 from recast_pl.files import remove_unfinished, writing
 from recast_pl.learning.trainer import TrainerFactory
-from recast_pl.runs.folder import check_run_folder
+from recast_pl.reporting.stream_results import StreamResults
+from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.mimicry import fit_mimicry
 from recast_pl.runs.stream import Stream
 from recast_pl.studies.engines import ONE_DEVICE, Engine, run_units
@@ -51,8 +52,9 @@ def run(config: Namespace) -> int:
 def _fit(config: Namespace, run_dir: Path) -> int:
     text = config_text(config)
     if is_main_process():
-        check_run_folder(run_dir, config.resume)
-        check_same_run(run_dir / "config.yaml", text)
+        if not config.resume:
+            RunFolder(run_dir).check_unused()
+        check_same_run(RunFolder(run_dir).config, text)
         if not config.only:  # else others may be writing
             remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
@@ -64,7 +66,7 @@ def _fit(config: Namespace, run_dir: Path) -> int:
         if init.engine is not None or init.only:
             raise RunError("MimicryModule learns no tasks; leave out --engine and --only")
         trainers = TrainerFactory(init.trainer)
-        fitted, near = fit_mimicry(init.model, run_dir, trainers, config.seed_everything, text)
+        fitted, near = fit_mimicry(init.model, RunFolder(run_dir), trainers, config.seed_everything, text)
         if is_main_process():
             console.print(fitted.table())
             console.print(_quality(near), soft_wrap=True)
@@ -90,13 +92,12 @@ def _quality(similarities: Mapping[str, float]) -> str:
 def _learn(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     """Learns the tasks in this process, or on an engine; 1 if that failed for some."""
     trainers, seed = TrainerFactory(init.trainer), init.seed_everything
+    results = StreamResults(console, trainers)
     if init.engine is None:
-        # the run's own config stays: that of a process that learns some of the tasks may name fewer devices
-        kept = None if init.only and (run_dir / "config.yaml").is_file() else text
-        Stream(til(init.model), init.data, run_dir, trainers, seed, kept, console).run(init.only)
+        Stream(til(init.model), init.data, run_dir, trainers, seed, text, console, results).run(init.only)
         return 0
     here = trainers.alone(accelerator="cpu")  # which need not have what the engine has
-    learning = Stream(til(init.model), init.data, run_dir, here, seed, text, console)
+    learning = Stream(til(init.model), init.data, run_dir, here, seed, text, console, results)
     learning.check_isolated("--engine")
     _check_one_device(init.trainer)
     left = learning.begin(init.only)
@@ -127,7 +128,7 @@ def _resuming(run_dir: Path) -> str:
 def _say_how_to_go_on(run_dir: Path, number: int) -> int:
     if is_main_process():
         kept = f"what is learnt is kept. To go on: python -m recast_pl {_resuming(run_dir)}"
-        after = kept if (run_dir / "config.yaml").is_file() else "nothing has been learnt yet"
+        after = kept if RunFolder(run_dir).config.is_file() else "nothing has been learnt yet"
         print(f"recast_pl: interrupted by {signal.Signals(number).name}; {after}", file=sys.stderr)
     return 128 + number
 

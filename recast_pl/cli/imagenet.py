@@ -12,6 +12,7 @@ from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import DecompositionError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.tables import terminal_table
+from recast_pl.runs.folder import RunFolder
 from recast_pl.studies.imagenet import compare_classifiers
 
 
@@ -40,7 +41,7 @@ def run(config: Namespace) -> int:
         decompose(classifier.net, init.layout) if init.layout else Decomposition.load(Path(init.decomposition))
     )
     facts = compare_classifiers(classifier, decomposition, Path(init.images), init.batch_size, init.num_workers)
-    path = Path(init.output) / "imagenet.json"
+    path = RunFolder(init.output).imagenet
     write_atomic(path, json_text({"backbone": init.backbone.name, **facts}))
     said = ["" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".") for value in facts.values()]
     Console().print(terminal_table((list(facts), [said]), 0), f"written: {path}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """`patch`: looks at files of learnt tasks, and makes others of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -12,7 +13,8 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.evaluation import measure, open_task
-from recast_pl.runs.patch_tools import average_patches, check_patch, compare_patches, quantize_patch, with_accuracies
+from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, check_patch, compare_patches, quantize_patch
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -65,7 +67,7 @@ def _verify(paths: list[Path], options: Namespace) -> None:
             check_patch(patch)
             if options.run_dir is not None:
                 run_dir, init = (Path(options.run_dir), init or open_run(options.run_dir)[1])
-                open_task(init.model, run_dir, patch)
+                open_task(init.model, RunFolder(run_dir), patch)
         except PatchError as cause:
             raise PatchError(f"{path}: {cause}") from cause
         fits = "" if options.run_dir is None else f", and fits {options.run_dir}"
@@ -84,7 +86,7 @@ def _quantize(paths: list[Path], options: Namespace) -> None:
         return
     before, after = _measure([patch, half], options.run_dir)
     told = f"test accuracy {before:.2f} % before, {after:.2f} % after"
-    _write(with_accuracies(half, before, after), options.output, told)
+    _write(replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after}), options.output, told)
 
 
 def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
@@ -96,7 +98,7 @@ def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
         raise RunError(f"task {task!r} is none of {run_dir}, which has {', '.join(names)}; name the run of the patch")
     init.data.prepare_data()
     evaluator = TrainerFactory(init.trainer).alone().for_evaluation()
-    open_task(init.model, run_dir, patches[0])
+    open_task(init.model, RunFolder(run_dir), patches[0])
     return [measure(init.model, init.data, names.index(task), patch, evaluator) for patch in patches]
 
 

@@ -6,8 +6,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.files import write_atomic
 from recast_pl.inference.predictor import load
+from recast_pl.learning.patch import TaskPatch
 from recast_pl.reporting.tables import table_csv
-from recast_pl.runs.evaluation import choose_patch
+from recast_pl.runs.evaluation import check_choice
+from recast_pl.runs.folder import RunFolder
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -21,13 +23,15 @@ def declare(parser: ArgumentParser) -> None:
 
 def run(config: Namespace) -> int:
     """Writes the most probable class of each image as CSV."""
-    model = load(config.run_dir)
-    patch = choose_patch(Path(config.run_dir), config.task, config.patch)
+    folder, task = RunFolder(config.run_dir), config.task
+    check_choice(folder, task, config.patch)
+    model = load(folder.path, tasks=[task or next(iter(folder.finished()))])
     if config.patch is not None:
-        if patch.task in model.tasks:  # of which it may be the average, or smaller
+        patch = TaskPatch.load(config.patch)
+        if patch.task in model.tasks:  # the file may be an average or a smaller version of it
             model.remove(patch.task)
-        model.add_patch(patch)
-    predictions = model.predict(config.images, task=patch.task)
+        task = model.add_patch(patch)
+    predictions = model.predict(config.images, task=task)
     lines = (
         [Path(image), found.label, f"{found.probability:.6f}"]
         for image, found in zip(config.images, predictions, strict=True)

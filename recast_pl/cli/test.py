@@ -7,6 +7,7 @@ from recast_pl.config.run_config import open_run
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import evaluation_table
 from recast_pl.runs.evaluation import evaluate_run
+from recast_pl.runs.folder import RunFolder
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -17,6 +18,6 @@ def declare(parser: ArgumentParser) -> None:
 def run(config: Namespace) -> int:
     """Evaluates all learnt tasks from their patches; 1 if a number differs from the recorded one."""
     run_dir, init = open_run(config.run_dir)
-    rows = evaluate_run(init.model, init.data, run_dir, TrainerFactory(init.trainer).alone())
+    rows = evaluate_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer).alone())
     Console().print(evaluation_table(rows))
     return int(any(recorded != measured for _, recorded, measured in rows))

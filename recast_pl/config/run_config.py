@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
 from recast_pl.learning.til_module import TILModule
+from recast_pl.runs.folder import RunFolder
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -83,9 +84,9 @@ def read_run(folder: str) -> tuple[Path, Namespace]:
         RunError: If the folder holds no run.
     """
     run_dir = Path(folder)
-    path = run_dir / "config.yaml"
+    path = RunFolder(run_dir).config
     if not path.is_file():
-        raise RunError(f"{run_dir} is no run folder, it has no config.yaml; give the folder that 'fit' printed")
+        raise RunError(f"{run_dir} is not a run folder, it has no config.yaml; give the folder that 'fit' printed")
     _check_config(path)
     parser = run_parser()
     config = parser.parse_path(path)
@@ -148,7 +149,7 @@ def with_resumed_config(argv: list[str]) -> list[str]:
     words = [part for word in argv for part in word.split("=", 1)]
     asked = dict(itertools.pairwise(words))
     if asked.get("--resume") == "true" and "--run_dir" in asked and not {"--config", "-c"} & set(words):
-        path = Path(asked["--run_dir"]) / "config.yaml"
+        path = RunFolder(asked["--run_dir"]).config
         if path.is_file():
             _check_config(path)
             return [argv[0], "--config", str(path), *argv[1:]]

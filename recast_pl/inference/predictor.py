@@ -24,7 +24,7 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.evaluation import restore
-from recast_pl.runs.folder import load_patches
+from recast_pl.runs.folder import RunFolder
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a PIL image, an array (H, W, 3) or a tensor (3, H, W); the last two uint8, or floating point in [0, 1]."""
@@ -51,7 +51,12 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-def load(run_dir: str | Path, module: TILModule | None = None, device: str | torch.device | None = None) -> "Predictor":
+def load(
+    run_dir: str | Path,
+    module: TILModule | None = None,
+    device: str | torch.device | None = None,
+    tasks: Sequence[str] | None = None,
+) -> "Predictor":
     """Makes what a run has learnt ready for use.
 
     Args:
@@ -59,6 +64,7 @@ def load(run_dir: str | Path, module: TILModule | None = None, device: str | tor
         module: The module of the run's backbone and method, not yet built; None to make it from `config.yaml` (with
             the precision of the run's trainer), which needs jsonargparse.
         device: Where to compute; None for where the run's trainer would, or where the module is.
+        tasks: Names of the tasks to read, at least one; None for all.
 
     Returns:
         The run's tasks.
@@ -72,8 +78,9 @@ def load(run_dir: str | Path, module: TILModule | None = None, device: str | tor
         if module is None:
             module, precision, place = _from_config(run_dir)
             device = place if device is None else device
-        patches = list(load_patches(Path(run_dir)).values())
-        restore(module, Path(run_dir), patches[-1].image_size)
+        folder = RunFolder(run_dir)
+        patches = list(folder.load_patches(tasks).values())
+        restore(module, folder, patches[-1].image_size)
     predictor = Predictor(precision.convert_module(module.to(device or module.device)), precision, len(patches))  # type: ignore[arg-type]
     for patch in patches:
         predictor._add(patch)

@@ -2,16 +2,18 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from recast_pl.reporting.plots import Mark
-from recast_pl.runs.collection import Label, Summary
+from recast_pl.runs.collection import Label
+from recast_pl.runs.folder import Summary
 from recast_pl.runs.metrics import spread
 
-TASK_PARAMETERS = "task_parameters"
+TASK_PARAMETERS: Literal["task_parameters"] = "task_parameters"
 """Key of the count of numbers that a task trains; also names the axis of a figure."""
 
 
-def task_mean(key: str) -> Callable[[Sequence[Summary]], float]:
+def task_mean(key: Literal["task_parameters", "patch_bytes"]) -> Callable[[Sequence[Summary]], float]:
     """Makes a function that averages an entry of `tasks` in `summary.json` over all tasks of some runs.
 
     Args:
@@ -27,7 +29,7 @@ _COUNTS: dict[str, Callable[[Sequence[Summary]], float]] = {
     "bytes shared": lambda runs: statistics.mean(run.get("shared_bytes", 0) for run in runs),
 }
 
-_ACCURACIES = {
+_ACCURACIES: dict[str, Literal["average_accuracy", "average_anytime_accuracy", "forgetting"]] = {
     "average accuracy %": "average_accuracy",
     "anytime accuracy %": "average_anytime_accuracy",
     "forgetting": "forgetting",

@@ -13,11 +13,8 @@ from recast_pl.reporting.document import Block, Bullets, Chart, DataTable, Headi
 from recast_pl.reporting.measures import MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
 from recast_pl.reporting.plots import Mark, plot_marks
 from recast_pl.runs.collection import Collection, Run
-from recast_pl.runs.metrics import Spread, spread
-
-ANALYSIS = "analysis/analysis.json"
-"""File in a run folder with the list `groups`: each has a `name` that ends in `:NUMBER`, and `frobenius`, `entropy` and
-`similarity_mean` where they were measured."""
+from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.metrics import Spread, final_accuracies, spread
 
 _BANK_FIGURES = {
     "frobenius": ("Figure 9a: diversity of templates", "mean Frobenius distance of templates"),
@@ -128,9 +125,9 @@ def _by_task(chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -
 def _task_accuracy(runs: Sequence[Run], task: str) -> Spread:
     found = []
     for summary in (run.summary for run in runs):
-        names = [trained["name"] for trained in summary["tasks"]]
-        if task in names:
-            found.append(summary["accuracy_matrix"][-1][names.index(task)])
+        final = final_accuracies(summary)
+        if task in final:
+            found.append(final[task])
     return spread(found)
 
 
@@ -200,8 +197,8 @@ def _by_backbone(collections: Sequence[Collection]) -> Iterator[Block]:
 def _reconstructions(folders: Sequence[Path], output: Path) -> Iterator[Block]:
     """Tables 5 and 6."""
     tables = (
-        ("mimicry.json", "Table 5: cost of fitting templates", _FIT_COLUMNS),
-        ("imagenet.json", "Table 6: the pretrained classifier, dense and decomposed", _IMAGENET_COLUMNS),
+        (RunFolder.MIMICRY, "Table 5: cost of fitting templates", _FIT_COLUMNS),
+        (RunFolder.IMAGENET, "Table 6: the pretrained classifier, dense and decomposed", _IMAGENET_COLUMNS),
     )
     heading = [Heading("Reconstruction")]
     for file, caption, columns in tables:
@@ -241,19 +238,19 @@ _IMAGENET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def _uses_fitted_templates(run: Path) -> bool:
+def _uses_fitted_templates(run: RunFolder) -> bool:
     """Tells whether a run took its templates from a file."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load(run.config.read_text())
         pieces = config["model"]["init_args"]["pieces"]
         return any((piece.get("init_args") or {}).get("decomposition") for piece in pieces)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return False  # runs made from Python have no config.yaml
 
 
-def _analysed_groups(run: Path) -> list[dict[str, Any]]:
-    """Reads the groups of a run that `analyze` has measured."""
-    path = run / ANALYSIS
+def _analysed_groups(run: RunFolder) -> list[dict[str, Any]]:
+    """Reads the groups of a run that `analyze` has measured; the name of each ends in `:NUMBER`."""
+    path = run.analysis / RunFolder.ANALYSIS
     return list(read_json(path, RunError, groups=list)["groups"]) if path.is_file() else []
 
 
@@ -268,7 +265,7 @@ def _accuracy(runs: Sequence[Run]) -> Spread:
 
 def _seed_links(runs: Sequence[Run], output: Path) -> Line:
     """Lists the seeds, each linked to its run."""
-    links = [_link(run.folder / "summary.json", output, str(run.summary["seed"])) for run in runs]
+    links = [_link(run.folder.summary, output, str(run.summary["seed"])) for run in runs]
     return [part for link in links for part in (Text(" "), link)][1:]
 
 

@@ -1,24 +1,22 @@
-"""Finished runs in folders, gathered to what is compared with one another."""
+"""Finds finished runs in folders and groups those that are compared with one another."""
 
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from recast_pl.errors import RunError
 from recast_pl.files import read_json
-
-Summary = dict[str, Any]
+from recast_pl.runs.folder import RunFolder, Summary
 
 Label = str | int | float
 
 PLAN = "plan.json"
-"""What the last command in a folder was to learn."""
+"""File of a comparison or sweep that lists its points and seeds."""
 
 
 def is_whole(summary: Summary) -> bool:
-    """Whether a run has learnt all its tasks, as far as it says so."""
+    """Whether a run has trained all its tasks, according to its summary."""
     return bool(summary["tasks"]) and not summary.get("unlearnt")
 
 
@@ -27,11 +25,11 @@ class Run:
     """A finished run.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
         summary: The content of `summary.json`.
     """
 
-    folder: Path
+    folder: RunFolder
     summary: Summary
 
 
@@ -40,12 +38,12 @@ class Collection:
     """Runs that are compared: those of one folder, as `FOLDER/POINT/SEED` or `FOLDER/RUN`.
 
     Args:
-        folder: Of the comparison or sweep, or that of a single run's folder.
-        runs: Finished runs by name of the point, or of the run folder.
-        labels: Of the points of a sweep.
-        x: Horizontal axis of a sweep's figure; None if this is none.
-        series: What its lines or bars stand for.
-        unfinished: What is missing, by where it should be; why.
+        folder: The folder of the comparison or sweep, or the parent of a single run's folder.
+        runs: Finished runs by name of the point or of the run folder.
+        labels: Labels of the points of a sweep, by name of the point.
+        x: Horizontal axis of a sweep's figure; None if this is not a sweep.
+        series: Keys of the labels that tell its lines or bars apart.
+        unfinished: Why a run is missing, by its folder.
     """
 
     folder: Path
@@ -57,60 +55,56 @@ class Collection:
 
 
 def find_collections(folders: Iterable[Path]) -> list[Collection]:
-    """Finds all runs in some folders.
+    """Finds all runs in some folders and groups them.
 
     Args:
-        folders: Run folders, or folders of them at any depth.
+        folders: Run folders, or folders that hold them at any depth.
 
     Returns:
-        What belongs together, in order of folders.
+        The groups, in order of folders.
 
     Raises:
         RunError: If a folder holds no run, or a file of a run is damaged.
     """
     collections: dict[Path, Collection] = {}
     for folder in folders:
-        runs = sorted({path.parent for name in ("summary.json", "config.yaml") for path in folder.rglob(name)})
+        runs = RunFolder.find(folder)
         if not runs:
-            raise RunError(f"{folder} holds no run, that is no summary.json at any depth; give a folder made by fit")
+            raise RunError(f"{folder} holds no run, at any depth; give a folder made by fit")
         for run in runs:
-            home = run.parent.parent if run.name.isdigit() else run.parent
-            collection = collections.setdefault(home.resolve(), Collection(home))
-            _take(collection, run)
+            home = run.path.parent.parent if run.path.name.isdigit() else run.path.parent
+            _add(collections.setdefault(home.resolve(), Collection(home)), run)
     for collection in collections.values():
         _leave_out_parts(collection)
-        _take_plan(collection)
+        _apply_plan(collection)
     return list(collections.values())
 
 
-def _take(collection: Collection, run: Path) -> None:
-    path = run / "summary.json"
-    if path.is_file():
-        entries = {"seed": int, "tasks": list, "accuracy_matrix": list, "method": str, "backbone": str}
-        known = collection.runs.setdefault(run.parent.name if run.name.isdigit() else run.name, [])
-        if run.resolve() not in [other.folder.resolve() for other in known]:
-            known.append(Run(run, read_json(path, RunError, **entries)))
-    elif not (run / "mimicry.json").is_file():
-        collection.unfinished[run] = "no task is learnt, or templates are not fitted yet"
+def _add(collection: Collection, run: RunFolder) -> None:
+    if run.summary.is_file():
+        name = run.path.parent.name if run.path.name.isdigit() else run.path.name
+        known = collection.runs.setdefault(name, [])
+        if run.path.resolve() not in [other.folder.path.resolve() for other in known]:
+            known.append(Run(run, run.read_summary()))
+    elif not run.mimicry.is_file():
+        collection.unfinished[run.path] = "no task is trained, or templates are not fitted yet"
 
 
 def _leave_out_parts(collection: Collection) -> None:
-    """All runs of a collection have the same tasks: those with fewer are not finished."""
+    """Moves runs with fewer tasks than others to the unfinished ones: all runs of a collection have the same tasks."""
     tasks = max((len(run.summary["tasks"]) for runs in collection.runs.values() for run in runs), default=0)
     for name, runs in list(collection.runs.items()):
         whole = [run for run in runs if is_whole(run.summary) and len(run.summary["tasks"]) == tasks]
         for run in runs:
             if run not in whole:
-                learnt = ", ".join(task["name"] for task in run.summary["tasks"]) or "nothing"
-                collection.unfinished[run.folder] = f"only {learnt} learnt"
-        collection.runs[name] = whole
-    collection.runs = {
-        name: sorted(runs, key=lambda run: int(run.summary["seed"])) for name, runs in collection.runs.items() if runs
-    }
+                trained = ", ".join(task["name"] for task in run.summary["tasks"]) or "nothing"
+                collection.unfinished[run.folder.path] = f"only {trained} trained"
+        collection.runs[name] = sorted(whole, key=lambda run: run.summary["seed"])
+    collection.runs = {name: runs for name, runs in collection.runs.items() if runs}
 
 
-def _take_plan(collection: Collection) -> None:
-    """Knows from `plan.json` in which order points come, how they are drawn, and what has not even been begun."""
+def _apply_plan(collection: Collection) -> None:
+    """Takes the order of points, the axes and the missing runs from `plan.json`, if there is one."""
     path = collection.folder / PLAN
     if not path.is_file():
         return

@@ -1,6 +1,4 @@
-"""Evaluates trained tasks of a run."""
-
-from pathlib import Path
+"""Evaluates the trained tasks of a run."""
 
 import numpy as np
 from lightning import Trainer
@@ -9,108 +7,124 @@ from torch import Tensor
 from recast_pl.data.batches import TaskSplit
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import PatchError, RunError
-from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.methods.recast import Recast
-from recast_pl.runs.folder import accuracy_matrix, load_finished, load_patches, load_shared, patch_paths, percent
+from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.metrics import accuracy_matrix
 
 
 def evaluate_run(
-    module: TILModule, data: SequentialTaskDataModule, run_dir: Path, trainers: TrainerFactory
+    module: TILModule, data: SequentialTaskDataModule, folder: RunFolder, trainers: TrainerFactory
 ) -> list[tuple[str, float, float]]:
-    """Measures every learnt task of a run again, from its patch.
+    """Measures every trained task of a run again, from its patch.
+
+    Args:
+        module: The run's method and backbone, not yet built.
+        data: The run's tasks.
+        folder: The run folder.
+        trainers: Makes the trainer that evaluates.
 
     Returns:
-        Task, accuracy recorded in percent, accuracy measured in percent.
+        Task, recorded accuracy in percent and measured accuracy in percent, in the order of the stream.
 
     Raises:
-        RunError: If nothing has been learnt.
+        RunError: If no task is trained.
+        PatchError: If a patch is damaged.
     """
+    finished = folder.finished()
     data.prepare_data()
     evaluator = trainers.for_evaluation()
-    patches = load_patches(run_dir)
-    restore(module, run_dir, data.image_size)
-    records = [load_finished(run_dir, path.stem)[1] for path in patch_paths(run_dir)]
-    recorded = accuracy_matrix(records)[-1]
+    restore(module, folder, data.image_size)
+    results = accuracy_matrix([files.load_record() for files in finished.values()])[-1]
+    recorded = dict(zip(finished, results, strict=True))
     positions = {task.name: index for index, task in enumerate(data.tasks)}
     return [
-        (name, accuracy, measure(module, data, positions[name], patch, evaluator))
-        for (name, patch), accuracy in zip(patches.items(), recorded, strict=True)
+        (name, accuracy, measure(module, data, positions[name], finished[name].load()[0], evaluator))
+        for name, accuracy in recorded.items()
         if accuracy is not None
     ]
 
 
-def choose_patch(run_dir: Path, task: str | None, file: str | None) -> TaskPatch:
-    """A learnt task of a run, or a patch that was made of some.
+def check_choice(folder: RunFolder, task: str | None, file: str | None) -> None:
+    """Makes sure that just one of a task's name and a patch file is given.
+
+    Raises:
+        RunError: If neither or both are given.
+    """
+    if (task is None) == (file is None):
+        given = "neither" if task is None else "both"
+        tasks = ", ".join(folder.finished())
+        raise RunError(f"{given} of --task and --patch are given; give one, trained are {tasks}")
+
+
+def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskPatch:
+    """Reads the patch of a trained task, or a patch file.
 
     Args:
-        run_dir: The run folder.
-        task: Name of the learnt task; None for the file.
+        folder: The run folder.
+        task: Name of a trained task; None for the file.
         file: Path of a patch; None for the task.
 
     Raises:
-        RunError: If neither or both are given, or the run has not learnt the task.
+        RunError: If neither or both are given, or the run has no such task.
+        PatchError: If the patch is damaged.
     """
-    patches = load_patches(run_dir)
-    if (task is None) == (file is None):
-        given = "neither" if task is None else "both"
-        raise RunError(f"{given} of --task and --patch are given; give one, learnt are {', '.join(patches)}")
-    if file is not None:
-        return TaskPatch.load(file)
-    if task not in patches:
-        raise RunError(f"task {task!r} is not learnt in {run_dir}; learnt are {', '.join(patches)}")
-    return patches[task]
+    check_choice(folder, task, file)
+    return folder.load_patches([task])[task] if task is not None else TaskPatch.load(str(file))
 
 
-def open_task(module: TILModule, run_dir: Path, patch: TaskPatch) -> None:
-    """Builds a module as a run's tasks need it, and activates one.
+def open_task(module: TILModule, folder: RunFolder, patch: TaskPatch) -> None:
+    """Builds a module on the base of a run and activates one task.
 
     Args:
-        module: Of the run's method and backbone.
-        run_dir: The run folder.
+        module: The run's method and backbone.
+        folder: The run folder.
         patch: The task.
     """
-    restore(module, run_dir, patch.image_size)
+    restore(module, folder, patch.image_size)
     module.activate(patch)
 
 
-def restore(module: TILModule, run_dir: Path, image_size: int) -> None:
-    """Builds a module as a run's tasks need it, so that they can be activated.
+def restore(module: TILModule, folder: RunFolder, image_size: int) -> None:
+    """Builds a module on the base of a run, with what its tasks share, so that tasks can be activated.
 
     Args:
-        module: Of the run's method and backbone.
-        run_dir: The run folder.
+        module: The run's method and backbone.
+        folder: The run folder.
         image_size: Height and width of the input in pixels.
     """
     for piece in module.pieces:
-        piece.load_base(run_dir)
+        piece.load_base(folder.path)
     module.build(image_size)
-    load_shared(module, run_dir / "shared" / patch_paths(run_dir)[-1].name)
+    if not module.isolated:
+        last = list(folder.finished().values())[-1]
+        module.load_shared_state(SharedState.load(last.shared))
 
 
-def learnt_coefficients(module: TILModule, run_dir: Path) -> dict[str, Tensor]:
-    """What the tasks of a run have made of the coefficients.
+def trained_coefficients(module: TILModule, folder: RunFolder) -> dict[str, Tensor]:
+    """The coefficients of every trained task of a run.
 
     Args:
-        module: Of the run's method; it need not be built.
-        run_dir: The run folder.
+        module: The run's method; it need not be built.
+        folder: The run folder.
 
     Returns:
-        Mean coefficients, weight after weight (Σ n,), by learnt task; none if nothing has been learnt.
+        Mean coefficients of all weights, one after the other (Σ n,), by task; empty if no task is trained.
     """
-    if not any((run_dir / "patches").glob("*.safetensors")):
+    if not folder.is_trained:
         return {}
-    (index,) = (i for i, piece in enumerate(module.pieces) if isinstance(piece, Recast))
-    return {task: patch.pieces[index]["coefficients"] for task, patch in load_patches(run_dir).items()}
+    index = next(i for i, piece in enumerate(module.pieces) if isinstance(piece, Recast))
+    return {task: patch.pieces[index]["coefficients"] for task, patch in folder.load_patches().items()}
 
 
 def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
-    """Test images of the first task, evenly spaced, so that they are of many classes.
+    """Test images of the first task, evenly spaced, so that they come from many classes.
 
     Args:
         data: The stream.
-        count: How many at most.
+        count: The largest number of images.
 
     Returns:
         Images (N, 3, S, S) in [0, 1].
@@ -127,14 +141,17 @@ def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
 def measure(
     module: TILModule, data: SequentialTaskDataModule, index: int, patch: TaskPatch, evaluator: Trainer
 ) -> float:
-    """Accuracy in percent of a learnt task on its test split.
+    """The accuracy in percent of a trained task on its test split.
 
     Args:
-        module: Built, of the method and base of the patch.
-        data: Its stream.
-        index: Position of the task in the stream.
-        patch: The learnt task.
+        module: Built on the patch's base.
+        data: The stream.
+        index: Position of the task in the stream, from 0.
+        patch: The trained task.
         evaluator: Runs the test.
+
+    Raises:
+        PatchError: If the classes of the images are not those of the patch, or the patch does not fit the module.
     """
     data.select(index)
     if data.classes != patch.classes:
@@ -144,3 +161,8 @@ def measure(
     module.activate(patch)
     (result,) = evaluator.test(module, datamodule=data, verbose=False)
     return percent(result["test/accuracy"])
+
+
+def percent(fraction: float) -> float:
+    """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
+    return round(100 * fraction, 4)

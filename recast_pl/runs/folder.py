@@ -1,79 +1,228 @@
-"""A run folder read again: its learnt tasks, evaluated or used."""
+"""A run folder: where each file of a run lies, and how its trained tasks are read."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
+from uuid import uuid4
 
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import read_sealed_json, sha256
-from recast_pl.learning.patch import SharedState, TaskPatch
-from recast_pl.learning.til_module import TILModule
-
-Record = dict[str, Any]
-"""What `tasks/` holds of a finished task: its facts, the accuracies measured just after it, by task, and the digest of
-its patch."""
+from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
+from recast_pl.learning.patch import TaskPatch
 
 
-def load_patches(run_dir: Path) -> dict[str, TaskPatch]:
-    """The learnt tasks of a run by name, in order.
+class TaskResult(TypedDict):
+    """What a run reports about one trained task; accuracies are in percent."""
 
-    Raises:
-        RunError: If there are none.
-    """
-    patches = (load_finished(run_dir, path.stem)[0] for path in patch_paths(run_dir))
-    return {patch.task: patch for patch in patches}
+    name: str
+    classes: int
+    accuracy: float
+    probe_accuracy: float
+    task_parameters: int
+    head_parameters: int
+    patch_bytes: int
+    train_images: int
+    test_images: int
+    split: str
+    epochs: int
+    seconds: float
 
 
-def load_finished(run_dir: Path, name: str) -> tuple[TaskPatch, Record]:
-    """Reads the patch and the record of a finished task, which must belong together and to that task.
+class Record(TypedDict):
+    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest."""
+
+    task: TaskResult
+    accuracies: dict[str, float]
+    patch: str
+    shared_bytes: int
+    wall_seconds: float
+
+
+class Summary(TypedDict):
+    """The content of `summary.json`, in which older runs lack some entries; row i of the matrix is after task i."""
+
+    method: str
+    backbone: str
+    seed: int
+    tasks: list[TaskResult]
+    unlearnt: NotRequired[list[str]]
+    accuracy_matrix: list[list[float | None]]
+    average_accuracy: float
+    average_anytime_accuracy: float
+    backward_transfer: float
+    forgetting: float
+    shared_bytes: NotRequired[int]
+    wall_seconds: float
+
+
+class TaskFiles:
+    """The files of one task of a run, whether or not they exist.
+
+    The task is finished when `patch` exists. `shared` holds what all tasks share, as it was after this one, and is
+    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained.
 
     Args:
-        run_dir: The run folder.
-        name: Of the files, without their endings.
+        run: The run folder.
+        position: Position of the task in the stream, from 0.
+        task: Its name.
     """
-    path = run_dir / "patches" / f"{name}.safetensors"
-    patch, record = TaskPatch.load(path), read_sealed_json(run_dir / "tasks" / f"{name}.json", RunError)
-    if name.partition("_")[2] != patch.task or record["patch"] != sha256(path.read_bytes()):
-        raise PatchError(f"{path} is not the patch that tasks/{name}.json tells of; restore the one that was there")
-    return patch, record
+
+    def __init__(self, run: Path, position: int, task: str) -> None:
+        self.position, self.task, self.name = position, task, f"{position:02d}_{task}"
+        self.patch = run / "patches" / f"{self.name}.safetensors"
+        self.record = run / "tasks" / f"{self.name}.json"
+        self.shared = run / "shared" / f"{self.name}.safetensors"
+        self.checkpoints = run / "checkpoints" / self.name
+
+    def load_record(self) -> Record:
+        """Reads the record; raises RunError if it is missing or damaged."""
+        return cast(Record, read_sealed_json(self.record, RunError))
+
+    def load(self) -> tuple[TaskPatch, Record]:
+        """Reads the patch and the record.
+
+        Raises:
+            PatchError: If the patch is missing or damaged, or is not the one that the record describes.
+            RunError: If the record is missing or damaged.
+        """
+        patch, record = TaskPatch.load(self.patch), self.load_record()
+        if patch.task != self.task or record["patch"] != sha256(self.patch.read_bytes()):
+            raise PatchError(
+                f"{self.patch} is not the patch that tasks/{self.record.name} describes; restore the original patch"
+            )
+        return patch, record
 
 
-def accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
-    """Accuracies by task learnt and task tested.
+class RunFolder:
+    """The folder of a run; no other code knows the names of its files.
 
-    Of a task that was learnt later, or by another process, nothing was measured after the ones behind it: as such
-    tasks are kept apart, what it reached itself is what it would have reached.
+    `decomposition.safetensors` is written by the method's pieces, and `tensorboard/` by the trainer. Tasks are found
+    by their patches, in the order of the stream, and each patch is read only when it is asked for.
+
+    Args:
+        path: The folder; it need not exist.
     """
-    own = {record["task"]["name"]: record["task"]["accuracy"] for record in records}
-    return [
-        [record["accuracies"].get(name, own[name]) if j <= i else None for j, name in enumerate(own)]
-        for i, record in enumerate(records)
-    ]
+
+    CONFIG = "config.yaml"
+    SUMMARY = "summary.json"
+    MIMICRY = "mimicry.json"
+    IMAGENET = "imagenet.json"
+    ANALYSIS = "analysis.json"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / self.CONFIG
+        self.summary = self.path / self.SUMMARY
+        self.matrix_csv = self.path / "accuracy_matrix.csv"
+        self.matrix_png = self.path / "accuracy_matrix.png"
+        self.decomposition = self.path / "decomposition.safetensors"
+        self.mimicry = self.path / self.MIMICRY
+        self.imagenet = self.path / self.IMAGENET
+        self.analysis = self.path / "analysis"
+        self.export = self.path / "export"
+
+    @classmethod
+    def find(cls, folder: Path) -> list["RunFolder"]:
+        """All runs in a folder, at any depth, in order of path."""
+        return [cls(path) for path in sorted({p.parent for n in (cls.SUMMARY, cls.CONFIG) for p in folder.rglob(n)})]
+
+    def check_unused(self) -> None:
+        """Refuses to write a new run over files that exist.
+
+        Raises:
+            RunError: If the folder has content.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"run folder {self.path} exists; add --resume true to continue it, or name another --run_dir"
+            )
+
+    def add_files(self, write: Callable[[Path], None]) -> bool:
+        """Adds files to the run safely beside other processes that add files of the same names.
+
+        Args:
+            write: Writes the files into a folder.
+
+        Returns:
+            Whether the run has just these files now; False if another process has written others before.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
+            return all(same)
+
+    def read_summary(self) -> Summary:
+        """Reads `summary.json`; raises RunError if it is missing or damaged."""
+        entries = {"seed": int, "tasks": list, "accuracy_matrix": list, "method": str, "backbone": str}
+        return cast(Summary, read_json(self.summary, RunError, **entries))
+
+    def files(self, position: int, task: str) -> TaskFiles:
+        """The files of the task at a position of the stream, from 0."""
+        return TaskFiles(self.path, position, task)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether at least one task is finished."""
+        return any(self._patches())
+
+    def finished(self) -> dict[str, TaskFiles]:
+        """The files of all finished tasks by name, in the order of the stream.
+
+        Raises:
+            RunError: If no task is finished, or a patch has no position in its name.
+        """
+        found = []
+        for path in self._patches():
+            position, _, task = path.stem.partition("_")
+            if not (position.isdecimal() and task):
+                raise RunError(f"{path} is not named POSITION_TASK.safetensors, as 'fit' names patches; move it away")
+            found.append(self.files(int(position), task))
+        if not found:
+            raise RunError(f"{self.path} holds no trained task; give the folder of a run made by 'fit'")
+        found.sort(key=lambda files: files.position)  # as numbers: as text, 99_a would follow 100_b
+        return {files.task: files for files in found}
+
+    def load_patches(self, tasks: Iterable[str] | None = None) -> dict[str, TaskPatch]:
+        """Reads the patches of finished tasks, by name.
+
+        Args:
+            tasks: Names of the tasks; None for all, in the order of the stream.
+
+        Raises:
+            RunError: If a task, or every task, is not finished.
+            PatchError: If a patch is damaged.
+        """
+        finished, patches = self.finished(), {}
+        for task in finished if tasks is None else tasks:
+            if task not in finished:
+                raise RunError(f"task {task!r} is not trained in {self.path}; trained are {', '.join(finished)}")
+            patches[task], _ = finished[task].load()
+        return patches
+
+    def _patches(self) -> Iterable[Path]:
+        return (self.path / "patches").glob("*.safetensors")
 
 
-def percent(fraction: float) -> float:
-    """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
-    return round(100 * fraction, 4)
+def write_once(path: Path, content: bytes) -> bool:
+    """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
 
+    Args:
+        path: The file; its folder is created.
+        content: Its bytes.
 
-def patch_paths(run_dir: Path) -> list[Path]:
-    paths = sorted((run_dir / "patches").glob("*.safetensors"))
-    if not paths:
-        raise RunError(f"{run_dir} holds no learnt task; give the folder of a run made by 'fit'")
-    return paths
-
-
-def load_shared(module: TILModule, path: Path) -> None:
-    """Takes what tasks share, if they share anything."""
-    if not module.isolated:
-        module.load_shared_state(SharedState.load(path))
-
-
-def check_run_folder(run_dir: Path, resume: bool) -> None:
-    """Makes sure that a new run does not touch an old one.
+    Returns:
+        Whether the file has this content now.
 
     Raises:
-        RunError: If the folder has content and is not to be resumed.
+        StorageError: If the file cannot be written.
     """
-    if not resume and run_dir.exists() and any(run_dir.iterdir()):
-        raise RunError(f"run folder {run_dir} exists; add --resume true to continue it, or name another --run_dir")
+    draft = path.with_name(f".{path.name}.{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
+    write_atomic(draft, content)
+    with writing(path):
+        try:
+            path.hardlink_to(draft)  # unlike a rename, it fails if the path exists
+        except OSError:
+            if not path.exists():  # the file system has no hard links
+                draft.replace(path)
+        draft.unlink(missing_ok=True)
+    return path.read_bytes() == content

@@ -1,4 +1,4 @@
-"""Measures of a stream, from its accuracy matrix."""
+"""The accuracy matrix of a stream, and the measures that are computed from it."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,19 +6,46 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recast_pl.runs.folder import Record, Summary
+
 Matrix = Sequence[Sequence[float | None]]
-"""`matrix[i][j]`: accuracy in percent on task j after learning task i; None for j > i."""
+"""`matrix[i][j]`: accuracy in percent on task j after training task i; None for j > i."""
+
+
+def accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
+    """The accuracy matrix of the tasks that are finished.
+
+    Where tasks are trained in another order or by several processes, some entries were never measured. That happens
+    only if the method keeps tasks apart, so the accuracy of a task just after its own training fills them.
+
+    Args:
+        records: Of the finished tasks, in the order of the stream.
+
+    Returns:
+        A row for each task trained and a column for each task tested, in percent; None above the diagonal.
+    """
+    own = {record["task"]["name"]: record["task"]["accuracy"] for record in records}
+    return [
+        [record["accuracies"].get(name, own[name]) if j <= i else None for j, name in enumerate(own)]
+        for i, record in enumerate(records)
+    ]
+
+
+def final_accuracies(summary: Summary) -> dict[str, float]:
+    """The accuracy in percent on every task after training the last one, by task."""
+    rows = zip(summary["tasks"], summary["accuracy_matrix"][-1], strict=True)
+    return {task["name"]: accuracy for task, accuracy in rows if accuracy is not None}
 
 
 def average_accuracy(matrix: Matrix) -> float:
-    """Mean accuracy over all tasks, after the last has been learnt."""
+    """Mean accuracy over all tasks, after training the last one."""
     return float(_square(matrix)[-1].mean())
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """Mean over all tasks but the last of the final accuracy less that just after learning it.
+    """Mean over all tasks but the last of the final accuracy minus the accuracy just after training the task.
 
-    Lopez-Paz and Ranzato, 2017, equation 3. 0 for a single task; negative means forgetting.
+    Lopez-Paz and Ranzato, 2017, equation 3. 0 for a single task; a negative value means forgetting.
     """
     square = _square(matrix)
     changes = square[-1] - square.diagonal()
@@ -26,7 +53,7 @@ def backward_transfer(matrix: Matrix) -> float:
 
 
 def forgetting(matrix: Matrix) -> float:
-    """Mean over all tasks but the last of the best earlier accuracy less the final one.
+    """Mean over all tasks but the last of the best earlier accuracy minus the final one.
 
     Chaudhry et al., 2018, equation 3. 0 for a single task.
     """
@@ -38,18 +65,19 @@ def forgetting(matrix: Matrix) -> float:
 
 
 def average_anytime_accuracy(matrix: Matrix) -> float:
-    """Mean, over the moments after each task, of the mean accuracy over the tasks learnt until then."""
+    """Mean, over the ends of all tasks, of the mean accuracy over the tasks trained so far."""
     return float(np.nanmean(_square(matrix), axis=1).mean())  # the upper triangle is NaN
 
 
 def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
-    """Mean over all tasks but the first of the accuracy just after learning it less that of learning it alone.
+    """Mean over all tasks but the first of the accuracy just after training minus the accuracy of the task alone.
 
-    With a head for each task the original measure (Lopez-Paz and Ranzato, 2017), accuracy before learning, is chance.
+    The original measure (Lopez-Paz and Ranzato, 2017) uses the accuracy before training, which is chance when every
+    task has its own head.
 
     Args:
         matrix: Accuracies of the stream.
-        alone: Accuracy in percent of each task in an independent run that learns nothing else.
+        alone: Accuracy in percent of each task in an independent run that trains nothing else.
 
     Returns:
         The mean difference in points; 0 for a single task.
@@ -59,11 +87,11 @@ def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
 
 
 class Spread(NamedTuple):
-    """What several values have in common.
+    """Mean and sample standard deviation of several values.
 
     Args:
-        mean: Their mean.
-        deviation: Their sample standard deviation; None of a single value.
+        mean: The mean.
+        deviation: The sample standard deviation; None for a single value.
     """
 
     mean: float
@@ -75,10 +103,10 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and, of several values, the sample standard deviation.
+    """Computes mean and sample standard deviation.
 
     Args:
-        values: At least one.
+        values: At least one value.
     """
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 

@@ -1,36 +1,35 @@
 """Fits templates by gradient into a run folder."""
 
-from pathlib import Path
-
 from lightning import seed_everything
 
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.files import json_text, write_atomic
 from recast_pl.learning.trainer import Resources, TrainerFactory
+from recast_pl.runs.folder import RunFolder
 
 
 def fit_mimicry(
-    module: MimicryModule, run_dir: Path, trainers: TrainerFactory, seed: int = 42, config: str | None = None
+    module: MimicryModule, folder: RunFolder, trainers: TrainerFactory, seed: int = 42, config: str | None = None
 ) -> tuple[Decomposition, dict[str, float]]:
-    """Fits templates by gradient; writes `decomposition.safetensors` and, of how it went, `mimicry.json`.
+    """Fits templates by gradient, and writes the decomposition and `mimicry.json`, which says what the fit took.
 
     Args:
         module: What to fit.
-        run_dir: The run folder; TensorBoard's events go there too.
+        folder: The run folder; TensorBoard's events go there too.
         trainers: Makes the trainer.
-        seed: Seed of the start and the noise.
-        config: Content of `config.yaml`; None for none.
+        seed: Seed of the initial values and of the noise.
+        config: Content of `config.yaml`; None to write none.
 
     Returns:
-        The fit, and the cosine of each generated weight with the pretrained one, by name.
+        The decomposition, and the cosine of each generated weight with the pretrained one, by name.
     """
     seed_everything(seed, verbose=False)
     module.configure_model()
     if config is not None:
-        write_atomic(run_dir / "config.yaml", config)
+        write_atomic(folder.config, config)
     resources = Resources()
-    trainer = trainers.without_checkpoints().for_training(run_dir, "mimicry", [resources])
+    trainer = trainers.without_checkpoints().for_training(folder.path, "mimicry", [resources])
     trainer.fit(module)
     decomposition, similarities = module.decomposition(), module.similarities()
     if trainer.is_global_zero:
@@ -41,6 +40,6 @@ def fit_mimicry(
             "epochs": trainer.current_epoch,
             **resources.used(),
         }
-        decomposition.save(run_dir / "decomposition.safetensors")
-        write_atomic(run_dir / "mimicry.json", json_text(facts))
+        decomposition.save(folder.decomposition)
+        write_atomic(folder.mimicry, json_text(facts))
     return decomposition, similarities

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import RenderableType
 
 from recast_pl.errors import RunError
-from recast_pl.files import json_text, read_json, write_atomic
+from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.measures import MEASURES, measures
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
-from recast_pl.runs.collection import PLAN, Label, Summary, is_whole
+from recast_pl.runs.collection import PLAN, Label, is_whole
+from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
 
@@ -125,8 +126,8 @@ class Comparison:
         """Reads the summaries of finished runs by point and seed; points without any are left out."""
         runs: dict[str, dict[int, Summary]] = {}
         for point in self.points:
-            paths = sorted((self.folder / point.name).glob("*/summary.json"))
-            found = [read_json(path, RunError, seed=int, tasks=list, accuracy_matrix=list) for path in paths]
+            paths = sorted((self.folder / point.name).glob(f"*/{RunFolder.SUMMARY}"))
+            found = [RunFolder(path.parent).read_summary() for path in paths]
             runs[point.name] = {run["seed"]: run for run in found}
         tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
         whole = {  # all runs have the same tasks

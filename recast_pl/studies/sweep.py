@@ -11,8 +11,8 @@ from recast_pl.files import write_atomic
 from recast_pl.reporting.measures import TASK_PARAMETERS, sweep_marks
 from recast_pl.reporting.plots import plot_marks, write_figure
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
-from recast_pl.runs.collection import Summary
-from recast_pl.runs.metrics import spread
+from recast_pl.runs.folder import Summary
+from recast_pl.runs.metrics import final_accuracies, spread
 from recast_pl.studies.comparison import Comparison
 
 
@@ -85,8 +85,8 @@ def _over_measures(points: Sequence[Mapping[int, Summary]]) -> list[str]:
     for seed in seeds:
         by_task: dict[str, list[float]] = {}
         for run in (runs[seed] for runs in points):
-            for task, accuracy in zip(run["tasks"], run["accuracy_matrix"][-1], strict=True):
-                by_task.setdefault(task["name"], []).append(accuracy)
+            for task, accuracy in final_accuracies(run).items():
+                by_task.setdefault(task, []).append(accuracy)
         changes += [max(values) - min(values) for values in by_task.values()]
     largest = f"{max(changes):.2f}" if changes else ""
     return [str(len(points)), str(spread(means)), f"{max(means) - min(means):.2f}", largest]
