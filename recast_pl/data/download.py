@@ -183,7 +183,12 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
                     f"{archive.name} holds {member.name!r}, a link or a device, which is refused; do not use it"
                 )
             _check_inside(archive, member.name)
-            tar.extract(member, folder, filter="data")
+            tar.extract(member, folder, filter=_without_mode)
+
+
+def _without_mode(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Filters like `tarfile.data_filter`, but lets the umask decide the permissions instead of the archive."""
+    return tarfile.data_filter(member, folder).replace(mode=None, deep=False)  # type: ignore[arg-type]
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:
