@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from recast_pl.runs.metrics import spread
-from recast_pl.studies.sweep import read_sweep
+from recast_pl.studies.sweep_file import read_sweep
 
 SWEEP = Path(__file__).parents[1] / "configs" / "sweeps" / "grow.yaml"
 EARLIER = 2  # tasks that may leave templates

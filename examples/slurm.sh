@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A whole stream of tasks on all GPUs of one or more machines; whenever its time is up, the job goes on in a new one:
+# Trains a stream of tasks on all GPUs of one or more machines. When its time is up, the job continues in a new one:
 #   sbatch --nodes 2 examples/slurm.sh --config vit.yaml --run_dir logs/vit
 #SBATCH --job-name=recast_pl
 #SBATCH --nodes=1
@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
-# The signal reaches this shell alone, 120 seconds before the end: the last epoch's checkpoint is there at any time.
+# Only this shell gets the signal, 120 seconds before the end; the checkpoint of the last epoch is always on disk.
 
 srun --kill-on-bad-exit=1 python -m recast_pl fit "$@" --resume true \
   --trainer.strategy ddp --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" &

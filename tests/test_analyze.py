@@ -30,7 +30,7 @@ from recast_pl.cli import main
 from recast_pl.decomposition.analysis import analyze
 from recast_pl.decomposition.bank import Bank
 from recast_pl.decomposition.targets import Group
-from recast_pl.reporting.plots import plot_coefficient_similarity, plot_displacements, plot_template_diversity
+from recast_pl.reporting.analysis_plots import plot_coefficient_similarity, plot_displacements, plot_template_diversity
 
 SMALL = TINY_VIT | {"depth": 4}
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", SMALL)

@@ -1,4 +1,4 @@
-"""Every command and every example of the README and of docs/ does what it says, in a folder of its own."""
+"""Runs every command and every example of the README and of docs/, and checks what the pages say of the code."""
 
 import ast
 import json
@@ -8,21 +8,39 @@ import shlex
 import subprocess
 import sys
 
+import nbformat
 import pytest
+import yaml
 from conftest import ROOT, fork_server
+from nbclient import NotebookClient
 
 from recast_pl.cli import main
 
-README = (ROOT / "README.md").read_text()
-DOCS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", DOCS, re.DOTALL)
-COMMANDS = [
-    line.partition("uv run python ")[2]
-    for language, block in BLOCKS
-    if language == "bash"
-    for line in block.replace("\\\n", " ").splitlines()
-    if "uv run python " in line
-]
+
+def site_pages(entries):
+    """The files of a navigation, in its order."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield ROOT / "docs" / entry
+        else:
+            for part in entry.values():
+                yield from site_pages([part] if isinstance(part, str) else part)
+
+
+NAVIGATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+PAGES = [ROOT / "README.md", *site_pages(NAVIGATION)]
+TEXT = "".join(path.read_text() for path in PAGES)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+# in the order of the pages; a command that stands on two pages runs once
+COMMANDS = list(
+    dict.fromkeys(
+        line.partition("uv run python ")[2]
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in re.sub(r"\\\n\s*", "", block).splitlines()
+        if "uv run python " in line
+    )
+)
 FILES = {name: text for _, text in BLOCKS for name in re.findall(r"\A# (\w+\.(?:py|yaml))", text)}
 
 
@@ -38,12 +56,17 @@ def run(words, folder):
     return process.stdout
 
 
+def python_blocks(part):
+    """Python examples that contain a text, each once."""
+    return list(dict.fromkeys(text for language, text in BLOCKS if language == "python" and part in text))
+
+
 @pytest.mark.slow
-def test_commands_in_their_order(folder):
+def test_all_commands_run_in_the_order_of_the_pages(folder):
     (folder / "targets.yaml").write_text(FILES["targets.yaml"])
     first, *others = (shlex.split(command) for command in COMMANDS)
     run(first, folder)
-    with fork_server(folder=folder) as (ask, _):  # which need not import everything anew
+    with fork_server(folder=folder) as (ask, _):  # so that the library is imported once for all of them
         for m, package, *words in others:
             assert (m, package) == ("-m", "recast_pl")
             assert ask(words=words, log=str(folder / "log")) == 0, (folder / "log").read_text()
@@ -52,16 +75,17 @@ def test_commands_in_their_order(folder):
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
     assert summary["average_accuracy"] > 75  # 82.35 on the machine of the README
-    (code,) = (text for language, text in BLOCKS if language == "python" and "recast_pl.load(" in text)
-    tasks, label, labels = run(["-c", code], folder).splitlines()
+    short, full = python_blocks("recast_pl.load(")
+    assert run(["-c", short], folder).startswith("flags ")
+    tasks, label, labels = run(["-c", full], folder).splitlines()
     assert "['signs', 'people']" in tasks
-    assert "flags" in label  # a probability for each class, by name
+    assert "flags" in label  # the probability of each class, by name
     assert len(ast.literal_eval(labels)) == 2
 
 
 @pytest.mark.slow
-def test_the_python_example(folder):
-    (code,) = (text for language, text in BLOCKS if language == "python" and text.startswith("import lightning"))
+def test_the_example_of_training_from_python_runs(folder):
+    (code,) = python_blocks("import lightning")
     run(["-c", code], folder)
     assert (folder / "signs.safetensors").stat().st_size > 0
 
@@ -69,17 +93,17 @@ def test_the_python_example(folder):
 PARAMETERS = {
     "biases": 12 * (2 * 32 + 96 + 32 + 128 + 32) + 32 + 32,  # blocks, norm, patches
     "offset": 32,
-    "tiny": 2 * 2 * 2,  # in each of two blocks two weights, of two templates
+    "tiny": 2 * 2 * 2,  # two blocks, two weights in each, two templates
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_is_of_ones_own(name, tiny_fit, tmp_path, monkeypatch):
+def test_the_examples_of_own_pieces_and_backbones_run(name, tiny_fit, tmp_path, monkeypatch):
     for file, text in FILES.items():
         (tmp_path / file).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     words = tiny_fit("--config", tmp_path / f"{name}.yaml", "--trainer.max_epochs", "1")
-    if name == "tiny":  # a backbone of its own takes the place of the fixture's
+    if name == "tiny":  # its own backbone replaces the one of the fixture
         words = [*words, "--model.backbone.name", "tiny.tiny", "--model.backbone.args", "{}"]
     assert main(words) == 0
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
@@ -87,29 +111,56 @@ def test_what_is_of_ones_own(name, tiny_fit, tmp_path, monkeypatch):
     assert first["task_parameters"] == PARAMETERS[name]
 
 
-def test_the_configuration_reference_is_that_of_the_code():
+@pytest.mark.slow
+def test_the_notebook_runs(folder):
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    stored = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    computed = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    assert [pictures(outputs) for outputs in computed] == [pictures(outputs) for outputs in stored]
+
+
+def pictures(outputs):
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_notebook_is_small_enough_for_the_repository():
+    assert (ROOT / "examples" / "quickstart.ipynb").stat().st_size < 300_000
+
+
+def test_the_configuration_reference_is_up_to_date():
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert (ROOT / "docs" / "configuration.md").read_text() == generate["reference"]()
+    assert (ROOT / "docs" / "reference" / "configuration.md").read_text() == generate["reference"]()
 
 
-def test_the_tables_of_the_mathematics_name_what_there_is():
-    text = (ROOT / "docs" / "maths.md").read_text()
-    paths = re.findall(r"`((?:decomposition|til)/\w+\.py|metrics\.py)`", text)
-    assert len(paths) > 5
-    for path in paths:
-        assert (ROOT / "recast_pl" / path).is_file()
+def test_the_pages_name_files_of_the_code_that_exist():
+    equations = (ROOT / "docs" / "reference" / "equations.md").read_text()
+    methods = "".join(path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md"))
+    inside = re.findall(r"`((?:decomposition|methods|learning|runs|inference)/\w+\.py)`", equations)
+    paths = [f"recast_pl/{path}" for path in inside] + re.findall(r"`(recast_pl/\w+/\w+\.py)`", methods)
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
 def test_the_documentation_names_every_config():
     assert len(COMMANDS) == 22
-    for folder, text in ((".", DOCS), ("methods", README), ("sweeps", DOCS)):
+    for folder in (".", "methods", "sweeps"):
         for config in (ROOT / "configs" / folder).glob("*.yaml"):
-            assert f"`{config.name}`" in text
+            assert f"`{config.name}`" in TEXT
 
 
-def test_links_of_the_documentation_lead_somewhere():
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+def test_every_method_has_a_page_with_its_configuration():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md"))
+    index = (ROOT / "docs" / "methods" / "index.md").read_text()
+    for config in (ROOT / "configs" / "methods").glob("*.yaml"):
+        assert f"`{config.name}`" in index
+        if not config.name.startswith("recast_"):  # these are on the page of combinations
+            assert f'--8<-- "configs/methods/{config.name}"' in pages
+
+
+def test_all_links_of_the_pages_lead_to_files():
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text())]
-    assert len(links) > 8
+    assert len(links) > 80
     for page, link in links:
         assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -189,7 +189,7 @@ def test_backbones_sweeps_and_reconstructions_have_their_figures(tmp_path):
     numbers = [re.match(r"Figure (\d+\w?)", caption) for caption in captions]
     assert {number[1] for number in numbers if number} == {"3", "4", "5", "6", "9a"}
     assert "Accuracy by groups; larger markers train more numbers" in captions
-    (row,) = page.tables["Table 5: what fitting templates takes"]
+    (row,) = page.tables["Table 5: cost of fitting templates"]
     assert list(row.values()) == ["mimicry", "vit_small", "14,155,776", "–", "3.7", "36.2", "1,000", "36.2", "98.77"]
 
 
@@ -213,7 +213,7 @@ def test_what_the_commands_write_is_what_the_report_reads(tiny_fit, tmp_path):
     summary = json.loads((tmp_path / "in" / "compared" / "recast" / "1" / "summary.json").read_text())
     assert summary["unlearnt"] == []
     assert row["average accuracy %"] == f"{summary['average_accuracy']:.2f}"
-    (row,) = page.tables["Table 5: what fitting templates takes"]
+    (row,) = page.tables["Table 5: cost of fitting templates"]
     assert (row["run"], row["epochs"], row["peak GPU memory (GB)"]) == ("fitted", "2", "–")
     assert float(row["seconds"]) > 0
     assert float(row["cores busy (%)"]) > 0

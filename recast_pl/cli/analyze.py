@@ -22,14 +22,14 @@ from recast_pl.decomposition.similarity import feature_similarity, weight_simila
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.learning.til_module import TILModule
-from recast_pl.reporting.plots import (
+from recast_pl.reporting.analysis_plots import (
     plot_coefficient_similarity,
     plot_displacements,
     plot_feature_similarity,
     plot_template_diversity,
-    write_figure,
 )
-from recast_pl.reporting.tables import analysis_sheets
+from recast_pl.reporting.analysis_tables import analysis_sheets
+from recast_pl.reporting.plots import write_figure
 from recast_pl.runs.evaluation import learnt_coefficients, sample_images
 
 _IMAGES = 16  # test images of the first task, if none are given

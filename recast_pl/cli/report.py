@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from recast_pl.learning.trainer import tensorboard
-from recast_pl.reporting.document import Block, Picture, write_document
+from recast_pl.reporting.document import Block, Chart, write_document
 from recast_pl.reporting.report import compose
 from recast_pl.runs.collection import find_collections
 
@@ -35,6 +35,6 @@ def _log_pictures(blocks: list[Block], output: Path) -> None:
     logger = tensorboard(output, "report")
     assert isinstance(logger, TensorBoardLogger)
     for block in blocks:
-        if isinstance(block, Picture):
+        if isinstance(block, Chart):
             logger.experiment.add_figure(block.name, block.figure)
     logger.finalize("success")

@@ -6,7 +6,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.comparing import fit_options, run_comparison
 from recast_pl.studies.engines import Engine
-from recast_pl.studies.sweep import Sweep, read_sweep
+from recast_pl.studies.sweep import Sweep
+from recast_pl.studies.sweep_file import read_sweep
 
 _SEEDS = (42, 1998, 3142592)
 

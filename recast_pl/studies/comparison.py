@@ -1,4 +1,4 @@
-"""Runs beside one another: several points, such as methods, each with several seeds, and one table."""
+"""A comparison: several points, such as methods, each with several seeds, in one table."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +10,21 @@ from rich.console import RenderableType
 
 from recast_pl.errors import RunError
 from recast_pl.files import json_text, read_json, write_atomic
-from recast_pl.reporting.measures import MEASURES, forward_gain, measures
+from recast_pl.reporting.measures import MEASURES, measures
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
 from recast_pl.runs.collection import PLAN, Label, Summary, is_whole
-from recast_pl.runs.metrics import spread
+from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
 
 
 @dataclass(frozen=True)
 class Point:
-    """What runs with different seeds have in common.
+    """What runs with different seeds share.
 
     Args:
-        name: Of the folder that holds the runs.
-        words: Words of `fit`.
-        labels: What the point stands for, by the key in whose column the table says it; none if the name is enough.
+        name: Name of the folder that holds the runs.
+        words: Command-line words for `fit`.
+        labels: Labels by key, each a column of the table; empty if the name is enough.
     """
 
     name: str
@@ -34,18 +34,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of points × seeds below one folder, as `FOLDER/POINT/SEED`.
+    """Runs of points × seeds in one folder, as FOLDER/POINT/SEED.
 
     Args:
-        folder: Of the comparison.
+        folder: Output folder.
         points: What is compared, such as methods.
-        seeds: Of the runs.
-        options: Further words of `fit`, for all runs.
-        alone: The point, of those given, whose runs say what each task reaches by itself, such as `finetune_each`; it
-            adds forward transfer, from runs of the same seed, to the table. None for none.
+        seeds: Seeds of the runs of each point.
+        options: Further command-line words for `fit`, for all runs.
+        alone: Name of the point that trains each task by itself, such as `finetune_each`; the table then shows forward
+            transfer against its runs of the same seed. None for no forward transfer.
 
     Raises:
-        RunError: If there is no point, two points have one name, or `alone` names none.
+        RunError: If there are no points, two points have one name, or no point is named `alone`.
     """
 
     folder: Path
@@ -55,26 +55,26 @@ class Comparison:
     alone: str | None = None
 
     FILE = "comparison"
-    """Name of the files that are written, less their endings."""
+    """Name of the output files without suffix."""
     HEADING = "method"
-    """What a point is called."""
+    """What users call a point."""
 
     def __post_init__(self) -> None:
         names = [point.name for point in self.points]
-        folded = [name.casefold() for name in names]  # some file systems do not tell them apart
+        folded = [name.casefold() for name in names]  # some file systems ignore case
         twice = [name for name in names if folded.count(name.casefold()) > 1]
         if not names:
-            raise RunError(f"there is no {self.HEADING} to learn by; give at least one")
+            raise RunError(f"no {self.HEADING} is given; give at least one")
         if twice:
-            raise RunError(f"two {self.HEADING}s are named {twice[0]!r}; rename one, as its runs are kept by that name")
+            raise RunError(f"two {self.HEADING}s are named {twice[0]!r}; rename one, which names the folder")
         if self.alone is not None and self.alone not in names:
-            raise RunError(f"--alone {self.alone!r} is none of the {self.HEADING}s; choose one of {', '.join(names)}")
+            raise RunError(f"no {self.HEADING} is named --alone {self.alone!r}; choose one of {', '.join(names)}")
 
     def words(self, point: Point, seed: int) -> list[str]:
-        """The command line of `fit` for one run, which goes on with what is there.
+        """Returns the command line of `fit` that starts or resumes a run.
 
         Args:
-            point: What is learnt.
+            point: The point.
             seed: Seed of the run.
         """
         run_dir = self.folder / point.name / str(seed)
@@ -82,12 +82,12 @@ class Comparison:
         return ["fit", *point.words, *self.options, *own]
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
-        """Learns what is not learnt yet, and writes the table after every run.
+        """Trains the runs that are not finished, and writes the table after every run.
 
         Args:
-            engine: Where the runs are made.
-            is_finished: Whether the run of a command line is finished; refuses one that cannot be understood, so that
-                this is known before the first run rather than hours later.
+            engine: Where to train.
+            is_finished: Tells whether the run of a command line is finished. It raises RunError for a command line
+                that `fit` would refuse, so that the user learns of a mistake before the first run.
 
         Returns:
             0, or the status of the first run that failed.
@@ -100,21 +100,21 @@ class Comparison:
             self.write()
         status = run_units(engine, left, lambda name: self.write()) if left else 0
         if status:
-            print("the same command goes on from there", file=sys.stderr)
+            print("run the same command again to continue", file=sys.stderr)
         return status
 
     def plan(self) -> dict[str, Any]:
-        """What is to be learnt, for `plan.json`, by which a report knows what is missing."""
+        """Describes the comparison for `plan.json`, from which a report knows which runs are missing."""
         return {"points": {point.name: dict(point.labels) for point in self.points}, "seeds": list(self.seeds)}
 
     def write(self) -> None:
-        """Writes the table as CSV and Markdown, from all finished runs in the folder, whatever their seeds."""
+        """Writes the table as CSV and Markdown, from all finished runs in the folder, including other seeds."""
         cells = self._cells()
         write_atomic(self.folder / f"{self.FILE}.csv", table_csv(*cells))
         write_atomic(self.folder / f"{self.FILE}.md", markdown_table(cells, 1 + len(self._keys)))
 
     def table(self) -> RenderableType:
-        """The same table, for the terminal: where labels tell points apart, without their names."""
+        """Makes the same table for the terminal, without the names of points where labels tell them apart."""
         header, rows = self._cells()
         texts = 1 + len(self._keys)
         labels = {tuple(row[1:texts]) for row in rows}
@@ -122,8 +122,12 @@ class Comparison:
         return terminal_table((header[first:], [row[first:] for row in rows]), texts - first)
 
     def finished(self) -> dict[str, dict[int, Summary]]:
-        """What finished runs say, by name of the point and seed; points without any are left out."""
-        runs = {point.name: self._runs(point.name) for point in self.points}
+        """Reads the summaries of finished runs by point and seed; points without any are left out."""
+        runs: dict[str, dict[int, Summary]] = {}
+        for point in self.points:
+            paths = sorted((self.folder / point.name).glob("*/summary.json"))
+            found = [read_json(path, RunError, seed=int, tasks=list, accuracy_matrix=list) for path in paths]
+            runs[point.name] = {run["seed"]: run for run in found}
         tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
         whole = {  # all runs have the same tasks
             name: {seed: run for seed, run in seeds.items() if is_whole(run) and len(run["tasks"]) == tasks}
@@ -131,17 +135,9 @@ class Comparison:
         }
         return {name: seeds for name, seeds in whole.items() if seeds}
 
-    def _runs(self, name: str) -> dict[int, Summary]:
-        """What the runs of a point say, by seed."""
-        paths = sorted((self.folder / name).glob("*/summary.json"))
-        return {
-            run["seed"]: run
-            for run in (read_json(path, RunError, seed=int, tasks=list, accuracy_matrix=list) for path in paths)
-        }
-
     @property
     def _keys(self) -> list[str]:
-        """Keys of the labels of all points."""
+        """The keys of the labels of all points."""
         return list(dict.fromkeys(key for point in self.points for key in point.labels))
 
     def _cells(self) -> Cells:
@@ -159,6 +155,9 @@ class Comparison:
         cells = measures(list(runs.values()))
         if self.alone is not None:
             alone = finished.get(self.alone, {})
-            gains = [forward_gain(runs[seed], alone[seed]) for seed in runs.keys() & alone.keys()]
+            gains = [
+                forward_transfer(runs[seed]["accuracy_matrix"], [task["accuracy"] for task in alone[seed]["tasks"]])
+                for seed in runs.keys() & alone.keys()
+            ]
             cells.append(str(spread(gains)) if gains else "")
         return cells

@@ -1,4 +1,4 @@
-"""A pretrained classifier beside itself with decomposed weights, on images (table 6 of the paper)."""
+"""Compares a pretrained classifier with itself after decomposition, on images (table 6 of the paper)."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ from recast_pl.errors import DataError
 
 
 class ImageNetFolder(Dataset[tuple[Tensor, int]]):
-    """Images of a folder `CLASS/…/IMAGE`, or `val/CLASS/…/IMAGE`, with the position of their class in order of name.
+    """Images of a folder CLASS/…/IMAGE or val/CLASS/…/IMAGE; labels number the classes by name.
 
     Args:
         root: The folder.
-        preprocess: Makes a tensor (3, S, S) of an RGB image.
+        preprocess: Turns an RGB image into a tensor (3, S, S).
 
     Raises:
-        DataError: If there is no image.
+        DataError: If the folder holds no images.
     """
 
     def __init__(self, root: Path, preprocess: Callable[[Image.Image], Tensor]) -> None:
@@ -36,7 +36,7 @@ class ImageNetFolder(Dataset[tuple[Tensor, int]]):
         named = enumerate(self.classes)
         self.paths = [(path, label) for label, name in named for path in images_below(root / name)]
         if not self.paths:
-            raise DataError(f"{root} holds no image below a folder of its class; give a folder of CLASS/IMAGE")
+            raise DataError(f"{root} holds no images in class folders; give a folder of CLASS/IMAGE")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,23 +49,23 @@ class ImageNetFolder(Dataset[tuple[Tensor, int]]):
 def compare_classifiers(
     classifier: Classifier, decomposition: Decomposition, root: Path, batch_size: int = 32, num_workers: int = 0
 ) -> dict[str, Any]:
-    """Classifies images by a network and by the same with decomposed weights.
+    """Classifies images with a network and with its decomposed copy.
 
     Args:
-        classifier: The network; it stays as it is.
-        decomposition: Of some of its weights.
-        root: Folder of images; where it has as many classes as the network, these are taken for the network's own.
-        batch_size: Images at a time.
-        num_workers: Processes that decode images; 0 for this one.
+        classifier: The network; it is not changed.
+        decomposition: Decomposition of some of its weights.
+        root: Folder of images. If it has as many classes as the network has outputs, they count as the same classes.
+        batch_size: Images in a batch.
+        num_workers: Processes that decode images; 0 decodes in this process.
 
     Returns:
-        `images`, their number; `dense_accuracy` and `decomposed_accuracy` in percent, None where classes are others;
-        `agreement`, the percentage of equal predictions; `similarity`, the mean over images and decomposed layers of
-        the cosine between what a layer gives in either network.
+        `images`: count of images; `dense_accuracy` and `decomposed_accuracy` in percent, None for other classes than
+        the network's; `agreement`: percentage of equal predictions; `similarity`: cosine between the outputs of a
+        decomposed layer in both networks, averaged over images and layers.
 
     Raises:
-        DataError: If there is no image, or one cannot be read.
-        DecompositionError: If the decomposition is of another network.
+        DataError: If the folder holds no images, or one cannot be read.
+        DecompositionError: If the decomposition belongs to another network.
     """
     data = ImageNetFolder(root, classifier.preprocess)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -93,7 +93,7 @@ def compare_classifiers(
 def _classify(
     dense: nn.Module, decomposed: nn.Module, layers: Sequence[str], images: Tensor, labels: Tensor
 ) -> tuple[tuple[int, int], int, float, int]:
-    """Of a batch: how often either network is right, how often they agree, the sum of similarities, and classes."""
+    """Counts correct predictions of each network, equal ones, the sum of similarities, and classes."""
     with recorded(dense, layers) as theirs, recorded(decomposed, layers) as ours:
         expected, logits = dense(images), decomposed(images)  # (B, classes)
     first, second = expected.argmax(1), logits.argmax(1)
