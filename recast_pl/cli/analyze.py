@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from recast_pl.backbones.backbone import BackboneConfig
-from recast_pl.config.run import read_run
+from recast_pl.config.run import read_run, til
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.images import FileDataset, find_images
 from recast_pl.decomposition.analysis import Analysis, analyze, displacements
@@ -21,7 +21,6 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.similarity import feature_similarity, weight_similarity
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
-from recast_pl.learning.til_module import TILModule
 from recast_pl.reporting.analysis_plots import (
     plot_coefficient_similarity,
     plot_displacements,
@@ -113,9 +112,9 @@ def _of_run(config: Namespace) -> _Subject:
     model, seed = init.model, init.seed_everything
     if isinstance(model, MimicryModule):
         return _Subject(decomposition, output, model.backbone, model.image_size, seed)
-    assert isinstance(model, TILModule)
-    learnt = learnt_coefficients(model, run_dir)
-    return _Subject(decomposition, output, model.backbone_config, init.data.image_size, seed, init.data, learnt)
+    model = til(model)
+    coefficients = learnt_coefficients(model, run_dir)
+    return _Subject(decomposition, output, model.backbone_config, init.data.image_size, seed, init.data, coefficients)
 
 
 def _images(subject: _Subject, paths: Sequence[Path], console: Console) -> Tensor | None:

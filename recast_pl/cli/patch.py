@@ -29,8 +29,8 @@ def declare(parser: ArgumentParser) -> None:
         count = {"diff": 2, "quantize": 1}.get(name, "+")
         action.add_argument("files", type=str, nargs=count, help="Patch files.")
         if name in ("verify", "quantize"):
-            use = "patches must fit" if name == "verify" else "measures it before and after (default: not measured)"
-            action.add_argument("--run_dir", type=str | None, help=f"Folder of a run that {use}.")
+            use = "that the patches must fit" if name == "verify" else "to measure the accuracy (default: not measured)"
+            action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
         if name in ("average", "quantize"):
             action.add_argument("--output", type=str, required=True, help="File of the new patch.")
         if name == "average":

@@ -4,9 +4,9 @@ Each engine hands them to a scheduler that exists; none is made here. Machines s
 Wherever a command line dies, its last checkpoint is there, so that the same one goes on.
 """
 
+import importlib
 import io
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -231,13 +231,9 @@ class Slurm(Engine):
 
 
 def _run_program(words: Sequence[str]) -> int:
-    """Runs a command line in this process, as `python -m recast_pl` would; returns its exit status."""
-    sys.argv = ["recast_pl", *words]
-    try:
-        runpy.run_module("recast_pl", run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+    """Runs a command line in this process, by what `python -m recast_pl` runs; returns its exit status."""
+    status: int = importlib.import_module("recast_pl.__main__").main(words)
+    return status
 
 
 class _Job:
