@@ -263,7 +263,7 @@ def test_a_run_of_tasks_is_compared_with_its_backbone_on_test_images(tiny_fit, t
     capsys.readouterr()
     assert main(["analyze", "--run_dir", str(run_dir)]) == 0
     output = capsys.readouterr()
-    assert "features are not compared, for want of images" in output.out
+    assert "features are not compared, because there are no images" in output.out
     assert json.loads((run_dir / "analysis" / "analysis.json").read_text())["features"] == []
 
     (run_dir / "decomposition.safetensors").unlink()

@@ -191,7 +191,12 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             _check_member(archive, member.name, member.isreg() or member.isdir())
-            tar.extract(member, folder, filter="data")
+            tar.extract(member, folder, filter=_without_mode)
+
+
+def _without_mode(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Filters like `tarfile.data_filter`, but lets the umask decide the permissions instead of the archive."""
+    return tarfile.data_filter(member, folder).replace(mode=None, deep=False)  # type: ignore[arg-type]
 
 
 def _check_member(archive: Path, name: str, is_plain: bool) -> None:

@@ -251,7 +251,7 @@ class _Task:
 def _from_config(run_dir: str | Path) -> tuple[TILModule, Precision, torch.device]:
     """The module of a run, and with what precision and where its trainer would evaluate."""
     try:
-        from recast_pl.config.run_config import open_run  # noqa: PLC0415
+        from recast_pl.config.run import open_run  # noqa: PLC0415
     except ModuleNotFoundError as cause:
         raise RunError(
             f"reading {run_dir}/config.yaml needs {cause.name}; install it (pip install 'jsonargparse[signatures]'), "
