@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from recast_pl.data.catalogue import DataSet
-from recast_pl.decomposition.analysis import Analysis, GroupAnalysis, Scaling
+from recast_pl.decomposition.analysis import Analysis, GroupAnalysis
+from recast_pl.decomposition.bank import Scaling
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.runs.metrics import Matrix
 from recast_pl.runs.patch_tools import PatchDifference
