@@ -21,8 +21,8 @@ _DECOMPOSABLE = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention
 class BankLayout:
     r"""How weights share template banks (sections 3.1 and 3.3 of the paper).
 
-    Weights of one kind have equal shapes, and names that differ only in their numbers. In order of depth, they are
-    divided into groups of consecutive layers, and each group has its own template bank.
+    Weights of one kind have equal shapes and names, except for parts of a name that are numbers, as in `blocks.3`. In
+    order of depth, they are divided into groups of consecutive layers, and each group has its own template bank.
 
     Args:
         targets: Regular expressions, searched in the names of weights of `nn.Linear`, `nn.Conv2d` and
