@@ -24,18 +24,8 @@ Statistics = tuple[float, ...]
 """One number for each of the three channels."""
 
 
-class FeatureNet(NamedTuple):
-    """A network without its classifier, and the normalisation that it was trained with.
-
-    Args:
-        net: Maps normalised images (B, 3, S, S) to features (B, D).
-        mean: Mean of each channel, for images in [0, 1].
-        std: Standard deviation of each channel.
-    """
-
-    net: nn.Module
-    mean: Statistics
-    std: Statistics
+FeatureNet = tuple[nn.Module, Statistics, Statistics]
+"""A network from normalised images (B, 3, S, S) to features (B, D), and the mean and deviation to normalise with."""
 
 
 class Classifier(NamedTuple):
@@ -122,7 +112,7 @@ class TimmSource(Source):
         """Creates the network without a classifier; timm resamples position embeddings to the image size."""
         published = _published(self.name)
         arguments = {"num_classes": 0, **_input_size(self.name, image_size)}
-        return FeatureNet(self._create(arguments), published.mean, published.std)
+        return self._create(arguments), published.mean, published.std
 
     def classifier(self) -> Classifier:
         """Creates the network with as many classes as its published weights have."""
@@ -161,7 +151,7 @@ class TorchvisionSource(Source):
             raise BackboneError(f"torchvision's {self.name!r} has no linear classifier; choose another backbone")
         parent, _, attribute = linears[-1].rpartition(".")  # in every such model the last one is the classifier
         setattr(net.get_submodule(parent), attribute, nn.Identity())
-        return FeatureNet(net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     def classifier(self) -> Classifier:
         """Creates the network as published, with the preprocessing of its default weights."""
@@ -189,8 +179,7 @@ class FunctionSource(Source):
         """Calls the function; a `pretrained_cfg` as in timm gives the normalisation, or else that of ImageNet."""
         net = self._call({"image_size": image_size})
         published = getattr(net, "pretrained_cfg", {})
-        mean, std = published.get("mean", IMAGENET_DEFAULT_MEAN), published.get("std", IMAGENET_DEFAULT_STD)
-        return FeatureNet(net, mean, std)
+        return net, published.get("mean", IMAGENET_DEFAULT_MEAN), published.get("std", IMAGENET_DEFAULT_STD)
 
     def classifier(self) -> Classifier:
         """Calls the function, which must return a classifier; timm derives the preprocessing from the network."""
@@ -228,12 +217,7 @@ class FunctionSource(Source):
 
 
 def find_source(name: str, weights: str, args: dict[str, Any]) -> Source:
-    """Finds out where a backbone comes from.
-
-    Args:
-        name: A timm name, a torchvision name with or without `torchvision/`, or the dotted path of a function.
-        weights: `hub`, `random`, or the path of a file.
-        args: Further arguments of the constructor.
+    """Finds the source of a backbone; for the arguments see `BackboneConfig`.
 
     Raises:
         BackboneError: If no source has the name.

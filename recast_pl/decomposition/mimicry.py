@@ -165,7 +165,8 @@ class MimicryModule(LightningModule):
         Returns:
             The group's term of equation 3 plus the source's own term of the loss, a scalar.
         """
-        source, coefficients, dense = self._source(index), self.coefficients[index], self.teacher[index]
+        source, coefficients, dense = self.sources[index], self.coefficients[index], self.teacher[index]
+        assert isinstance(source, TemplateSource)  # the type checker forgets this
         noise = self.noise_std * torch.randn_like(coefficients)
         mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, with the noise of equation 3
         templates, term = source.draw(dense)  # (n, *shape)
@@ -209,11 +210,6 @@ class MimicryModule(LightningModule):
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         if 0 < self.gradient_clip < norm:
             clip_grads_with_norm_(trained, self.gradient_clip, norm)
-
-    def _source(self, index: int) -> TemplateSource:
-        source = self.sources[index]
-        assert isinstance(source, TemplateSource)
-        return source
 
     def _trained(self, index: int) -> list[nn.Parameter]:
         return [*self.sources[index].parameters(), self.coefficients[index]]

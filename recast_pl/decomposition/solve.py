@@ -6,7 +6,6 @@ for n = L, and the least-squares optimum for n < L (Eckart and Young, 1936). Tem
 any rotation R give the same weights; the choice of R is called the *basis*.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,7 +29,12 @@ def solve_group(weights: list[Tensor], templates: int, basis: Basis = "svd", see
         Templates UᵀW (n, *shape) in the type of the weights, and coefficients U (L, n) in float32.
     """
     stacked = torch.stack([w.detach().flatten() for w in weights])  # (L, D)
-    columns = _BASES[basis](stacked, templates, seed)  # (L, n)
+    if basis == "layers":
+        columns = torch.eye(len(stacked), templates, dtype=torch.float64, device=stacked.device)  # (L, n)
+    else:
+        columns = _leading_vectors(stacked, templates)
+    if basis == "random":
+        columns = columns @ _rotation(templates, seed).to(columns)
     bank = columns.T.to(stacked) @ stacked  # (n, D)
     return bank.view(templates, *weights[0].shape), columns.float()
 
@@ -62,23 +66,16 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _leading(stacked: Tensor, templates: int, _: int) -> Tensor:
+def _leading_vectors(stacked: Tensor, count: int) -> Tensor:
     """The leading left singular vectors (L, n), each with its largest entry positive."""
-    _values, vectors = torch.linalg.eigh(gram(stacked, stacked))  # ascending eigenvalues
-    leading: Tensor = vectors.flip(1)[:, :templates]  # (L, n)
+    _, vectors = torch.linalg.eigh(gram(stacked, stacked))  # ascending eigenvalues
+    leading: Tensor = vectors.flip(1)[:, :count]
     return leading * leading.gather(0, leading.abs().argmax(0, keepdim=True)).sign()
 
 
-def _identity(stacked: Tensor, templates: int, _: int) -> Tensor:
-    return torch.eye(len(stacked), templates, dtype=torch.float64, device=stacked.device)
-
-
-def _rotated(stacked: Tensor, templates: int, seed: int) -> Tensor:
-    """The leading singular vectors times a uniformly drawn orthogonal matrix (n, n) (Mezzadri, 2007)."""
+def _rotation(size: int, seed: int) -> Tensor:
+    """A uniformly drawn orthogonal matrix (Mezzadri, 2007)."""
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(templates, templates, dtype=torch.float64, generator=generator))
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
     rotation: Tensor = q * r.diagonal().sign()
-    return _leading(stacked, templates, seed) @ rotation.to(stacked.device)
-
-
-_BASES: dict[Basis, Callable[[Tensor, int, int], Tensor]] = {"svd": _leading, "layers": _identity, "random": _rotated}
+    return rotation
