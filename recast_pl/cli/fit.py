@@ -75,7 +75,9 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     if init.engine is not None or init.only:
         raise RunError("MimicryModule does not train tasks; leave out --engine and --only")
-    fitted, cosines = fit_mimicry(init.model, RunFolder(run_dir), TrainerFactory(init.trainer), init.seed_everything, text)
+    fitted, cosines = fit_mimicry(
+        init.model, RunFolder(run_dir), TrainerFactory(init.trainer), init.seed_everything, text
+    )
     if is_main_process():
         console.print(fitted.table())
         console.print(_quality(cosines), soft_wrap=True)
