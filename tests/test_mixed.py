@@ -139,6 +139,25 @@ def test_every_strategy_gives_each_image_the_features_of_its_task(name):
     assert any(layer.has_products for layer in layers) == (name not in NO_PRODUCTS)
 
 
+@pytest.mark.parametrize("name", marked(ISOLATED))
+def test_patches_in_half_and_full_precision_share_a_batch(name, tmp_path):
+    module, states = trained(name)
+    tasks = ["full", "half", "brain"]
+    full = [replace(module.patch({}), task=task, pieces=state) for task, state in zip(tasks, states, strict=True)]
+    model, wanted = Predictor(module), []
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    for patch, dtype in zip(full, (torch.float, torch.half, torch.bfloat16), strict=True):
+        narrow = {n: t.to(dtype) if t.is_floating_point() else t for n, t in patch.tensors.items()}
+        patch.with_tensors(narrow).save(tmp_path / "patch.safetensors")
+        model.add_patch(tmp_path / "patch.safetensors")
+        wanted += model.predict_tensors(images, [patch.task] * len(images))
+    mixed = [task for task in tasks for _ in images]
+    found = model.predict_tensors(images.repeat(len(tasks), 1, 1, 1), mixed)
+    assert [f.task for f in found] == mixed
+    for prediction, alone in zip(found, wanted, strict=True):
+        assert prediction.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
 @torch.no_grad()
 def test_after_a_mixed_batch_the_network_is_an_ordinary_one_again():
     module, states = trained("recast-vit")

@@ -133,9 +133,12 @@ class MixedBatch:
         layers: Iterable["TaskLayer"],
         products: bool | None = None,
     ) -> Tensor:
-        """Features by one pass for all tasks. Further arguments are those of `features`.
+        """Features by one pass for all tasks.
 
         Args:
+            images: As for `features`.
+            tasks: As for `features`.
+            counts: As for `features`.
             layers: What `layers` has returned.
             products: Whether layers that can use products do so; None for the rule.
         """
@@ -288,7 +291,7 @@ class TaskLayer:
 
 
 def find_layers(network: nn.Module, tensors: Iterable[Tensor]) -> list[TaskLayer] | None:
-    """The layers that use some parameters and buffers of a network; None if one is shared or a layer contains another."""
+    """The layers that use some tensors of a network; None if a tensor is shared, or if a layer contains another."""
     names: dict[Tensor, list[str]] = defaultdict(list)
     parameters, buffers = network.named_parameters, network.named_buffers
     for name, tensor in (*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)):
