@@ -1,11 +1,11 @@
-"""Images per second of the cached pipeline beside torchvision's ImageFolder, on the same files with the same workers.
+"""Images per second of the cached pipeline and of torchvision's ImageFolder, on the same files with the same workers.
 
     uv run python benchmarks/pipeline.py
 
-Both shuffle, mirror and normalise at 224×224. ImageFolder decodes with Pillow in each epoch; the cached pipeline has
-decoded once, before the first epoch, and converts on the device. On a machine without a GPU that conversion is done
-by the CPU that also loads, so two rates are given: batches as the loader delivers them, ready for a device, and
-batches converted by the CPU. Epochs of the contenders take turns; the median of the pairs' ratios counts.
+Both shuffle, mirror and normalise at 224×224. ImageFolder decodes with Pillow in each epoch; the cached pipeline
+decodes once, before the first epoch, and converts on the device. Without a GPU, the CPU that loads images also converts
+them. Therefore two rates are given: batches as the loader delivers them, and batches after conversion. The contenders
+run one epoch each in turn, and the result is the median of the ratios.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def photographs(source, folder):
-    """The images at 500×375, about what the pictures of Flowers, Birds and Scenes have."""
+    """Copies the images at 500×375, about the size of the pictures of Flowers, Birds and Scenes."""
     for path in source.rglob("*.jpg"):
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def epoch(loader, convert=None):
 
 
 def anonymous_megabytes():
-    """Memory of this process that no file backs."""
+    """Memory of this process that does not belong to a file."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
@@ -97,7 +97,7 @@ def compare(name, folder, workers, epochs, cache):
     loaders = (image_folder(folder, workers), data.train_dataloader())
     contenders = (lambda: epoch(loaders[0]), lambda: epoch(loaders[1]), lambda: epoch(loaders[1], convert))
     for contender in contenders:
-        contender()  # the first epoch starts the workers, and reads the files
+        contender()  # the first epoch also starts the workers and reads the files
     rates = [[contender() for contender in contenders] for _ in range(epochs)]
     before = anonymous_megabytes()
     for _ in range(4 * epochs):
@@ -109,7 +109,7 @@ def compare(name, folder, workers, epochs, cache):
     print(f"{name}, {workers} workers, {len(data.train_dataloader().dataset)} training images:")
     print(f"  ImageFolder {plain:,.0f}, loaded {loaded:,.0f} ({ready:.1f}×)")
     print(f"  converted on {DEVICE.type} {converted:,.0f} ({done:.1f}×)")
-    print(f"  decoding once took {building:.1f} s for {count} images; {growth:+.1f} MB after {4 * epochs} epochs more")
+    print(f"  decoding once took {building:.1f} s for {count} images; {growth:+.1f} MB after {4 * epochs} more epochs")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""All that `import recast_pl` offers."""
+"""All public names of `import recast_pl`."""
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.data.datamodule import SequentialTaskDataModule

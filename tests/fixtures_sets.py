@@ -1,4 +1,4 @@
-"""Tiny data sets in the very formats in which their authors publish them, and a web server that can fail."""
+"""Tiny data sets in the formats of their authors, and a web server that can fail."""
 
 import gzip
 import hashlib
@@ -6,15 +6,10 @@ import io
 import json
 import pickle
 import random
-import socket
-import struct
 import tarfile
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -29,7 +24,7 @@ SIDE = 32
 
 
 def picture(number: int, width: int = SIDE, height: int = SIDE) -> np.ndarray:
-    """Picture `number` (H, W, 3): four squares, of which the upper left has a colour that no other picture has."""
+    """Picture `number` (H, W, 3): four squares; the colour of the upper left one is unique."""
     pixels = np.empty((SIDE, SIDE, 3), np.uint8)
     pixels[:16, :16] = [16 + 32 * digit for digit in (number // 64, number // 8 % 8, number % 8)]
     pixels[:16, 16:], pixels[16:, :16], pixels[16:, 16:] = 255, 0, 128
@@ -38,7 +33,7 @@ def picture(number: int, width: int = SIDE, height: int = SIDE) -> np.ndarray:
 
 
 def number_of(image: object) -> int:
-    """The number of a decoded picture (3, 32, 32); fails where it is none, is turned, or has its channels mixed up."""
+    """The number of a decoded picture (3, 32, 32); fails if it is turned, in wrong colours, or not a picture."""
     squares = np.asarray(image, dtype=float).reshape(3, 2, 16, 2, 16)[:, :, 3:-3, :, 3:-3].mean((2, 4))  # (3, 2, 2)
     corners = squares.reshape(3, 4)
     assert np.abs(corners[:, 1:] - [255, 0, 128]).max() < 8, corners
@@ -48,13 +43,13 @@ def number_of(image: object) -> int:
 
 
 def jpeg(number: int) -> bytes:
-    """Picture `number` as JPEG: square, wide or tall, with its four squares at the centre."""
+    """Picture `number` as a square, wide or tall JPEG file, with its four squares at the centre."""
     width, height = ((32, 32), (48, 32), (32, 48))[number % 3]
     return encoded(number, "JPEG", width, height)
 
 
 def encoded(number: int, kind: str, width: int = SIDE, height: int = SIDE) -> bytes:
-    """Picture `number` in a format of Pillow's."""
+    """Picture `number` in one of Pillow's formats."""
     buffer = io.BytesIO()
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     Image.fromarray(picture(number, width, height)).save(buffer, kind, **options)
@@ -62,7 +57,7 @@ def encoded(number: int, kind: str, width: int = SIDE, height: int = SIDE) -> by
 
 
 def archive(tree: Mapping[str, bytes], compress: bool = True) -> bytes:
-    """A tar file, with an entry for each folder as well, as `tar` itself writes them."""
+    """A tar file; like those of `tar`, it also has an entry for each folder."""
     buffer = io.BytesIO()
     folders = sorted({str(up) for name in tree for up in PurePosixPath(name).parents} - {"."})
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -92,9 +87,9 @@ class Made:
         classes: Class names, in order of label.
         labels: Label of each picture.
         splits: Official split of each picture; an empty string for none.
-        tree: Its files below the root, as they must lie there.
-        downloads: What the server has, by the name of the file.
-        checks: Attributes of torchvision's class that hold checksums, with those of these files.
+        tree: Its files below the root, once it is prepared.
+        downloads: Files on the server, by name.
+        checks: Attributes of torchvision's class with the checksums of these files.
     """
 
     classes: list[str]
@@ -110,7 +105,7 @@ class Made:
 
 
 def _deal(classes: int, **counts: int) -> tuple[list[int], list[str]]:
-    """Labels and splits of pictures; so many of each class in each split, where `none` is an empty string."""
+    """Labels and splits of pictures, from the number of each class in each split; `none` means without split."""
     dealt = [
         (label, split.replace("none", ""))
         for split, count in counts.items()
@@ -227,7 +222,7 @@ def _cifar(name: str, fine: bool, batches: Sequence[str], per_class: int, meta: 
     parts[test] = [number for number, split in enumerate(splits) if split == "test"]
     files: dict[str, bytes] = {}
     for part, numbers in parts.items():
-        # one row an image: all of its reds, then its greens, then its blues, each row by row
+        # one row for each image: all reds, then greens, then blues, each row by row
         content: dict[str, object] = {"data": np.stack([picture(n).transpose(2, 0, 1).ravel() for n in numbers])}
         own = [labels[n] for n in numbers]
         content |= {"fine_labels": own, "coarse_labels": [9 - label for label in own]} if fine else {"labels": own}
@@ -265,7 +260,7 @@ def _birds() -> Made:
         f"{folders[label]}/{folders[label][4:]}_{number * 31 % 97:04d}_{796000 + number}.jpg"
         for number, label in enumerate(labels)
     ]
-    order = sorted(range(len(names)), key=names.__getitem__)  # IDs follow names
+    order = sorted(range(len(names)), key=names.__getitem__)  # IDs follow the order of names
     lists = {
         "images.txt": [names[number] for number in order],
         "image_class_labels.txt": [str(labels[number] + 1) for number in order],
@@ -276,7 +271,7 @@ def _birds() -> Made:
     tree = {f"images/{names[number]}": jpeg(number) for number in order}
     tree |= {file: _lines([f"{i} {line}" for i, line in enumerate(lines, 1)]) for file, lines in lists.items()}
     tree |= {"parts/parts.txt": _lines(["1 back", "2 beak"])}
-    tree |= {"attributes/image_attribute_labels.txt": random.Random(0).randbytes(50_000)}  # nothing compresses it
+    tree |= {"attributes/image_attribute_labels.txt": random.Random(0).randbytes(50_000)}  # incompressible
     tree = {"attributes.txt": _lines(["1 has_bill_shape::curved_(up_or_down)"])} | _below("CUB_200_2011", tree)
     classes = ["Black footed Albatross", "Laysan Albatross", "Sooty Albatross"]
     return Made(classes, labels, splits, tree, {"CUB_200_2011.tgz": archive(tree)})
@@ -297,7 +292,7 @@ def _cars() -> Made:
     return Made(classes, labels, splits, _below("stanford_cars", tree), {})
 
 
-SPECIES = [0, 1, 1, 0]  # of the four breeds below: cats and dogs
+SPECIES = [0, 1, 1, 0]  # of the four breeds below: 0 for cats, 1 for dogs
 
 
 def _pets() -> Made:
@@ -307,7 +302,7 @@ def _pets() -> Made:
     for number, label in enumerate(labels):
         rows.append(f"{breeds[label]}_{number + 100} {label + 1} {SPECIES[label] + 1} {number % 9 + 1}")
     images = {f"images/{row.split()[0]}.jpg": jpeg(number) for number, row in enumerate(rows)}
-    images["images/Abyssinian_100.mat"] = b"MATLAB"  # the published archive has some as well
+    images["images/Abyssinian_100.mat"] = b"MATLAB"  # as in the published archive
     notes = {
         f"annotations/{part}.txt": _lines([row for row, s in zip(rows, splits, strict=True) if s == split])
         for part, split in (("trainval", "train"), ("test", "test"))
@@ -348,7 +343,7 @@ def _dtd() -> Made:
         for split in ("train", "val", "test"):
             mine = [name for number, name in enumerate(names) if dtd_split(number, partition) == split]
             tree[f"labels/{split}{partition}.txt"] = _lines(sorted(mine))
-    tree["images/banded/.directory"] = b"[Dolphin]\n"  # the published archive has one as well
+    tree["images/banded/.directory"] = b"[Dolphin]\n"  # as in the published archive
     tree["imdb/imdb.mat"] = b"MATLAB"
     splits = [dtd_split(number, 1) for number in range(len(labels))]
     return Made(classes, labels, splits, _below("dtd/dtd", tree), {"dtd-r1.0.1.tar.gz": archive(_below("dtd", tree))})
@@ -388,98 +383,3 @@ _MAKERS: dict[str, Callable[[], Made]] = {
 def make(name: str) -> Made:
     """A data set of the catalogue, by its name there."""
     return _MAKERS[name]()
-
-
-# the server
-
-
-@dataclass
-class Fault:
-    """What is wrong with the answers to some requests.
-
-    Args:
-        times: For how many requests it lasts.
-        status: HTTP status, in place of the file.
-        cut: Bytes of the body after which the connection ends.
-        reset: Whether it ends as by a crash rather than in good order.
-        ranges: Whether a part of a file can be asked for.
-        length: Whether the length of the body is told.
-        delay: Seconds before the answer.
-    """
-
-    times: int = 1_000_000
-    status: int = 0
-    cut: int | None = None
-    reset: bool = False
-    ranges: bool = True
-    length: bool = True
-    delay: float = 0.0
-
-
-class Server:
-    """Serves bytes by path on loopback, with faults, and remembers (path, Range header) of each request."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[Fault]] = {}
-        self.requests: list[tuple[str, str | None]] = []
-        self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stops it; its port is free then."""
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
-
-    def fail(self, path: str, *faults: Fault) -> None:
-        """Has the next requests of a path fail, by each of the faults in turn."""
-        self.faults[path] = [replace(fault) for fault in faults]
-
-    def note(self, path: str, wanted: str | None) -> Fault:
-        """Remembers a request, and tells what is wrong with its answer."""
-        with self._lock:
-            self.requests.append((path, wanted))
-            faults = self.faults.get(path, [])
-            if not faults:
-                return Fault()
-            faults[0].times -= 1
-            return faults.pop(0) if not faults[0].times else faults[0]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    owner: Server
-
-    def do_GET(self) -> None:
-        path, wanted = self.path.partition("?")[0], self.headers["Range"]
-        fault = self.owner.note(path, wanted)
-        time.sleep(fault.delay)
-        content = self.owner.files.get(path)
-        if fault.status or content is None:
-            self.send_error(fault.status or 404)
-            return
-        begin = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and fault.ranges else None
-        if begin is not None and begin >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = content[begin or 0 :]
-        self.send_response(200 if begin is None else 206)
-        if begin is not None:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        if fault.length:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: fault.cut])
-        if fault.reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.rfile.close()
-            self.connection.close()
-
-    def log_message(self, *words: object) -> None:
-        pass

@@ -1,6 +1,5 @@
-"""Images are decoded once, wherever they are kept, and what cannot be read is found before training."""
+"""Images are decoded once, in every mode of the cache, and bad images are found before training."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -20,8 +19,6 @@ from torchvision.transforms import v2
 from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.cli import main
 from recast_pl.data import images as images_module
-from recast_pl.data.datasets import open_manifest
-from recast_pl.data.images import decode_file
 from recast_pl.errors import DataError
 
 MODES = ("disk", "ram", "off")
@@ -80,7 +77,7 @@ def test_how_often_an_image_is_decoded(image_folder, root, decoded, mode):
     for _ in range(2):
         everything(data)
     everything(stream(folder, cache=mode))
-    # off: once to find what is bad, which the second run remembers, then for each of three readings
+    # off: once to find bad images, which the second run reads from the cache, then at each of three readings
     assert len(decoded) == {"disk": 24, "ram": 48, "off": 24 * 4}[mode]
     assert len(entries(root)) == (0 if mode == "ram" else 1) if (root / "cache").exists() else mode == "ram"
 
@@ -115,10 +112,10 @@ def removed(folder):
 
 
 @pytest.mark.parametrize("change", [changed, changed_keeping_size_and_time, added, removed])
-def test_a_changed_source_is_decoded_anew_and_the_old_entry_goes(image_folder, root, change):
+def test_a_changed_source_is_decoded_again_and_replaces_the_old_entry(image_folder, root, change):
     folder = image_folder("colours")
     before = everything(stream(folder))
-    time.sleep(0.02)  # file systems keep time in steps
+    time.sleep(0.02)  # file systems store times in steps
     change(folder)
     after = everything(stream(folder))
     fresh = everything(stream(folder, cache="ram"))
@@ -139,7 +136,7 @@ def test_a_changed_source_is_decoded_anew_and_the_old_entry_goes(image_folder, r
         lambda entry: (entry / "index.json").unlink(),
     ],
 )
-def test_a_damaged_entry_is_built_anew(image_folder, root, decoded, damage):
+def test_a_damaged_entry_is_built_again(image_folder, root, decoded, damage):
     folder = image_folder("colours")
     before = everything(stream(folder))
     damage(root / "cache" / entries(root)[0])
@@ -147,7 +144,7 @@ def test_a_damaged_entry_is_built_anew(image_folder, root, decoded, damage):
     assert len(decoded) == 48
 
 
-def test_equally_named_folders_do_not_share_an_entry(image_folder, root):
+def test_folders_of_the_same_name_do_not_share_an_entry(image_folder, root):
     first, second = image_folder("a/colours", seed=0), image_folder("b/colours", seed=1)
     assert not torch.equal(everything(stream(first))[0], everything(stream(second))[0])
     assert len(entries(root)) == 2
@@ -161,7 +158,7 @@ def test_two_tasks_on_one_folder_share_its_entry(image_folder, root, decoded):
 
 
 def prepare_slowly(folder, fatal, barrier, counts):
-    """In a process of its own: decodes, counts, and dies at the image numbered `fatal`."""
+    """Runs in its own process: counts the images it decodes, and kills itself at image number `fatal`."""
     count, decode = 0, images_module.decode_file
 
     def slow(path, size):
@@ -184,7 +181,7 @@ def start(folder, fatal, barrier, counts):
     return process
 
 
-def test_of_two_processes_that_start_at_once_one_decodes(image_folder, root, capfd):
+def test_only_one_of_two_processes_decodes(image_folder, root, capfd):
     folder = image_folder("colours", images=20)
     barrier, counts = multiprocessing.Barrier(2), multiprocessing.Queue()
     processes = [start(folder, None, barrier, counts) for _ in range(2)]
@@ -194,7 +191,7 @@ def test_of_two_processes_that_start_at_once_one_decodes(image_folder, root, cap
     assert capfd.readouterr().err.count("waiting for another process") == 1
 
 
-def test_a_process_killed_while_it_decodes_leaves_nothing_that_is_taken_for_whole(image_folder, root, decoded):
+def test_a_process_killed_while_it_decodes_leaves_no_complete_entry(image_folder, root, decoded):
     folder = image_folder("colours")
     process = start(folder, 10, multiprocessing.Barrier(1), None)
     process.join(60)
@@ -209,7 +206,7 @@ def test_a_process_killed_while_it_decodes_leaves_nothing_that_is_taken_for_whol
 def test_a_full_disk_is_an_error_that_says_what_to_do(image_folder, root):
     folder = image_folder("colours")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # no file may grow beyond
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the largest size of a file
     try:
         with pytest.raises(DataError, match=r"cannot write decoded images to .*cache.*data\.root.*data\.cache to ram"):
             stream(folder)
@@ -219,7 +216,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(image_folder, root):
     stream(folder)
 
 
-def test_a_root_that_cannot_be_written_is_an_error_and_ram_is_the_way_out(image_folder, tmp_path):
+def test_a_root_that_cannot_be_written_is_an_error_and_ram_avoids_it(image_folder, tmp_path):
     folder = image_folder("colours")
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.root"):
@@ -227,7 +224,7 @@ def test_a_root_that_cannot_be_written_is_an_error_and_ram_is_the_way_out(image_
     everything(stream(folder, root=str(tmp_path / "file"), cache="ram"))
 
 
-def test_mapped_images_are_sent_to_workers_by_name(image_folder, root):
+def test_workers_receive_the_path_of_mapped_images(image_folder, root):
     data = stream(image_folder("colours", images=40), image_size=64)
     dataset = data.train_dataloader().dataset
     sent = pickle.dumps(dataset)
@@ -235,7 +232,7 @@ def test_mapped_images_are_sent_to_workers_by_name(image_folder, root):
     assert torch.equal(pickle.loads(sent).pixels[torch.arange(3)], dataset.pixels[torch.arange(3)])
 
 
-def test_workers_are_used_where_there_is_work_for_them(image_folder, root):
+def test_workers_are_used_only_to_decode_and_transform(image_folder, root):
     folder = str(image_folder("colours"))
     plain, shaken = TaskConfig("plain", folder), TaskConfig("shaken", folder, transforms=[v2.ColorJitter(0.4)])
     for task, mode, training, evaluating in (
@@ -249,7 +246,7 @@ def test_workers_are_used_where_there_is_work_for_them(image_folder, root):
         assert data.train_dataloader().persistent_workers == (training > 0)
 
 
-def test_epochs_do_not_make_memory_grow(image_folder, root):
+def test_memory_does_not_grow_with_epochs(image_folder, root):
     data = stream(image_folder("colours", images=60), image_size=96, batch_size=32)
 
     def anonymous():
@@ -262,14 +259,14 @@ def test_epochs_do_not_make_memory_grow(image_folder, root):
     before = anonymous()
     for _ in range(100):
         everything(data)
-    assert anonymous() - before < 5  # MB, where the images have 5 MB
+    assert anonymous() - before < 5  # MB; the images have 5 MB
 
 
 # images that cannot be read
 
 
 def spoil(folder):
-    """Puts every kind of unreadable file into a folder of classes; returns their names."""
+    """Writes every kind of unreadable file into a folder of classes; returns their names."""
     place = folder / "class0"
     whole = (place / "000.png").read_bytes()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -291,7 +288,7 @@ def spoil(folder):
 
 
 def handled(folder):
-    """Puts unusual images into a folder of classes, all of which can be read."""
+    """Writes unusual but readable images into a folder of classes; returns their number."""
     place = folder / "class1"
     rgb = Image.fromarray(np.full((20, 30, 3), (200, 30, 90), np.uint8))
     rgb.convert("CMYK").save(place / "cmyk.jpg")
@@ -323,10 +320,10 @@ def test_unusual_images_are_read_and_unreadable_ones_are_named(image_folder, roo
         data = stream(folder, cache=mode, on_bad_image="skip")
     assert len([w for w in warned if "skipped" in str(w.message)]) == 1
     assert sum(data.sizes.values()) == 21 + good
-    assert [split.float().mean((1, 2, 3)).min() > 0 for split in everything(data)]  # a black image would be a bad one
+    assert [split.float().mean((1, 2, 3)).min() > 0 for split in everything(data)]  # bad images are black
 
 
-def test_a_file_that_is_gone_is_named(image_folder, root):
+def test_a_missing_file_is_named(image_folder, root):
     folder = image_folder("colours", classes=2, images=10)
     spoil(folder)
     with pytest.raises(DataError, match=r"1 of \d+ image files are missing, the first is .*dangling\.png"):
@@ -345,25 +342,25 @@ def test_skipped_images_do_not_move_the_others(image_folder, root):
     assert after.split_digest != before.split_digest
 
 
-def test_a_split_of_which_nothing_can_be_read_is_an_error(image_folder, root):
+def test_a_split_without_readable_images_is_an_error(image_folder, root, tmp_path):
     for split in ("train", "val", "test"):
         image_folder(f"given/{split}", classes=2, images=2)
-    folder = image_folder("given/more").parent
+    folder = tmp_path / "given"
     for path in (folder / "val").rglob("*.png"):
         path.write_text("")
-    with pytest.raises(DataError, match="'given' has no val image; mend"), pytest.warns(UserWarning, match="skipped"):
+    with pytest.raises(DataError, match="'given' has no val image; repair"), pytest.warns(UserWarning, match="skipped"):
         stream(folder, "given", on_bad_image="skip")
 
 
-def test_fit_stops_before_training_with_one_line_and_goes_on_without_them(tiny_fit, tmp_path, capsys):
+def test_fit_stops_at_bad_images_before_training_or_skips_them(tiny_fit, tmp_path, capsys):
     bad = tmp_path / "second" / "class1" / "005.png"
-    bad.write_text("no image")
+    bad.write_text("text")
     assert main(tiny_fit()) == 2
     error = capsys.readouterr().err
     assert "1 of 16 images of 'second' cannot be used" in error
     assert str(bad) in error
     assert error.count("\n") == 1
-    assert not list((tmp_path / "run").rglob("*.safetensors"))  # the first task has not been trained either
+    assert not list((tmp_path / "run").rglob("*.safetensors"))  # not even the first task has been trained
     with pytest.warns(UserWarning, match="they are skipped"):
         assert main(tiny_fit("--data.on_bad_image", "skip", run_dir=tmp_path / "other")) == 0
     tasks = json.loads((tmp_path / "other" / "summary.json").read_text())["tasks"]
@@ -380,152 +377,12 @@ def test_a_repaired_image_is_read_again(image_folder, root):
     stream(folder)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged tags
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
-def test_damaged_files_are_images_or_errors_of_our_own(tmp_path, suffix):
-    generator = np.random.default_rng(7)
-    picture = Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    whole = tmp_path / f"whole.{suffix}"
-    picture.save(whole, **({"exif": exif} if suffix in ("jpg", "png", "webp", "tif") else {}))
-    content = np.frombuffer(whole.read_bytes(), np.uint8)
-    path, errors = tmp_path / f"damaged.{suffix}", []
-    for _ in range(150):
-        damaged = content.copy()
-        places = generator.integers(0, min(len(damaged), 600), generator.integers(1, 8))  # most of it headers
-        damaged[places] = generator.integers(0, 256, len(places))
-        path.write_bytes(damaged[: generator.integers(1, len(damaged) + 1)].tobytes())
-        try:
-            assert decode_file(path, 8).shape == (3, 8, 8)
-        except DataError as error:
-            errors.append(str(error))
-    assert errors
-    assert all(str(path) in error for error in errors)
-
-
-@pytest.mark.parametrize(
-    ("mode", "clear", "solid"),
-    [("RGBA", (200, 30, 90, 0), (200, 30, 90, 255)), ("LA", (0, 0), (0, 255))],
-)
-def test_transparent_pixels_are_white(tmp_path, mode, clear, solid):
-    image = Image.new(mode, (8, 4), clear)
-    image.paste(solid, (4, 0, 8, 4))
-    image.save(tmp_path / "image.png")
-    pixels = decode_file(tmp_path / "image.png", 4)  # the centre: two columns of each
-    assert pixels[:, :, 0].tolist() == [[255] * 4] * 3
-    assert pixels[:, 0, 3].tolist() == ([200, 30, 90] if mode == "RGBA" else [0] * 3)
-
-
-def test_a_transparent_palette_entry_is_white(tmp_path):
-    image = Image.new("P", (4, 4), 0)
-    image.putpalette([10, 20, 30, 200, 30, 90])
-    image.paste(1, (2, 0, 4, 4))
-    image.save(tmp_path / "image.gif", transparency=0)
-    pixels = decode_file(tmp_path / "image.gif", 4)
-    assert pixels[:, 0, 0].tolist() == [255] * 3
-    assert pixels[:, 0, 3].tolist() == [200, 30, 90]
-
-
-def test_numbers_without_a_known_range_are_refused(tmp_path):
-    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "large.tif")
-    with pytest.raises(DataError, match="no known range"):
-        decode_file(tmp_path / "large.tif", 4)
-
-
-# manifests
-
-
-def write_manifest(path, rows, header=("path", "label", "split")):
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        columns = list(zip(*rows, strict=True)) if rows else [[] for _ in header]
-        table = pyarrow.table({name: list(column) for name, column in zip(header, columns, strict=True)})
-        pyarrow.parquet.write_table(table, path)
-    else:
-        with path.open("w", newline="", encoding="utf-8-sig") as file:
-            csv.writer(file).writerows([header, *rows])
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_manifest_names_images_labels_and_splits(image_folder, root, suffix, tmp_path, tiny_fit):
-    folder = image_folder("pictures", classes=2, images=9)
-    kinds = ["train"] * 4 + ["val"] * 2 + ["test"] * 3
-    rows = [
-        (f"pictures/class{label}/{i:03d}.png", ("weiß, blau", "7")[label], kinds[i])
-        for label in range(2)
-        for i in range(9)
-    ]
-    rows[0] = (str(tmp_path / rows[0][0]), *rows[0][1:])  # absolute
-    manifest = write_manifest(folder.parent / f"list.{suffix}", rows[::-1])
-    data = stream(manifest)
-    assert data.classes == ["7", "weiß, blau"]
-    assert data.sizes == {"train": 8, "val": 4, "test": 6}
-    pixels, labels, _ = (torch.cat(parts) for parts in zip(*data.plain_dataloader("test"), strict=True))
-    wanted = [
-        (decode_file(folder.parent / p, 16), int(label != "7")) for p, label, kind in rows[::-1] if kind == "test"
-    ]
-    assert torch.equal(pixels, torch.stack([image for image, _ in wanted]))
-    assert labels.tolist() == [label for _, label in wanted]
-    tasks = json.dumps([{"name": "listed", "path": str(manifest)}])
-    assert main(tiny_fit("--data.tasks", tasks, "--trainer.max_epochs", 1)) == 0
-
-
-def test_a_manifest_without_splits_is_divided(image_folder, root):
-    folder = image_folder("pictures", classes=2, images=20)
-    rows = [(str(path), path.parent.name) for path in sorted(folder.rglob("*.png"))]
-    assert stream(write_manifest(folder / "list.csv", rows, ("path", "label"))).sizes == {
-        "train": 28,
-        "val": 6,
-        "test": 6,
-    }
-
-
-@pytest.mark.parametrize(
-    ("rows", "header", "named"),
-    [
-        ([("a.png", "x", "train")], ("file", "label", "split"), "lacks 'path'"),
-        ([("a.png", "x", "train")], ("path", "class", "split"), "lacks 'label'"),
-        ([], ("path", "label", "split"), "0 different labels"),
-        ([("a.png", "x", ""), ("b.png", "x", "")], ("path", "label", "split"), "1 different labels"),
-        ([("a.png", "x", "train"), ("b.png", "", "test")], ("path", "label", "split"), "row 2: .*label ''"),
-        ([("a.png", "x", "train"), ("", "y", "test")], ("path", "label", "split"), "row 2: path ''"),
-        ([("a.png", "x", "train"), ("b.png", "y", "dev")], ("path", "label", "split"), "row 2: .*split 'dev'"),
-        ([("a.png", "x", "train"), ("b.png", "y", "")], ("path", "label", "split"), "row 2 has no split"),
-        ([("a.png", "x", "train"), ("a.png", "x", "test")], ("path", "label", "split"), "'a.png' more than once"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_wrong_manifest_names_the_row(tmp_path, rows, header, named, suffix):
-    with pytest.raises(DataError, match=named):
-        open_manifest(write_manifest(tmp_path / f"list.{suffix}", rows, header))
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_manifest_that_is_none_is_refused(tmp_path, suffix):
-    path = tmp_path / f"list.{suffix}"
-    with pytest.raises(DataError, match="does not exist"):
-        open_manifest(path)
-    path.write_bytes(b"\xff\xfe\x00path,label\n\x80")
-    with pytest.raises(DataError, match=f"list.{suffix}"):
-        open_manifest(path)
-
-
-def test_missing_files_of_a_manifest_are_counted(tmp_path, root):
-    rows = [(f"{i}.png", "xy"[i % 2], "") for i in range(12)]
-    with pytest.raises(DataError, match=r"12 of 12 image files are missing, the first is .*0\.png"):
-        stream(write_manifest(tmp_path / "list.csv", rows))
-
-
 # splits
 
 
-def test_ratio_divides_all_images_whatever_their_official_split(image_folder, root):
+def test_ratio_ignores_official_splits(image_folder, root):
     for split in ("train", "val", "test"):
-        image_folder(f"given/{split}", classes=2, images=20)
-    folder = image_folder("given/train", classes=0).parent
+        folder = image_folder(f"given/{split}", classes=2, images=20).parent
     official, ratio = stream(folder), stream(folder, split="ratio")
     assert official.sizes == {"train": 40, "val": 40, "test": 40}
     assert ratio.sizes == {"train": 84, "val": 18, "test": 18}
@@ -534,7 +391,7 @@ def test_ratio_divides_all_images_whatever_their_official_split(image_folder, ro
 # resuming
 
 
-def test_a_run_may_be_resumed_with_images_kept_elsewhere(tiny_fit, tmp_path, capsys):
+def test_a_run_can_be_resumed_with_another_cache(tiny_fit, tmp_path, capsys):
     assert main(tiny_fit("--trainer.max_epochs", 1)) == 0
     assert main(tiny_fit("--resume", "true", "--data.cache", "ram", "--data.root", tmp_path / "other")) == 0
     assert main(tiny_fit("--resume", "true", "--data.split", "official")) == 2

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from recast_pl import TILModule
 from recast_pl.cli import main
-from recast_pl.config.run_config import open_run
+from recast_pl.config.run import open_run
 from recast_pl.data.images import FileDataset
 from recast_pl.runs.evaluation import open_task
 from recast_pl.runs.folder import RunFolder

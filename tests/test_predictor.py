@@ -254,7 +254,7 @@ def test_what_tasks_share_is_restored(tiny_fit, tmp_path):
 
 
 def test_without_jsonargparse_the_module_is_given(run, model, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("recast_pl.config.run_config")]:
+    for name in [name for name in sys.modules if name.startswith("recast_pl.config.run")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(RunError, match=r"needs jsonargparse; install it .* or give load the module=TILModule"):

@@ -426,7 +426,9 @@ def test_a_signal_ends_a_run_and_prints_the_command_that_resumes_it(number, run,
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 128 + number
     line = process.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"recast_pl: interrupted by {number.name}; what is learnt is kept. To go on: python -m")
+    assert line.startswith(
+        f"recast_pl: interrupted by {number.name}; everything trained so far is kept. To continue: python -m"
+    )
     assert "Traceback" not in process.stderr
     resume = shlex.split(line.partition("-m recast_pl ")[2])
     assert main([*resume, "--trainer.callbacks", "[]"]) == 0

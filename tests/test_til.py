@@ -44,6 +44,7 @@ from recast_pl import (
     TILModule,
 )
 from recast_pl.errors import DecompositionError, PatchError, RunError
+from recast_pl.learning.checkpoint import trainable_state
 from recast_pl.learning.probe import Features, fit_probe
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 from recast_pl.methods.piece import Piece
@@ -248,10 +249,10 @@ class Change(L.Callback):
     """What training has done to all that is trained."""
 
     def on_train_start(self, trainer, pl_module):
-        self.before = pl_module.trainable_state()
+        self.before = trainable_state(pl_module)
 
     def on_train_end(self, trainer, pl_module):
-        self.values = {name: value - self.before[name] for name, value in pl_module.trainable_state().items()}
+        self.values = {name: value - self.before[name] for name, value in trainable_state(pl_module).items()}
 
 
 QUICK = ("recast-vit", "clr-resnet")

@@ -1,4 +1,4 @@
-"""Images decoded once: to a memory-mapped file, to memory, or, each time anew, not at all."""
+"""Decodes images once: into a memory-mapped file, into memory, or only to find those that cannot be read."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -24,24 +23,24 @@ from recast_pl.files import exclusive
 
 CacheMode = Literal["disk", "ram", "off"]
 
-_VERSION = 1  # of decoding: a change of pixels makes older caches stale
+_VERSION = 1  # of decoding; raise it when pixels change, and older caches are built again
 
-_CHUNK = 64  # images decoded by a thread at once
+_CHUNK = 64  # images that a thread decodes at once
 
 
 class Pixels(Protocol):
-    """Images (N, 3, S, S) of which some can be read as uint8 (B, 3, S, S)."""
+    """Images (N, 3, S, S), of which some can be read as uint8 (B, 3, S, S) by their positions (B,)."""
 
     def __getitem__(self, which: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """A source's images as pixels.
+    """The result of decoding all images of a source once.
 
     Args:
-        pixels: All images; those that are bad are black.
-        bad: What is wrong with each image that cannot be read.
+        pixels: All images; those that cannot be read are black.
+        bad: Why an image cannot be read, by position.
     """
 
     pixels: Pixels
@@ -49,15 +48,11 @@ class DecodedImages:
 
 
 class MappedPixels:
-    """Images in a `.npy` file; processes share its pages, and it is sent to workers by name.
-
-    Args:
-        path: The file.
-    """
+    """Images in a `.npy` file. Processes share its memory, and workers receive only its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.array = np.load(path, mmap_mode="c")  # private: torch wants memory that it might write
+        self.array = np.load(path, mmap_mode="c")  # private, because torch wants memory that it may write
 
     def __getitem__(self, which: Tensor) -> Tensor:
         return torch.from_numpy(self.array)[which]  # (B, 3, S, S)
@@ -66,7 +61,7 @@ class MappedPixels:
         return MappedPixels, (self.path,)
 
 
-class UndecodedPixels:
+class LazyPixels:
     """Images that are decoded each time they are read.
 
     Args:
@@ -82,19 +77,19 @@ class UndecodedPixels:
 
 
 def decode_images(source: ImageSource, size: int, mode: CacheMode, folder: Path) -> DecodedImages:
-    """Decodes all images of a source, or finds them decoded.
+    """Decodes all images of a source, unless the cache has them.
 
     Args:
         source: The images.
-        size: Height and width in pixels at which they will be shown; they are stored smaller if they are smaller.
-        mode: `disk` for a mapped file in the folder, `ram` for memory; `off` decodes them once to find what is
-            bad, keeps that in the folder, and decodes them again each time they are read.
-        folder: Where caches are. An entry is built anew when its source has changed.
+        size: Height and width in pixels at which images will be shown; smaller images are stored smaller.
+        mode: `disk` stores the pixels in a file in the folder, `ram` in memory. `off` decodes all images once to find
+            those that cannot be read, stores these in the folder, and decodes again at each reading.
+        folder: Folder of caches. An entry is built again when its source has changed.
 
     Raises:
         DataError: If images are missing, or the cache cannot be written.
     """
-    side = source.images.side(size)
+    side = _stored_side(source.images, size)
     if mode == "ram":
         pixels = torch.empty(len(source.images), 3, side, side, dtype=torch.uint8)
         bad = _decode_all(source, side, lambda start, part: pixels[start : start + len(part)].copy_(part))
@@ -102,25 +97,26 @@ def decode_images(source: ImageSource, size: int, mode: CacheMode, folder: Path)
     entry = _Entry(folder, source, side, with_pixels=mode == "disk")
     index = entry.read() or entry.build()
     bad = {int(position): reason for position, reason in index["bad"].items()}
-    return DecodedImages(MappedPixels(entry.pixels) if mode == "disk" else UndecodedPixels(source.images, side), bad)
+    return DecodedImages(MappedPixels(entry.pixels) if mode == "disk" else LazyPixels(source.images, side), bad)
 
 
 def find_bad_images(source: ImageSource) -> dict[int, str]:
-    """Decodes every image, and keeps nothing but what is wrong with those that cannot be read.
+    """Decodes every image of a source and returns why an image cannot be read, by position."""
+    return _decode_all(source, _stored_side(source.images, 32), lambda start, part: None)
 
-    Args:
-        source: The images.
-    """
-    return _decode_all(source, source.images.side(32), lambda start, part: None)
+
+def _stored_side(images: Images, size: int) -> int:
+    """The native size if that is smaller: the device enlarges images faster than a disk delivers large ones."""
+    return size if images.native is None else min(size, images.native)
 
 
 def bad_images_message(name: str, bad: dict[int, str], count: int) -> str:
-    """One summary of the images of a task that cannot be read.
+    """Lists the images of a task that cannot be read.
 
     Args:
-        name: Of the task.
-        bad: What is wrong with each.
-        count: How many images there are in all.
+        name: Name of the task.
+        bad: Why an image cannot be read, by position.
+        count: Number of all images.
     """
     shown = "; ".join(reason for _, reason in sorted(bad.items())[:20])
     more = f"; and {len(bad) - 20:,} more" if len(bad) > 20 else ""
@@ -128,15 +124,14 @@ def bad_images_message(name: str, bad: dict[int, str], count: int) -> str:
 
 
 class _Entry:
-    """A folder with `images.npy` and `index.json`, which is in place when both are whole."""
+    """A folder of the cache with `index.json` and, optionally, `images.npy`; it exists only when both are complete."""
 
     def __init__(self, folder: Path, source: ImageSource, side: int, with_pixels: bool) -> None:
         self.source, self.side, self.with_pixels = source, side, with_pixels
         kind = f"{side}px" if with_pixels else "scan"
         label = re.sub(r"[^\w.-]+", "_", Path(source.location).name)[:40]
-        self.path = (
-            folder / f"{label}-{kind}-{sha256(source.location.encode(errors='surrogateescape')).hexdigest()[:12]}"
-        )
+        digest = sha256(source.location.encode(errors="surrogateescape")).hexdigest()[:12]
+        self.path = folder / f"{label}-{kind}-{digest}"
         self.temporary = self.path.with_name(f".{self.path.name}.part")
         self.pixels = self.path / "images.npy"
         self.state: dict[str, Any] = {
@@ -146,7 +141,7 @@ class _Entry:
         }
 
     def read(self) -> dict[str, Any] | None:
-        """The index; None if the entry is missing, damaged or of another state of the source."""
+        """The index; None if the entry is missing, damaged or of an earlier state of the source."""
         try:
             index = json.loads((self.path / "index.json").read_text())
             if self.with_pixels and list(np.load(self.pixels, mmap_mode="r").shape) != self.state["shape"]:
@@ -156,7 +151,7 @@ class _Entry:
             return None
 
     def build(self) -> dict[str, Any]:
-        """Writes the entry, unless another process has done so meanwhile.
+        """Writes the entry, unless another process has done so in the meantime, and returns its index.
 
         Raises:
             DataError: If it cannot be written.
@@ -166,8 +161,8 @@ class _Entry:
                 return self.read() or self._write()
         except OSError as cause:
             raise DataError(
-                f"cannot write decoded images to {self.path.parent} ({cause.strerror or cause}); make room there, "
-                "or set data.root to another folder, or data.cache to ram"
+                f"cannot write decoded images to {self.path.parent} ({cause.strerror or cause}); free some space "
+                "there, or set data.root to another folder, or data.cache to ram"
             ) from cause
 
     def _write(self) -> dict[str, Any]:
@@ -175,14 +170,12 @@ class _Entry:
         try:
             self.temporary.mkdir()
             index = self.state | {"bad": self._write_pixels()}
-            text = json.dumps(index, indent=1)
-            (self.temporary / "index.json").write_text(text)
+            (self.temporary / "index.json").write_text(json.dumps(index, indent=1))
             shutil.rmtree(self.path, ignore_errors=True)
             self.temporary.replace(self.path)
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        content: dict[str, Any] = json.loads(text)
-        return content
+        return index
 
     def _write_pixels(self) -> dict[int, str]:
         if not self.with_pixels:
@@ -193,17 +186,29 @@ class _Entry:
             file.flush()
             begin, each = file.tell(), 3 * self.side * self.side
 
-            # written rather than mapped: a full disk is then an error, where a mapping would kill the process
-            def keep(start: int, part: Tensor) -> None:
-                _write_at(file.fileno(), part.numpy(), begin + start * each)
+            # written rather than mapped: a full disk is then an error, but would kill a process that maps the file
+            def store(start: int, part: Tensor) -> None:
+                rest, offset = memoryview(part.numpy().data).cast("B"), begin + start * each
+                while rest:
+                    count = os.pwrite(file.fileno(), rest, offset)
+                    rest, offset = rest[count:], offset + count
 
-            bad = _decode_all(self.source, self.side, keep)
+            bad = _decode_all(self.source, self.side, store)
             os.fsync(file.fileno())
         return bad
 
 
-def _decode_all(source: ImageSource, side: int, keep: Callable[[int, Tensor], Any]) -> dict[int, str]:
-    """Decodes in parallel, hands over chunks (n, 3, side, side) as they come, and returns what is bad."""
+def _decode_all(source: ImageSource, side: int, store: Callable[[int, Tensor], Any]) -> dict[int, str]:
+    """Decodes all images in parallel.
+
+    Args:
+        source: The images.
+        side: Height and width in pixels.
+        store: Called from several threads with the position of an image and a chunk (n, 3, side, side) from there on.
+
+    Returns:
+        Why an image cannot be read, by position.
+    """
     images, bad = source.images, {}
 
     def decode(start: int) -> int:
@@ -214,11 +219,11 @@ def _decode_all(source: ImageSource, side: int, keep: Callable[[int, Tensor], An
                 part[index - start] = images.decode(index, side)
             except DataError as error:
                 bad[index] = str(error)
-        keep(start, part)
+        store(start, part)
         return len(indices)
 
     columns = (TextColumn("decoding {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pool = ThreadPoolExecutor()  # Pillow releases the lock while it decodes and resizes
+    pool = ThreadPoolExecutor()  # Pillow releases Python's lock while it decodes and resizes
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(Path(source.location).name, total=len(images))
         try:
@@ -227,10 +232,3 @@ def _decode_all(source: ImageSource, side: int, keep: Callable[[int, Tensor], An
         finally:
             pool.shutdown(cancel_futures=True)
     return dict(sorted(bad.items()))
-
-
-def _write_at(descriptor: int, data: NDArray[np.uint8], offset: int) -> None:
-    rest = memoryview(data.data).cast("B")
-    while rest:
-        count = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[count:], offset + count

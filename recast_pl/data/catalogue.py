@@ -1,19 +1,18 @@
-"""Data sets known by name: where each comes from, what it must hold, and how it is read."""
+"""Data sets known by name: where each comes from, what it must contain, and how it is read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from recast_pl.data.datasets import ImageSource, open_folder, open_torchvision, torchvision_class
+from recast_pl.data.datasets import ImageSource, open_folder
 from recast_pl.data.images import ImageFiles, ImageItems
+from recast_pl.data.torchvision_sets import open_torchvision, torchvision_class
 from recast_pl.errors import DataError
-
-_OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,9 @@ class RemoteFile:
 
     Args:
         url: Its address.
-        md5: Its MD5 checksum as published; None if none is.
-        provides: What exists, below the root, once it is in place (and unpacked, if it is an archive).
-        folder: Where it is put, and unpacked, below the root.
+        md5: The published MD5 checksum; None if there is none.
+        provides: What exists, below the root, when the file is in place (and unpacked, if it is an archive).
+        folder: Where the file is put, and unpacked, below the root.
     """
 
     url: str
@@ -39,17 +38,17 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A row of the catalogue.
+    """An entry of the catalogue.
 
     Args:
         title: What it is, in a few words.
-        classes: Number of classes, as its authors split them.
-        images: Images of the official splits train, val and test, and, under an empty string, of none of them.
-        reader: Name of its class in `torchvision.datasets`, or what finds its images below a root.
-        files: Where it comes from; empty if it cannot be downloaded, or need not be.
-        folder: What its torchvision class takes for the root, below the root.
+        classes: Number of classes, as its authors divide them.
+        images: Number of images by official split; under an empty string, of those without split.
+        reader: Name of its class in `torchvision.datasets`, or a function that finds its images below a root.
+        files: Files to download; empty if it cannot be downloaded, or does not have to be.
+        folder: Root of its torchvision class, below the root of all data sets.
         native: Height and width of its images in pixels; None if they differ.
-        present: What exists below the root when it is on disk, where `files` do not say.
+        present: What exists below the root when it is on disk, if `files` do not say so.
         note: What a user should know.
     """
 
@@ -89,10 +88,10 @@ class DataSet:
             ) from cause
 
     def check_args(self, args: Mapping[str, Any]) -> None:
-        """Refuses arguments that its class does not take.
+        """Checks that its class takes the arguments.
 
         Raises:
-            DataError: Naming the argument.
+            DataError: If it does not; the message names the argument.
         """
         if isinstance(self.reader, str):
             torchvision_class(self.reader, args)
@@ -115,7 +114,7 @@ def _open_digits(root: Path) -> ImageSource:
 
 
 def _open_birds(root: Path) -> ImageSource:
-    """CUB-200-2011, from its lists of images, labels, splits and classes, each `ID VALUE` a line."""
+    """CUB-200-2011, from its lists of images, labels, splits and classes; each line is `ID VALUE`."""
     folder = root / "CUB_200_2011"
     files, labels, training, names = (
         _read_pairs(folder / f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split", "classes")
@@ -132,15 +131,20 @@ def _open_birds(root: Path) -> ImageSource:
     )
 
 
+def _read_pairs(path: Path) -> dict[str, str]:
+    pairs = (line.split(" ", 1) for line in _read_lines(path))
+    return {pair[0]: pair[-1] for pair in pairs}
+
+
 def _open_scenes(root: Path) -> ImageSource:
-    """MIT Indoor-67: folders of classes, of which two lists name 80 training and 20 test images each."""
+    """MIT Indoor-67: folders of classes, and two lists that name 80 training and 20 test images of each class."""
     folder = root / "indoor-67"
     whole = open_folder(folder / "Images")
     assert isinstance(whole.images, ImageFiles)
     names = {path.relative_to(folder / "Images").as_posix(): i for i, path in enumerate(whole.images.paths)}
     splits = [""] * len(names)
     for split, file in (("train", "TrainImages.txt"), ("test", "TestImages.txt")):
-        for line in filter(None, map(str.strip, _read_lines(folder / file))):
+        for line in _read_lines(folder / file):
             if line not in names:
                 raise DataError(
                     f"{folder / file} names {line!r}, which is not in {folder / 'Images'}; prepare it again"
@@ -150,189 +154,96 @@ def _open_scenes(root: Path) -> ImageSource:
     return ImageSource(classes, whole.labels, splits, whole.images, whole.location)
 
 
-def _read_pairs(path: Path) -> dict[str, str]:
-    pairs = (line.strip().split(" ", 1) for line in _read_lines(path) if line.strip())
-    return {pair[0]: pair[-1] for pair in pairs}
-
-
 def _read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without blank ones."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as cause:
         raise DataError(f"cannot read {path} ({cause}); remove its folder and prepare the data set again") from cause
+    return [line.strip() for line in lines if line.strip()]
 
 
-CATALOGUE: dict[str, DataSet] = {
-    "flowers": DataSet(
-        "Oxford Flowers-102",
-        102,
-        {"train": 1020, "val": 1020, "test": 6149},
-        "Flowers102",
+def _files(folder: str, *entries: tuple[str, str | None, str]) -> tuple[RemoteFile, ...]:
+    """Files below one folder, each as (address, MD5 checksum, what it provides in the folder)."""
+    return tuple(RemoteFile(url, md5, str(PurePosixPath(folder, provides)), folder) for url, md5, provides in entries)
+
+
+_OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+_STANFORD = "http://ufldl.stanford.edu/housenumbers"
+_CALTECH = "https://data.caltech.edu/records/65de6-vp158/files"
+
+_FILES = {
+    "flowers": _files(
+        "flowers-102",
+        (f"{_OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "jpg"),
+        (f"{_OXFORD}/flowers/102/imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "imagelabels.mat"),
+        (f"{_OXFORD}/flowers/102/setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "setid.mat"),
+    ),
+    "aircraft": _files(
+        "",
         (
-            RemoteFile(
-                f"{_OXFORD}/flowers/102/102flowers.tgz",
-                "52808999861908f626f3c1f4e79d11fa",
-                "flowers-102/jpg",
-                "flowers-102",
-            ),
-            RemoteFile(
-                f"{_OXFORD}/flowers/102/imagelabels.mat",
-                "e0620be6f572b9609742df49c70aed4d",
-                "flowers-102/imagelabels.mat",
-                "flowers-102",
-            ),
-            RemoteFile(
-                f"{_OXFORD}/flowers/102/setid.mat",
-                "a5357ecc9cb78c4bef273ce3793fc85c",
-                "flowers-102/setid.mat",
-                "flowers-102",
-            ),
+            f"{_OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+            "d4acdd33327262359767eeaa97a4f732",
+            "fgvc-aircraft-2013b",
         ),
     ),
-    "aircraft": DataSet(
-        "FGVC-Aircraft 2013b",
-        100,
-        {"train": 3334, "val": 3333, "test": 3333},
-        "FGVCAircraft",
-        (
-            RemoteFile(
-                f"{_OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
-                "d4acdd33327262359767eeaa97a4f732",
-                "fgvc-aircraft-2013b",
-            ),
-        ),
-        note="annotation_level variant has 100 classes, family 70, manufacturer 41 (torchvision: 30); the paper, 55",
+    "scenes": _files(
+        "indoor-67",
+        ("http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar", None, "Images"),
+        ("http://web.mit.edu/torralba/www/TrainImages.txt", None, "TrainImages.txt"),
+        ("http://web.mit.edu/torralba/www/TestImages.txt", None, "TestImages.txt"),
     ),
-    "scenes": DataSet(
-        "MIT Indoor-67",
-        67,
-        {"train": 5360, "test": 1340, "": 8920},
-        _open_scenes,
-        (
-            RemoteFile(
-                "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
-                None,
-                "indoor-67/Images",
-                "indoor-67",
-            ),
-            RemoteFile(
-                "http://web.mit.edu/torralba/www/TrainImages.txt", None, "indoor-67/TrainImages.txt", "indoor-67"
-            ),
-            RemoteFile("http://web.mit.edu/torralba/www/TestImages.txt", None, "indoor-67/TestImages.txt", "indoor-67"),
-        ),
-        note="no checksum is published: images are counted; 8,920 of 15,620 are in no official split",
+    "cifar100": _files(
+        "", (f"{_TORONTO}/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python")
     ),
-    "cifar100": DataSet(
-        "CIFAR-100",
-        100,
-        {"train": 50000, "test": 10000},
-        "CIFAR100",
-        (
-            RemoteFile(
-                "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-                "eb9058c3a382ffc7106e4002c42a8d85",
-                "cifar-100-python",
-            ),
-        ),
-        native=32,
+    "cifar10": _files(
+        "", (f"{_TORONTO}/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py")
     ),
-    "cifar10": DataSet(
-        "CIFAR-10",
-        10,
-        {"train": 50000, "test": 10000},
-        "CIFAR10",
-        (
-            RemoteFile(
-                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-                "c58f30108f718f92721af3b95e74349a",
-                "cifar-10-batches-py",
-            ),
-        ),
-        native=32,
+    "birds": _files(
+        "", (f"{_CALTECH}/CUB_200_2011.tgz?download=1", "97eceeb196236b17998738112f37df78", "CUB_200_2011")
     ),
-    "birds": DataSet(
-        "Caltech-UCSD Birds 200-2011",
-        200,
-        {"train": 5994, "test": 5794},
-        _open_birds,
-        (
-            RemoteFile(
-                "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-                "97eceeb196236b17998738112f37df78",
-                "CUB_200_2011",
-            ),
-        ),
+    "pets": _files(
+        "oxford-iiit-pet",
+        (f"{_OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "images"),
+        (f"{_OXFORD}/pets/data/annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f", "annotations"),
     ),
-    "cars": DataSet(
-        "Stanford Cars",
-        196,
-        {"train": 8144, "test": 8041},
-        "StanfordCars",
-        present="stanford_cars",
-        note="its site is gone; copies exist elsewhere",
+    "food101": _files(
+        "", ("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87", "food-101")
     ),
-    "pets": DataSet(
-        "Oxford-IIIT Pet",
-        37,
-        {"train": 3680, "test": 3669},
-        "OxfordIIITPet",
-        tuple(
-            RemoteFile(f"{_OXFORD}/pets/data/{name}.tar.gz", md5, f"oxford-iiit-pet/{name}", "oxford-iiit-pet")
-            for name, md5 in (
-                ("images", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
-                ("annotations", "95a8c909bbe2e81eed6a22bccdf3f68f"),
-            )
-        ),
-    ),
-    "food101": DataSet(
-        "Food-101",
-        101,
-        {"train": 75750, "test": 25250},
-        "Food101",
-        (
-            RemoteFile(
-                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87", "food-101"
-            ),
-        ),
-    ),
-    "dtd": DataSet(
-        "Describable Textures",
-        47,
-        {"train": 1880, "val": 1880, "test": 1880},
-        "DTD",
-        (
-            RemoteFile(
-                f"{_OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd/dtd", "dtd"
-            ),
-        ),
-    ),
-    "svhn": DataSet(
-        "Street View House Numbers",
-        10,
-        {"train": 73257, "test": 26032},
-        "SVHN",
-        tuple(
-            RemoteFile(
-                f"http://ufldl.stanford.edu/housenumbers/{split}_32x32.mat", md5, f"svhn/{split}_32x32.mat", "svhn"
-            )
-            for split, md5 in (
-                ("train", "e26dedcc434d2e4c54c9b2d4a06d8373"),
-                ("test", "eb5a983be6a315427106f1b164d9cef3"),
-            )
-        ),
-        folder="svhn",
-        native=32,
-    ),
-    "digits": DataSet(
-        "handwritten digits",
-        10,
-        {"": 1797},
-        _open_digits,
-        native=8,
-        note="part of scikit-learn",
+    "dtd": _files("dtd", (f"{_OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd")),
+    "svhn": _files(
+        "svhn",
+        (f"{_STANFORD}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", "train_32x32.mat"),
+        (f"{_STANFORD}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", "test_32x32.mat"),
     ),
 }
-"""Data sets known by name."""
+
+_LEVELS = "annotation_level variant has 100 classes, family 70, manufacturer 41 (torchvision: 30); the paper, 55"
+_COUNTED = "no published checksum: images are counted; 8,920 of 15,620 have no official split"
+_GONE = "its site is gone; copies exist elsewhere"
+
+_SETS = {
+    "flowers": DataSet("Oxford Flowers-102", 102, {"train": 1020, "val": 1020, "test": 6149}, "Flowers102"),
+    "aircraft": DataSet(
+        "FGVC-Aircraft 2013b", 100, {"train": 3334, "val": 3333, "test": 3333}, "FGVCAircraft", note=_LEVELS
+    ),
+    "scenes": DataSet("MIT Indoor-67", 67, {"train": 5360, "test": 1340, "": 8920}, _open_scenes, note=_COUNTED),
+    "cifar100": DataSet("CIFAR-100", 100, {"train": 50000, "test": 10000}, "CIFAR100", native=32),
+    "cifar10": DataSet("CIFAR-10", 10, {"train": 50000, "test": 10000}, "CIFAR10", native=32),
+    "birds": DataSet("Caltech-UCSD Birds 200-2011", 200, {"train": 5994, "test": 5794}, _open_birds),
+    "cars": DataSet(
+        "Stanford Cars", 196, {"train": 8144, "test": 8041}, "StanfordCars", present="stanford_cars", note=_GONE
+    ),
+    "pets": DataSet("Oxford-IIIT Pet", 37, {"train": 3680, "test": 3669}, "OxfordIIITPet"),
+    "food101": DataSet("Food-101", 101, {"train": 75750, "test": 25250}, "Food101"),
+    "dtd": DataSet("Describable Textures", 47, {"train": 1880, "val": 1880, "test": 1880}, "DTD"),
+    "svhn": DataSet("Street View House Numbers", 10, {"train": 73257, "test": 26032}, "SVHN", folder="svhn", native=32),
+    "digits": DataSet("handwritten digits", 10, {"": 1797}, _open_digits, native=8, note="part of scikit-learn"),
+}
+
+CATALOGUE = {name: replace(data_set, files=_FILES.get(name, ())) for name, data_set in _SETS.items()}
+"""Data sets by name."""
 
 PAPER = ("flowers", "aircraft", "scenes", "cifar100", "cifar10", "birds")
-"""The paper's six, in its order."""
+"""The six data sets of the paper, in its order."""

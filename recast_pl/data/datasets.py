@@ -1,36 +1,34 @@
-"""Sources of labelled images: folders, manifests, and torchvision's data sets."""
+"""The user's own images: folders of classes, and manifests in CSV or Parquet."""
 
 import csv
-import hashlib
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torchvision.datasets
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset
 
-from recast_pl.data.images import ImageFiles, ImageItems, Images, images_below, stat_digest
-from recast_pl.data.tasks import SPLITS
+from recast_pl.data.images import ImageFiles, Images, images_below
+from recast_pl.data.tasks import SPLITS, find_split
 from recast_pl.errors import DataError
 
-_TORCHVISION_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
+_LAYOUTS = "CLASS/IMAGE or train|val|test/CLASS/IMAGE"
+
+_COLUMNS = ("path", "label", "split")
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Labelled images, not yet decoded.
+    """Labelled images, not decoded yet.
 
     Args:
         classes: Class names, in order of label.
         labels: Class index of each image (N,).
-        splits: `train`, `val` or `test` for each image; an empty string for an image in no official split.
+        splits: `train`, `val` or `test` for each image; an empty string for an image without official split.
         images: The images (N).
-        location: Where they come from; tells sources apart.
+        location: Where the images come from; different for different sources.
     """
 
     classes: Sequence[str]
@@ -41,250 +39,142 @@ class ImageSource:
 
 
 def open_folder(root: Path) -> ImageSource:
-    """Images in `CLASS/IMAGE`, or in `train|val|test/CLASS/IMAGE`.
+    """Finds images in `CLASS/IMAGE`, or in `train|val|test/CLASS/IMAGE`.
+
+    Images may lie at any depth below their class folder. Folders of splits are recognised in any case; `training`,
+    `valid`, `validation` and `testing` are also accepted.
 
     Raises:
-        DataError: If the folder is missing or no folder of classes, or a class has no images.
+        DataError: If the folder is missing, does not have one of the two layouts, or lacks training images of a class.
     """
     if not root.is_dir():
         raise DataError(f"folder {str(root)!r} does not exist (from {Path.cwd()}); correct the task's path")
-    top = _subfolders(root)
-    split_roots = {name: root / name for name in SPLITS if name in top}
-    if "train" not in split_roots:
-        split_roots = {"": root}
-    classes = sorted({name for folder in split_roots.values() for name in _subfolders(folder)})
-    if len(classes) < 2:
-        raise DataError(
-            f"folder {str(root)!r} has {len(classes)} class folders and needs at least 2; "
-            "arrange images as CLASS/IMAGE or train|val|test/CLASS/IMAGE"
-        )
+    split_folders = _find_split_folders(root)
+    classes = sorted({name for folder in split_folders.values() for name in _subfolders(folder)})
     files: list[Path] = []
     labels: list[int] = []
     splits: list[str] = []
     for label, name in enumerate(classes):
-        found = [(split, file) for split, folder in split_roots.items() for file in images_below(folder / name)]
-        if not any(split in ("", "train") for split, _ in found):
-            raise DataError(f"class folder {str(root)!r}/{name} holds no training image; add images or remove it")
-        splits += [split for split, _ in found]
-        files += [file for _, file in found]
-        labels += [label] * len(found)
+        for split, folder in split_folders.items():
+            found = images_below(folder / name)
+            _refuse_splits_inside(folder / name, found)
+            files += found
+            labels += [label] * len(found)
+            splits += [split] * len(found)
+    if len(classes) < 2:
+        raise DataError(
+            f"folder {str(root)!r} has {len(classes)} class folders and needs at least 2; arrange images as {_LAYOUTS}"
+        )
+    _check_classes(f"folder {str(root)!r}", classes, labels, splits)
     return ImageSource(classes, np.array(labels), splits, ImageFiles(files), str(root.resolve()))
 
 
 def open_manifest(path: Path) -> ImageSource:
-    """Images listed in a CSV or Parquet file with columns `path`, `label` and perhaps `split`.
+    """Finds images that a CSV or Parquet file lists in the columns `path`, `label` and, optionally, `split`.
 
-    Paths are relative to the manifest's folder, or absolute. Classes are the labels, as text, in sorted order.
+    Paths are relative to the manifest's folder, or absolute. Classes are the labels, as text, in sorted order. Names
+    of columns and splits are recognised in any case, and splits by the same names as for `open_folder`.
 
     Raises:
-        DataError: If the file cannot be read or a row is wrong; with the first row that is.
+        DataError: If the file cannot be read, a row is wrong, or a class has no training image.
     """
     if not path.is_file():
         raise DataError(f"manifest {str(path)!r} does not exist (from {Path.cwd()}); correct the task's path")
     rows = list(_read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path))
-    for number, (file, label, split) in enumerate(rows, 1):
-        if not file or not label or split not in ("", *SPLITS):
+    splits = []
+    for number, (file, label, name) in enumerate(rows, 1):
+        split = find_split(name) if name else ""
+        if not file or not label or split is None:
             raise DataError(
-                f"manifest {path}, row {number}: path {file!r}, label {label!r}, split {split!r}; "
-                "give each row a path, a label, and a split of train, val or test, or no row a split"
+                f"manifest {path}, row {number}: path {file!r}, label {label!r}, split {name!r}; "
+                "give each row a path, a label, and a split of train, val or test, or leave out all splits"
             )
-    files, labels, splits = ([row[column] for row in rows] for column in range(3))
+        splits.append(split)
     if any(splits) and not all(splits):
         raise DataError(
-            f"manifest {path}, row {splits.index('') + 1} has no split and others have; give all one, or none"
+            f"manifest {path}, row {splits.index('') + 1} has no split and other rows have one; give all rows a split, "
+            "or none"
         )
-    twice = [file for file, count in Counter(files).items() if count > 1]
-    if twice:
-        raise DataError(f"manifest {path} lists {twice[0]!r} more than once; an image may be in one split only")
-    classes = sorted(set(labels))
+    files = [file for file, _, _ in rows]
+    repeated = [file for file, count in Counter(files).items() if count > 1]
+    if repeated:
+        raise DataError(f"manifest {path} lists {repeated[0]!r} more than once; list each image once")
+    classes = sorted({label for _, label, _ in rows})
     if len(classes) < 2:
         raise DataError(f"manifest {path} has {len(classes)} different labels and needs at least 2")
     index = {name: label for label, name in enumerate(classes)}
+    labels = [index[label] for _, label, _ in rows]
+    _check_classes(f"manifest {path}", classes, labels, splits)
     images = ImageFiles([path.parent / file for file in files])
-    return ImageSource(classes, np.array([index[label] for label in labels]), splits, images, str(path.resolve()))
+    return ImageSource(classes, np.array(labels), splits, images, str(path.resolve()))
 
 
-def open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: bool = False) -> ImageSource:
-    """A classification data set of torchvision, with its official splits where it has them.
-
-    One without a test split is tested on its validation split, as its users do.
-
-    Args:
-        name: Name of the class in `torchvision.datasets`.
-        root: Folder of its files.
-        args: Further arguments of the class.
-        download: Whether torchvision may download it.
+def _find_split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders.
 
     Raises:
-        DataError: If there is no such data set, or it is not in the folder, or has no labels.
+        DataError: If it is unclear which folders are splits and which are classes.
     """
-    torchvision_class(name, args)
-    if download:
-        root.mkdir(parents=True, exist_ok=True)
-    try:
-        return _open_torchvision(name, root, args, download)
-    except DataError:
-        raise
-    except Exception as cause:  # on damaged lists torchvision's classes raise nearly anything
-        text = " ".join(str(cause).split()) or type(cause).__name__
-        raise DataError(
-            f"torchvision's {name} cannot be opened in {str(root)!r} ({text}); get it with 'python -m recast_pl data "
-            f"prepare torchvision/{name}', or remove it first if it is there and damaged"
-        ) from cause
-
-
-def _open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: bool) -> ImageSource:
-    parts = _torchvision_parts(name, root, args, download)
-    if "val" in parts and "test" not in parts:
-        parts["test"] = parts.pop("val")
-    labels = [np.asarray(_labels(name, part)) for part in parts.values()]
-    classes = _class_names(next(iter(parts.values())), 1 + max(int(part.max()) for part in labels))
-    files = [_files(part) for part in parts.values()]
-    images: Images
-    if all(found is not None for found in files):
-        images = ImageFiles([file for found in files for file in found or ()])
+    names = _subfolders(root)
+    found = {name: split for name in names if (split := find_split(name))}
+    if not found:
+        return {"": root}
+    others = [name for name in names if name not in found and images_below(root / name)]
+    if others:
+        fault = f"beside other folders of images, such as {others[0]!r}"
+    elif "train" not in found.values():
+        fault = "but no folder 'train'"
+    elif len(found) > len(set(found.values())):
+        fault = "of which two name the same split"
     else:
-        every = list(parts.values())
-        images = ImageItems(name, ConcatDataset(every), _native_side(every), lambda: _fingerprint(every, root))
-    splits = [split for split, part in parts.items() for _ in range(len(part))]
-    settings = "".join(f" {key}={args[key]}" for key in sorted(args))
-    return ImageSource(classes, np.concatenate(labels), splits, images, f"{root.resolve()}/{name}{settings}")
+        folders = {split: root / name for name, split in found.items()}
+        return {split: folders[split] for split in SPLITS if split in folders}
+    raise DataError(
+        f"folder {str(root)!r} has split folders ({', '.join(found)}) {fault}; arrange images as {_LAYOUTS}, or, if "
+        "these are classes, rename their folders or list the images in a CSV file"
+    )
 
 
-def torchvision_class(name: str, args: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """A data set's class, and the arguments it takes.
-
-    Raises:
-        DataError: If there is no such class, or it does not take the arguments given.
-    """
-    cls = getattr(torchvision.datasets, name, None)
-    if not (inspect.isclass(cls) and issubclass(cls, torchvision.datasets.VisionDataset)):
-        known = ", ".join(n for n in torchvision.datasets.__all__ if n[0].isupper())
-        raise DataError(f"torchvision has no data set {name!r}; it has {known}")
-    parameters = {p for base in cls.__mro__[:-1] for p in inspect.signature(base).parameters}  # but for object's
-    unknown = sorted(set(args) - parameters)
-    if unknown:
+def _refuse_splits_inside(folder: Path, images: Sequence[Path]) -> None:
+    """Refuses a class folder that is divided into splits, which would otherwise be merged."""
+    depth = len(folder.parts)
+    subfolders = sorted({image.parts[depth] for image in images if len(image.parts) > depth + 1})
+    inside = {name: split for name in subfolders if (split := find_split(name))}
+    if len(set(inside.values())) > 1:
         raise DataError(
-            f"torchvision's {name} takes no argument {unknown[0]!r}; it takes {', '.join(sorted(parameters))}"
+            f"class folder {str(folder)!r} has split folders ({', '.join(inside)}) inside; arrange images as "
+            f"{_LAYOUTS}, or, if this folder is the data set, give its path"
         )
-    return cls, parameters
 
 
-class _Dataset(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
-
-
-def _torchvision_parts(name: str, root: Path, args: Mapping[str, Any], download: bool) -> dict[str, Any]:
-    """The data set once for each split it has, or once under an empty string."""
-    cls, parameters = torchvision_class(name, args)
-    settings = dict(args) | ({"download": download} if "download" in parameters else {})
-    if "train" in parameters and "train" not in args:
-        return {split: cls(str(root), train=split == "train", **settings) for split in ("train", "test")}
-    if "split" not in parameters or "split" in args:
-        return {"": cls(str(root), **settings)}
-    found = {split: _first_known(cls, root, names, settings) for split, names in _TORCHVISION_SPLITS.items()}
-    return {split: part for split, part in found.items() if part is not None}
-
-
-def _first_known(cls: Any, root: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Any:
-    """The first of the splits that the class knows; None if it knows none of them."""
-    for name in names:
-        try:
-            return cls(str(root), split=name, **settings)
-        except ValueError as refusal:
-            if "for argument split" not in str(refusal):  # torchvision: "Unknown value 'val' for argument split."
-                raise
-    return None
-
-
-def _labels(name: str, dataset: _Dataset) -> list[int]:
-    """Labels from wherever the class keeps them, or else, slowly, from its items."""
-    for candidate in _kept_labels(dataset):
-        if len(candidate) == len(dataset) and _agrees(dataset, candidate):
-            return [int(label) for label in candidate]
-    labels = [dataset[i][1] for i in range(len(dataset))]
-    if not all(isinstance(label, int | np.integer) for label in labels):
-        raise DataError(f"torchvision's {name} has no label for each image, so that it is no classification task")
-    return [int(label) for label in labels]
-
-
-def _kept_labels(dataset: Any) -> Iterator[Sequence[Any]]:
-    for attribute in ("targets", "_labels", "labels", "y"):
-        values = getattr(dataset, attribute, None)
-        if values is not None and len(values):
-            yield values
-    for attribute in ("_samples", "samples", "imgs"):
-        pairs = getattr(dataset, attribute, None)
-        if pairs is not None and len(pairs):
-            yield [pair[1] for pair in pairs]
-
-
-def _agrees(dataset: _Dataset, labels: Sequence[Any]) -> bool:
-    """Whether what a class keeps is what it hands out: its arguments may ask for other labels."""
-    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset)), dtype=int).tolist():
-        try:
-            label = dataset[index][1]
-        except Exception:  # the image cannot be read, which is found when it is decoded
+def _check_classes(where: str, classes: Sequence[str], labels: Sequence[int], splits: Sequence[str]) -> None:
+    """Refuses a class without training images, and says if it may be another one spelt in other case."""
+    trained = {label for label, split in zip(labels, splits, strict=True) if split in ("", "train")}
+    for label, name in enumerate(classes):
+        if label in trained:
             continue
-        if not isinstance(label, int | np.integer) or label != labels[index]:
-            return False
-    return True
+        twins = [other for other in classes if other != name and other.casefold() == name.casefold()]
+        if twins:
+            raise DataError(f"{where}: classes {twins[0]!r} and {name!r} differ only in case; give both one name")
+        raise DataError(f"{where}: class {name!r} has no training image; add images or remove the class")
 
 
-def _files(dataset: Any) -> list[Path] | None:
-    """The files of a data set; None if it has no list of them."""
-    for attribute in ("_image_files", "_images", "data", "_samples", "samples", "imgs"):
-        values = getattr(dataset, attribute, None)
-        if values is None or len(values) != len(dataset):
-            continue
-        if attribute in ("_samples", "samples", "imgs"):
-            values = [pair[0] for pair in values]
-        if isinstance(values[0], str | Path):
-            return [Path(value) for value in values]
-    return None
+Row = tuple[str, ...]
+"""Path, label and split of a row of a manifest; an empty string for a missing value."""
 
 
-def _class_names(dataset: Any, count: int) -> list[str]:
-    for attribute in ("classes", "categories", "bin_classes"):
-        names = getattr(dataset, attribute, None)
-        if names is not None and len(names) == count:
-            return [str(name[0] if isinstance(name, tuple) else name) for name in names]  # of several, the first
-    return [str(label) for label in range(count)]
-
-
-def _native_side(parts: Sequence[Any]) -> int | None:
-    """Height and width of square images kept in one array; None for others."""
-    if any(getattr(part, "data", None) is None for part in parts):
-        return None
-    sides = {side for part in parts for side in part[0][0].size}
-    return sides.pop() if len(sides) == 1 else None
-
-
-def _fingerprint(parts: Sequence[Any], root: Path) -> str:
-    """Of the arrays that hold the images, or else of all files of the data set."""
-    arrays = [getattr(part, "data", None) for part in parts]
-    if any(array is None for array in arrays):
-        return stat_digest(sorted(path for path in root.rglob("*") if path.is_file()))
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, str, str]]:
+def _read_csv(path: Path) -> Iterator[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            _check_columns(path, reader.fieldnames or ())
+            columns = _find_columns(path, reader.fieldnames or ())
             for row in reader:
-                yield row["path"] or "", row["label"] or "", row.get("split") or ""
+                yield _values(row, columns)
     except (UnicodeDecodeError, csv.Error) as cause:
-        raise DataError(f"manifest {path} is no CSV file in UTF-8 ({cause}); save it as one") from cause
+        raise DataError(f"cannot read manifest {path} ({cause}); save it as CSV in UTF-8") from cause
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, str, str]]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError as cause:
@@ -292,20 +182,32 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as cause:
-        raise DataError(f"manifest {path} is no Parquet file ({cause}); save it anew") from cause
-    _check_columns(path, table.column_names)
-    names = [name for name in ("path", "label", "split") if name in table.column_names]
-    for row in table.select(names).to_pylist():
-        yield tuple("" if row.get(name) is None else str(row[name]) for name in ("path", "label", "split"))  # type: ignore[misc]
+        raise DataError(f"cannot read manifest {path} ({cause}); save it again as Parquet") from cause
+    columns = _find_columns(path, table.column_names)
+    for row in table.select([column for column in columns if column is not None]).to_pylist():
+        yield _values(row, columns)
 
 
-def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    lacking = [name for name in ("path", "label") if name not in columns]
-    if lacking:
-        raise DataError(
-            f"manifest {path} has columns {list(columns)} and lacks {lacking[0]!r}; name its columns path,label,split"
-        )
+def _find_columns(path: Path, names: Sequence[str]) -> list[str | None]:
+    """The manifest's own names of its columns path, label and split; None for a missing split."""
+    found: list[str | None] = []
+    for column in _COLUMNS:
+        matches = [column] if column in names else [name for name in names if name.strip().casefold() == column]
+        if len(matches) > 1 or (not matches and column != "split"):
+            raise DataError(
+                f"manifest {path} needs one column {column!r} and has {len(matches)} (its columns are {list(names)}); "
+                f"name them {','.join(_COLUMNS)}"
+            )
+        found.append(matches[0] if matches else None)
+    return found
+
+
+def _values(row: Mapping[Any, Any], columns: Sequence[str | None]) -> Row:
+    return tuple("" if column is None or row[column] is None else str(row[column]) for column in columns)
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
+    """Names of the folders in a folder, without hidden ones, in sorted order; none if it is missing."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Files from the network: fetched with resume, checked, and unpacked without trust."""
+"""Files from the network: downloaded with resume, checked, and unpacked without trusting the archive."""
 
 import gzip
 import hashlib
@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from recast_pl.errors import DataError
 from recast_pl.files import STORAGE_FAULTS
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+"""Endings of the files that `extract` unpacks."""
 
 ATTEMPTS = 5
 
@@ -27,26 +30,21 @@ _TIMEOUT = 60.0  # seconds without a byte
 
 _BLOCK = 1 << 20
 
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
-
-
-def is_archive(name: str) -> bool:
-    """Whether `extract` unpacks a file of that name."""
-    return name.endswith(_ARCHIVES)
+_Advance = Callable[[int, int | None], None]  # takes the bytes that have arrived, and those of the file if known
 
 
 def fetch(url: str, target: Path, md5: str | None) -> None:
-    """Downloads a file, going on where an earlier attempt was cut off; does nothing if the file is there.
+    """Downloads a file, continuing where an earlier attempt stopped; does nothing but check if the file is there.
 
-    What has arrived is kept in `target.part` when the connection fails for good, and goes when it is wrong.
+    While the file is incomplete it is called `target.part`, which stays if the connection fails for good.
 
     Args:
         url: Its address.
-        target: Where to put it; in place only when it is whole.
-        md5: Its MD5 checksum as published; None if none is.
+        target: Where to put it, once it is complete.
+        md5: The published MD5 checksum; None if there is none.
 
     Raises:
-        DataError: If it cannot be had, or is not what was published.
+        DataError: If it cannot be downloaded, or has another checksum.
     """
     if target.exists():
         _check_md5(target, md5, f"remove {target}, or replace it by the file from {url}")
@@ -56,40 +54,39 @@ def fetch(url: str, target: Path, md5: str | None) -> None:
     with _progress(target.name) as advance:
         _fetch_part(url, part, advance)
     try:
-        _check_md5(part, md5, f"try again; if it stays so, the file at {url} has changed")
+        _check_md5(part, md5, f"try again; if the error stays, the file at {url} has changed")
     except DataError:
         part.unlink()
         if not resumed:
             raise
-        fetch(url, target, md5)  # the kept part may have been of another file
+        fetch(url, target, md5)  # the earlier part may have been of another file
         return
     part.replace(target)
 
 
 def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path]:
-    """Unpacks an archive into a folder: into a temporary one first, so that what is in place is whole.
+    """Unpacks an archive into a temporary folder first, so that what is in place is always complete.
 
     Args:
         archive: A tar or zip file.
-        folder: Gets the top-level entries of the archive.
-        wanted: An entry that the archive must have; None for any content.
+        folder: Receives the top-level entries of the archive.
+        wanted: An entry that the archive must have; None to accept any content.
 
     Returns:
-        The entries' new places.
+        The new places of the entries.
 
     Raises:
         DataError: If the archive is damaged, lacks the wanted entry, or has members that are links, devices or
-            outside of the folder; then nothing is unpacked.
-        OSError: If the disk is full or must not be written.
+            outside of the folder. Then nothing is unpacked.
+        OSError: If the folder cannot be written.
     """
     temporary = folder / f".{archive.name}.unpacked"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        unpack = _unpack_zip if archive.name.endswith(".zip") else _unpack_tar
-        unpack(archive, temporary)
+        _unpack(archive, temporary)
         if wanted is not None and not (temporary / wanted).exists():
-            raise DataError(f"{archive.name} does not hold {wanted!r}, so that there would be no {folder / wanted}")
+            raise DataError(f"{archive.name} does not contain {wanted!r}, which is needed at {folder / wanted}")
         return move_into(folder, temporary)
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as cause:
         raise DataError(f"cannot unpack {archive} into {folder} ({cause}); remove the archive and try again") from cause
@@ -98,7 +95,9 @@ def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path
 
 
 def move_into(folder: Path, temporary: Path) -> list[Path]:
-    """Moves what a temporary folder holds into another; a file that is there already stays.
+    """Moves the content of a temporary folder into another one; a file that is there already stays.
+
+    Moved files get the permissions that the user's umask gives to new files, whatever their archive says.
 
     Returns:
         The new places.
@@ -110,11 +109,15 @@ def move_into(folder: Path, temporary: Path) -> list[Path]:
     for place in entries.values():
         if place.is_dir():
             raise DataError(f"{place} exists and is not complete; move it away and try again")
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # of a new folder, which tells the umask
+    for path in temporary.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
     folder.mkdir(parents=True, exist_ok=True)
     return [entry.replace(place) for entry, place in entries.items() if not place.exists()]
 
 
-def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]) -> None:
+def _fetch_part(url: str, part: Path, advance: _Advance) -> None:
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE * 2 ** (attempt - 1) if attempt else 0)
         try:
@@ -122,7 +125,7 @@ def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                part.unlink(missing_ok=True)  # longer than the file: begin anew
+                part.unlink(missing_ok=True)  # it is longer than the file: start again
             elif error.code < 500 and error.code != http.HTTPStatus.TOO_MANY_REQUESTS:
                 raise DataError(
                     f"cannot download {url}: HTTP {error.code} {error.reason}; if it has moved, put the file at "
@@ -130,7 +133,7 @@ def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]
                 ) from error
             failure: Exception = error
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in STORAGE_FAULTS:  # not the network's
+            if isinstance(error, OSError) and error.errno in STORAGE_FAULTS:  # of the disk, not of the network
                 raise
             failure = error
         else:
@@ -141,21 +144,23 @@ def _fetch_part(url: str, part: Path, advance: Callable[[int, int | None], None]
     ) from failure
 
 
-def _append(url: str, part: Path, advance: Callable[[int, int | None], None]) -> None:
+def _append(url: str, part: Path, advance: _Advance) -> None:
     """Downloads what the part lacks.
 
     Raises:
         OSError: If the connection ends before the file does.
     """
-    had = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "recast_pl", "Accept-Encoding": "identity"} | ({"Range": f"bytes={had}-"} if had else {})
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "recast_pl", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            had = 0  # the server sends all of it
+            start = 0  # the server sends the whole file
         length = response.headers.get("Content-Length")
-        total = None if length is None else had + int(length)
+        total = None if length is None else start + int(length)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab" if had else "wb") as file:
+        with part.open("ab" if start else "wb") as file:
             while block := response.read(_BLOCK):
                 file.write(block)
                 advance(file.tell(), total)
@@ -175,44 +180,36 @@ def _check_md5(path: Path, md5: str | None, remedy: str) -> None:
         )
 
 
-def _unpack_tar(archive: Path, folder: Path) -> None:
+def _unpack(archive: Path, folder: Path) -> None:
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as packed:
+            for item in packed.infolist():
+                kind = stat.S_IFMT(item.external_attr >> 16)
+                _check_member(archive, item.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                packed.extract(item, folder)
+        return
     with tarfile.open(archive) as tar:
         for member in tar:
-            if not (member.isreg() or member.isdir()):
-                raise DataError(
-                    f"{archive.name} holds {member.name!r}, a link or a device, which is refused; do not use it"
-                )
-            _check_inside(archive, member.name)
-            tar.extract(member, folder, filter="data")
+            _check_member(archive, member.name, member.isreg() or member.isdir())
+            tar.extract(member, folder, filter=_without_mode)
 
 
-def _unpack_zip(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as file:
-        for member in file.infolist():
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise DataError(
-                    f"{archive.name} holds {member.filename!r}, a link or a device, which is refused; do not use it"
-                )
-            _check_inside(archive, member.filename)
-            file.extract(member, folder)
+def _without_mode(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Filters like `tarfile.data_filter`, but lets the umask decide the permissions instead of the archive."""
+    return tarfile.data_filter(member, folder).replace(mode=None, deep=False)  # type: ignore[arg-type]
 
 
-def _check_inside(archive: Path, name: str) -> None:
+def _check_member(archive: Path, name: str, is_plain: bool) -> None:
+    """Refuses a member that is not a plain file or folder, or lies outside of the archive's folder."""
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{archive.name} holds {name!r}, which is outside of its folder and refused; do not use it")
+    if is_plain and not path.is_absolute() and ".." not in path.parts:
+        return
+    fault = "lies outside of its folder" if is_plain else "is a link or a device"
+    raise DataError(f"{archive.name} is not safe to unpack: its member {name!r} {fault}; do not use it")
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+def _progress(name: str) -> Iterator[_Advance]:
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""Images before they are pixels: files and items of a data set, decoded one by one."""
+"""Images that are not decoded yet, and how one image is decoded."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,35 +22,30 @@ SUFFIXES = frozenset(
 
 
 class Images(Protocol):
-    """Images in a fixed order, none of them decoded yet."""
+    """Images in a fixed order, not decoded yet."""
 
-    def __len__(self) -> int:
-        """Their number."""
-        ...
+    native: int | None
+    """Height and width in pixels if all images have the same and are stored so; None otherwise."""
 
-    def side(self, size: int) -> int:
-        """Height and width in pixels with which an image is best stored to be shown at `size`."""
-        ...
+    def __len__(self) -> int: ...
 
     def decode(self, index: int, side: int) -> Tensor:
-        """One image as uint8 (3, side, side).
+        """Decodes one image to uint8 (3, side, side).
 
         Raises:
-            DataError: Naming the image, if it cannot be read.
+            DataError: If the image cannot be read; the message names it.
         """
         ...
 
     def fingerprint(self) -> str:
-        """Changes when an image does."""
+        """A text that changes when an image changes."""
         ...
 
 
 class ImageFiles:
-    """Images in files, of any sizes.
+    """Images in files, of any sizes."""
 
-    Args:
-        paths: The files.
-    """
+    native: int | None = None
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -58,62 +53,43 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def side(self, size: int) -> int:
-        """The size asked for."""
-        return size
-
     def decode(self, index: int, side: int) -> Tensor:
-        """One image as uint8 (3, side, side)."""
+        """Decodes one image to uint8 (3, side, side)."""
         return decode_file(self.paths[index], side)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, lengths and times of last change (of content or of rights).
-
-        Raises:
-            DataError: If files are missing.
-        """
+        """Changes with the names, sizes and times of the files."""
         return stat_digest(self.paths)
 
 
 class ImageItems:
-    """Images that a data set hands out as PIL images.
+    """Images that a data set returns as PIL images.
 
     Args:
-        name: Of the data set, for messages.
-        items: What yields (PIL image, anything).
-        native: Height and width in pixels of all of them; None if they differ.
-        fingerprint: Of their source.
+        name: Name of the data set, for messages.
+        items: A sequence of (PIL image, anything).
+        native: Height and width in pixels if all images have the same; None otherwise.
+        fingerprint: Returns a text that changes when an image changes.
     """
 
     def __init__(self, name: str, items: Any, native: int | None, fingerprint: Callable[[], str]) -> None:
-        self.name, self.items, self.native, self._fingerprint = name, items, native, fingerprint
+        self.name, self.items, self.native, self.fingerprint = name, items, native, fingerprint
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def side(self, size: int) -> int:
-        """The native size where it is smaller: a GPU resizes faster than a disk delivers."""
-        return size if self.native is None else min(size, self.native)
-
     def decode(self, index: int, side: int) -> Tensor:
-        """One image as uint8 (3, side, side)."""
+        """Decodes one image to uint8 (3, side, side)."""
         try:
-            return _pixels(self.items[index][0], side)
+            return _to_pixels(self.items[index][0], side)
         except Exception as cause:
-            raise DataError(f"cannot read image {index} of {self.name} ({_reason(cause)}); prepare it anew") from cause
-
-    def fingerprint(self) -> str:
-        """As given."""
-        return self._fingerprint()
+            raise DataError(
+                f"cannot read image {index} of {self.name} ({_reason(cause)}); remove the data set and prepare it again"
+            ) from cause
 
 
 class FileDataset(Dataset[tuple[Tensor, str]]):
-    """Image files as (image (3, size, size) in [0, 1], path).
-
-    Args:
-        paths: The files.
-        size: Height and width in pixels.
-    """
+    """Image files as (image (3, size, size) in [0, 1], path); `size` is in pixels."""
 
     def __init__(self, paths: Sequence[Path], size: int) -> None:
         self.paths, self.size = paths, size
@@ -127,20 +103,17 @@ class FileDataset(Dataset[tuple[Tensor, str]]):
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Image files of a folder, at any depth and not hidden, in an order that does not depend on the machine."""
+    """Image files in a folder, at any depth and not hidden, in an order that is the same on every machine."""
     inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     shown = (path for path in inside if not any(part.startswith(".") for part in path.parts))
     return [folder / path for path in sorted(shown, key=Path.as_posix)]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Image files, those given and those in folders given, at any depth, in order of name.
-
-    Args:
-        paths: Files and folders.
+    """Lists the image files among paths, and those in the folders among them, in order of name.
 
     Raises:
-        DataError: Naming a folder without images.
+        DataError: If a folder has no images.
     """
     found: list[Path] = []
     for path in paths:
@@ -151,77 +124,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def open_image(path: Path) -> Image.Image:
-    """One image, upright, RGB on white.
-
-    Raises:
-        DataError: If the file is no image that can be read.
-    """
-    with _reading(path), Image.open(path) as image:
-        return _upright(image)
-
-
-def decode_file(path: Path, size: int) -> Tensor:
-    """One image as uint8 (3, size, size): upright, RGB on white, its shorter side resized, its centre cropped.
-
-    Raises:
-        DataError: If the file is no image that can be read.
-    """
-    with _reading(path), Image.open(path) as image:
-        return _pixels(image, size)
-
-
-def decode_any(image: Any, size: int) -> Tensor:
-    """One image, however it is given, as uint8 (3, size, size), made as `decode_file` makes it.
-
-    Args:
-        image: A path, a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or floating point in [0, 1].
-        size: Height and width in pixels.
-
-    Raises:
-        DataError: If it is none of these, or cannot be read.
-    """
-    if isinstance(image, str | Path):
-        return decode_file(Path(image), size)
-    if isinstance(image, Tensor):
-        values = image.detach().cpu()
-        numbers = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
-        image = _from_array((numbers.movedim(0, -1) if image.ndim == 3 else numbers).numpy(), "a tensor (3, H, W)")
-    elif isinstance(image, np.ndarray):
-        image = _from_array(image, "an array (H, W, 3)")
-    elif not isinstance(image, Image.Image):
-        raise DataError(
-            f"an image cannot be a {type(image).__name__}; give a path, a PIL image, an array (H, W, 3) or a tensor "
-            "(3, H, W)"
-        )
-    with _reading(image):
-        return _pixels(image, size)
-
-
-def _from_array(values: NDArray[Any], wanted: str) -> Image.Image:
-    """Numbers (H, W, 3) as an image, those in [0, 1] rounded to 256 levels."""
-    if values.ndim != 3 or values.shape[-1] != 3 or not values.size:
-        shape = values.shape if values.ndim != 3 or wanted.startswith("an") else np.moveaxis(values, -1, 0).shape
-        raise DataError(f"an image of shape {tuple(shape)} was given where {wanted} is needed")
-    if np.issubdtype(values.dtype, np.floating):
-        if not (values.min() >= 0 and values.max() <= 1):  # which NaN does not satisfy either
-            raise DataError(f"an image has values from {values.min():g} to {values.max():g}; bring them into [0, 1]")
-        values = (values * 255).round().astype(np.uint8)
-    if values.dtype != np.uint8:
-        raise DataError(f"an image of {values.dtype} was given where uint8, or floating point in [0, 1], is needed")
-    return Image.fromarray(np.ascontiguousarray(values))
-
-
-@contextmanager
-def _reading(image: object) -> Iterator[None]:
-    try:
-        yield
-    except Exception as cause:  # on damaged files decoders raise nearly anything
-        raise DataError(f"cannot read image {str(image)!r} ({_reason(cause)}); repair or remove it") from cause
-
-
 def stat_digest(paths: Sequence[Path]) -> str:
-    """SHA-256 over names, lengths and times of last change of files.
+    """SHA-256 over the names and sizes of files, and the times at which their content or rights last changed.
 
     Raises:
         DataError: If files are missing.
@@ -243,19 +147,113 @@ def stat_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _pixels(image: Image.Image, size: int) -> Tensor:
-    upright = _upright(image)
-    if upright.size != (size, size):
-        upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)  # (3, size, size)
+def open_image(path: Path) -> Image.Image:
+    """Opens one image, upright, as RGB on white.
+
+    Raises:
+        DataError: If the file cannot be read as an image.
+    """
+    with _reading(path), Image.open(path) as image:
+        return _to_rgb(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return _rgb(_eight_bits(ImageOps.exif_transpose(image)))
+def decode_file(path: Path, size: int) -> Tensor:
+    """Decodes one image upright, as RGB on white, its shorter side resized and its centre cropped.
+
+    Args:
+        path: The file.
+        size: Height and width in pixels.
+
+    Returns:
+        uint8 (3, size, size).
+
+    Raises:
+        DataError: If the file cannot be read as an image.
+    """
+    with _reading(path), Image.open(path) as image:
+        return _to_pixels(image, size)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit image scaled to 8 bits, where Pillow's own conversion would clip it; others as they are."""
+def decode_any(image: Any, size: int) -> Tensor:
+    """Converts an image of any supported type as `decode_file` does.
+
+    Args:
+        image: A path, a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or floating point in [0, 1].
+        size: Height and width in pixels.
+
+    Returns:
+        uint8 (3, size, size).
+
+    Raises:
+        DataError: If it has another type, shape or range, or cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return decode_file(Path(image), size)
+    if isinstance(image, Tensor):
+        _check_shape(image, 0, "a tensor (3, H, W)")
+        values = image.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
+        image = _from_array(values.permute(1, 2, 0).numpy())
+    elif isinstance(image, np.ndarray):
+        _check_shape(image, 2, "an array (H, W, 3)")
+        image = _from_array(image)
+    elif not isinstance(image, Image.Image):
+        raise DataError(
+            f"an image cannot be a {type(image).__name__}; give a path, a PIL image, an array (H, W, 3) or a tensor "
+            "(3, H, W)"
+        )
+    with _reading(image):
+        return _to_pixels(image, size)
+
+
+def _check_shape(image: Tensor | NDArray[Any], channels: int, wanted: str) -> None:
+    shape = tuple(image.shape)
+    if len(shape) != 3 or shape[channels] != 3 or 0 in shape:
+        raise DataError(f"an image of shape {shape} was given where {wanted} is needed")
+
+
+def _from_array(values: NDArray[Any]) -> Image.Image:
+    """An array (H, W, 3) as an image; numbers in [0, 1] are rounded to 256 levels."""
+    if np.issubdtype(values.dtype, np.floating):
+        if not (values.min() >= 0 and values.max() <= 1):  # also true of NaN
+            raise DataError(f"an image has values from {values.min():g} to {values.max():g}; bring them into [0, 1]")
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise DataError(f"an image of {values.dtype} was given where uint8, or floating point in [0, 1], is needed")
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+@contextmanager
+def _reading(image: object) -> Iterator[None]:
+    """Converts any error into a DataError that names the image and the cause."""
+    try:
+        yield
+    except Exception as cause:  # decoders raise many types of errors on damaged files
+        raise DataError(f"cannot read image {str(image)!r} ({_reason(cause)}); repair or remove it") from cause
+
+
+def _reason(cause: Exception) -> str:
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def _to_pixels(image: Image.Image, size: int) -> Tensor:
+    image = _to_rgb(image)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Upright and RGB. Transparent parts become white, as on a page, rather than the colour that they hide."""
+    image = _to_eight_bits(ImageOps.exif_transpose(image))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scales a 16-bit image to 8 bits, which Pillow's own conversion would clip; returns others unchanged."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if not image.mode.startswith("I"):
@@ -263,19 +261,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.array(image, dtype=np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no known range")
-    values += 128  # and a floor: values / 257 rounded, which is never halfway, in place, as images may be large
+    values += 128  # with the next line: values / 257, rounded, in place because images may be large
     values //= 257
     return Image.fromarray(values.astype(np.uint8))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as a page would show it, rather than whatever colour it hides."""
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _reason(cause: Exception) -> str:
-    text = " ".join(str(cause).split())
-    return text or type(cause).__name__

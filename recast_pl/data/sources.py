@@ -1,4 +1,4 @@
-"""Where the images of a task are: found, downloaded when they are needed, and checked."""
+"""Finds the images of a task, downloads them if needed, and checks them."""
 
 import shutil
 from collections import Counter
@@ -8,9 +8,10 @@ from typing import Any
 
 from recast_pl.data.cache import bad_images_message, find_bad_images
 from recast_pl.data.catalogue import CATALOGUE, DataSet, RemoteFile
-from recast_pl.data.datasets import ImageSource, open_folder, open_manifest, open_torchvision, torchvision_class
-from recast_pl.data.download import extract, fetch, is_archive, move_into
+from recast_pl.data.datasets import ImageSource, open_folder, open_manifest
+from recast_pl.data.download import ARCHIVES, extract, fetch, move_into
 from recast_pl.data.tasks import SPLITS, TaskConfig
+from recast_pl.data.torchvision_sets import open_torchvision, torchvision_class
 from recast_pl.errors import DataError
 from recast_pl.files import exclusive
 
@@ -25,50 +26,52 @@ def open_source(task: TaskConfig, root: Path) -> ImageSource:
         root: Folder of data sets known by name.
 
     Raises:
-        DataError: If the task, a folder or a class has no images.
+        DataError: If the images are missing or not arranged as they must be.
     """
-    path = None if task.path is None else Path(task.path).expanduser()
-    if path is not None and task.dataset is None:
+    path = task.own_path
+    if path is not None:
         return open_manifest(path) if path.suffix.lower() in (".csv", ".parquet") else open_folder(path)
-    name, root = dataset_name(task), path or root
+    name = dataset_name(task)
+    folder = _folder_of(task, root)
     if name.startswith(_TORCHVISION):
-        return open_torchvision(name.removeprefix(_TORCHVISION), path or _own_folder(root, name), task.args)
-    if not CATALOGUE[name].is_present(root):
+        return open_torchvision(name.removeprefix(_TORCHVISION), folder, task.args)
+    if not CATALOGUE[name].is_present(folder):
         raise DataError(
-            f"data set {name!r} is not in {str(root)!r}; get it with 'python -m recast_pl data prepare {name}'"
+            f"data set {name!r} is not in {str(folder)!r}; get it with 'python -m recast_pl data prepare {name}'"
         )
-    return CATALOGUE[name].open(root, task.args)
+    return CATALOGUE[name].open(folder, task.args)
 
 
 def prepare_source(task: TaskConfig, root: Path) -> None:
-    """Downloads what a task needs and what is not on disk; one process at a time, others wait for it.
+    """Downloads what a task needs and is not on disk. If several processes do so, the others wait for the first.
 
     Args:
         task: The task.
         root: Folder of data sets known by name.
 
     Raises:
-        DataError: If it cannot be had.
+        DataError: If it cannot be downloaded or written.
     """
-    if task.path is not None and task.dataset is None:
+    if task.own_path is not None:
         return
-    name = dataset_name(task)
-    root = root if task.path is None else Path(task.path).expanduser()
+    name, folder = dataset_name(task), _folder_of(task, root)
     try:
         if name.startswith(_TORCHVISION):
-            _prepare_torchvision(name, root if task.path is not None else _own_folder(root, name), task.args)
-        elif not CATALOGUE[name].is_present(root):
-            with exclusive(root / f".{name}.lock", f"preparing {name}"):
-                _download(name, CATALOGUE[name], root)
+            _prepare_torchvision(name, folder, task.args)
+        elif not CATALOGUE[name].is_present(folder):
+            with exclusive(folder / f".{name}.lock", f"preparing {name}"):
+                _download(name, CATALOGUE[name], folder)
     except OSError as cause:
-        raise DataError(f"cannot write to {root} ({cause}); set data.root to a folder with room and rights") from cause
+        raise DataError(
+            f"cannot write to {folder} ({cause}); set data.root to a folder that you may write and that has space"
+        ) from cause
 
 
 def dataset_name(task: TaskConfig) -> str:
     """The data set that a task names.
 
     Raises:
-        DataError: If there is none of that name, or it does not take the task's arguments.
+        DataError: If no data set has that name, or it does not take the task's arguments.
     """
     name = task.dataset or task.name
     if name.startswith(_TORCHVISION):
@@ -77,21 +80,21 @@ def dataset_name(task: TaskConfig) -> str:
         CATALOGUE[name].check_args(task.args)
     else:
         raise DataError(
-            f"unknown task {name!r}; known by name: {', '.join(CATALOGUE)}, torchvision/CLASS. For images of your own "
+            f"unknown task {name!r}; known by name: {', '.join(CATALOGUE)}, torchvision/CLASS. For your own images "
             f"give a path: {{name: {task.name}, path: FOLDER}} with FOLDER/CLASS/IMAGE"
         )
     return name
 
 
 def source_faults(name: str, root: Path) -> list[str]:
-    """What is wrong with a data set on disk: counts that differ from the published ones, images that cannot be read.
+    """Checks a data set on disk: its counts against the published ones, and whether its images can be read.
 
     Args:
         name: A data set of the catalogue, or `torchvision/CLASS`.
         root: Folder of data sets.
 
     Returns:
-        A line for each fault; none if it is whole.
+        One line for each fault; an empty list if the data set is complete.
 
     Raises:
         DataError: If it is not on disk.
@@ -107,10 +110,18 @@ def source_faults(name: str, root: Path) -> list[str]:
     return faults + ([bad_images_message(name, bad, len(source.labels))] if bad else [])
 
 
-def _count_faults(row: DataSet, source: ImageSource, what: Sequence[str]) -> list[str]:
-    wanted = {"classes": row.classes} | dict(row.images)
+def _folder_of(task: TaskConfig, root: Path) -> Path:
+    """The folder of a task's data set. Each torchvision class has its own, where it may name files as it likes."""
+    if task.path is not None:
+        return Path(task.path).expanduser()
+    name = task.dataset or task.name
+    return root / name.removeprefix(_TORCHVISION) if name.startswith(_TORCHVISION) else root
+
+
+def _count_faults(data_set: DataSet, source: ImageSource, what: Sequence[str]) -> list[str]:
+    wanted = {"classes": data_set.classes} | dict(data_set.images)
     found = {"classes": len(source.classes)} | Counter(source.splits)
-    names = {"classes": "classes", "": "images in no split"} | {split: f"{split} images" for split in SPLITS}
+    names = {"classes": "classes", "": "images without split"} | {split: f"{split} images" for split in SPLITS}
     return [
         f"{found.get(key, 0):,} {names[key]} rather than {wanted.get(key, 0):,}"
         for key in what
@@ -119,12 +130,12 @@ def _count_faults(row: DataSet, source: ImageSource, what: Sequence[str]) -> lis
 
 
 def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
-    """Downloads into a folder beside, so that what an interrupted download leaves is not taken for the whole."""
+    """Downloads into a separate folder first, so that an interrupted download is not taken for the whole data set."""
     cls = name.removeprefix(_TORCHVISION)
     if _opens(cls, root, args):
         return
     with exclusive(root.parent / f".{root.name}.lock", f"preparing {name}"):
-        if _opens(cls, root, args):  # another process has prepared it meanwhile
+        if _opens(cls, root, args):  # another process has prepared it in the meantime
             return
         part = root.with_name(f".{root.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -145,51 +156,43 @@ def _opens(cls: str, root: Path, args: Mapping[str, Any]) -> bool:
     return True
 
 
-def _own_folder(root: Path, name: str) -> Path:
-    """Below which torchvision may keep files as it likes."""
-    return root / name.removeprefix(_TORCHVISION)
-
-
-def _download(name: str, row: DataSet, root: Path) -> None:
-    if not row.files and not row.is_present(root):
+def _download(name: str, data_set: DataSet, root: Path) -> None:
+    """Downloads the missing files of a data set; removes them again if the counts are wrong."""
+    if not data_set.files and not data_set.is_present(root):
         raise DataError(
-            f"data set {name!r} cannot be downloaded: {row.note}; its files are expected in {root / row.present}"
+            f"data set {name!r} cannot be downloaded: {data_set.note}; its files are expected in "
+            f"{root / data_set.present}"
         )
-    placed: list[Path] = []
-    for file in row.files:
-        if not file.is_present(root):
-            placed += _place(file, root)
+    placed = [path for file in data_set.files if not file.is_present(root) for path in _place(file, root)]
     try:
-        _check_counts(name, row, root)
+        _check_counts(name, data_set, root)
     except DataError:
         for path in placed:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
-def _check_counts(name: str, row: DataSet, root: Path) -> None:
-    source = row.open(root, {})
-    faults = _count_faults(
-        row, source, ("classes", *SPLITS)
-    )  # what is in no split is of no use to most: `verify` tells
+def _check_counts(name: str, data_set: DataSet, root: Path) -> None:
+    # images without split, which few runs use, are counted by `source_faults` only
+    faults = _count_faults(data_set, data_set.open(root, {}), ("classes", *SPLITS))
     if faults:
-        raise DataError(f"data set {name!r} in {root} is not whole: {', '.join(faults)}; prepare it again")
+        raise DataError(f"data set {name!r} in {root} is not complete: {', '.join(faults)}; prepare it again")
 
 
 def _place(file: RemoteFile, root: Path) -> list[Path]:
-    """Puts a file, or what it holds, in place; returns what has come."""
+    """Downloads a file and, if it is an archive, unpacks it; returns what is new."""
     folder = root / file.folder
     target = folder / file.url.rpartition("/")[2].partition("?")[0]
-    was_there = target.exists()
+    is_users = target.exists()  # then it stays
     fetch(file.url, target, file.md5)
-    if not is_archive(target.name):
+    if not target.name.endswith(ARCHIVES):
         return [target]
     try:
         entries = extract(target, folder, Path(file.provides).relative_to(file.folder).parts[0])
     except DataError as error:
-        if not was_there:
-            target.unlink()  # it is of no use; what the user put there stays
+        if not is_users:
+            target.unlink()  # useless, where an archive that met a full disk is not
         raise DataError(f"{error} (from {file.url})") from error
-    if not was_there:
+    if not is_users:
         target.unlink()
     return entries

@@ -1,10 +1,11 @@
-"""A task as a user names it, and how its images are split."""
+"""A task as a user names it, and how its images are divided into splits."""
 
 import hashlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,9 @@ SPLITS = ("train", "val", "test")
 
 SplitPolicy = Literal["official", "ratio"]
 
-_HELD_OUT = 0.15  # of each class, for validation and again for test: the paper's ratio, made to add up
+_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+_HELD_OUT = 0.15  # share of each class for validation, and again for test: the paper's 75-15-15 adds up to 105 %
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,15 @@ class TaskConfig:
     """One task of the stream.
 
     Args:
-        name: Its name; without `dataset` and `path`, that of a data set of `recast_pl data list` too.
-        path: A folder of `CLASS/IMAGE` or of `train|val|test/CLASS/IMAGE`, or a `.csv` or `.parquet` file with
-            columns path, label and perhaps split. With `dataset`, where that data set lies. None for a data set
-            known by name, below the datamodule's root.
-        dataset: A data set of `recast_pl data list`, or `torchvision/CLASS`; None for that of the task's name, or
-            for the images in `path`.
+        name: Name of the task. Without `dataset` and `path` it is also the name of a data set of
+            `recast_pl data list`.
+        path: A folder of `CLASS/IMAGE` or `train|val|test/CLASS/IMAGE`, or a `.csv` or `.parquet` file with columns
+            path, label and, if images have official splits, split. With `dataset`, the folder of that data set.
+            None for a data set known by name, which lies below the datamodule's root.
+        dataset: A data set of `recast_pl data list`, or `torchvision/CLASS`. None for the data set called like the
+            task, or for the images in `path`.
         args: Further arguments of the data set's torchvision class, such as `{annotation_level: family}`.
-        flip: Whether training images are mirrored at random; wrong for digits and text.
+        flip: Whether training images are mirrored at random. False for digits and text.
         transforms: Further transforms (of `torchvision.transforms.v2`) for training images, each applied to one
             uint8 image (3, H, W) and seeded by (seed, task, epoch, image).
     """
@@ -44,27 +48,44 @@ class TaskConfig:
     flip: bool = True
     transforms: Sequence[nn.Module] = ()
 
+    @property
+    def own_path(self) -> Path | None:
+        """The user's own folder or manifest; None for a data set known by name."""
+        return None if self.path is None or self.dataset is not None else Path(self.path).expanduser()
+
 
 def check_names(tasks: Sequence[TaskConfig]) -> None:
-    """Refuses a stream whose task names cannot name files or tell tasks apart.
+    """Checks that task names can be file names and are different.
 
     Raises:
-        DataError: Naming the task.
+        DataError: If there are no tasks, or a name is unsuitable or listed twice.
     """
     if not tasks:
         raise DataError("data.tasks is empty; list at least one task, such as [{name: defects, path: /data/defects}]")
     for task in tasks:
         if not re.fullmatch(r"\w[\w.\- ]*", task.name):
             raise DataError(f"task name {task.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
-    names = [task.name.casefold() for task in tasks]  # file systems may not tell cases apart
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"task {twice[0]!r} is listed twice in data.tasks; give each its own name")
+    names = [task.name.casefold() for task in tasks]  # some file systems ignore case
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"task {repeated[0]!r} is listed twice in data.tasks; give each its own name")
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 32 bits that depends on all its parts and on nothing else, on every machine."""
+    """A 32-bit seed that depends on its parts alone, on every machine."""
     return zlib.crc32("/".join(map(str, parts)).encode())
+
+
+def find_split(name: str) -> str | None:
+    """The split that a folder or a manifest means by a name.
+
+    Args:
+        name: For example `Train`, `training`, `valid`, `validation` or `TEST`. Case does not matter.
+
+    Returns:
+        `train`, `val` or `test`; None if the name does not mean a split.
+    """
+    return next((split for split, names in _SPLIT_NAMES.items() if name.strip().casefold() in names), None)
 
 
 def split_images(
@@ -75,14 +96,13 @@ def split_images(
     Args:
         labels: Class index of each image (N,).
         given: Official split of each image, or an empty string where it has none (N).
-        seed: Decides the division of images that no official split decides.
-        policy: `official` keeps the source's splits, and leaves out images that are in none of them; a source
-            without any is divided by ratio. `ratio` divides all images anew: the paper's 75-15-15 adds up to
-            105 %, and is taken as 70-15-15.
+        seed: Decides about the images that have no official split.
+        policy: `official` keeps the source's splits and leaves out images that are in none of them; a source
+            without splits is divided by ratio. `ratio` divides all images 70-15-15.
 
     Returns:
-        Image indices by split, ascending. A split that the source lacks is 15 % of each class of the training
-        images, but at least one image of a class that has three.
+        Image indices by split, in ascending order. A split that the source lacks gets 15 % of each class of the
+        training images, and at least one image of each class that has three.
     """
     official = policy == "official" and any(given)
     split = np.array(given if official else ["train"] * len(labels), dtype="<U5")
@@ -97,10 +117,6 @@ def split_images(
 
 
 def split_digest(splits: Mapping[str, NDArray[np.int64]]) -> str:
-    """Sixteen hexadecimal digits that are equal where splits are, on every machine.
-
-    Args:
-        splits: Image indices by split.
-    """
+    """Sixteen hexadecimal digits that are equal where splits (image indices) are equal, on every machine."""
     text = ";".join(f"{name}:{','.join(map(str, splits[name]))}" for name in SPLITS)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -235,8 +235,8 @@ def dense_copy(module: TILModule) -> Classifier:
     for layer in network.modules():
         if parametrize.is_parametrized(layer):
             dense = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
+            layer.__class__ = parametrize.type_before_parametrizations(layer)
             del layer.parametrizations
-            layer.__class__ = type(layer).__mro__[1]
             for name, weight in dense.items():
                 layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return network

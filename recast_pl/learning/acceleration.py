@@ -1,6 +1,6 @@
-"""The same network for less work: what features do not read, or what is known already, is not computed."""
+"""Computes the same results with less work: skips unused tokens, and generates weights once for each evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,131 +8,166 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
+from recast_pl.compat.torch import fixed_weights, has_forward_hooks
 from recast_pl.decomposition.bank import TemplateBank
 from recast_pl.decomposition.parametrization import Mixture
 
-_ROWWISE = ("attn.proj", "mlp")
-"""What transforms each token by itself in a block of timm's or torchvision's vision transformers."""
+_TOKENWISE = ("attn.proj", "mlp")
+"""The modules in a block of timm's or torchvision's vision transformers that transform each token independently."""
 
 
 def skip_unread_tokens(network: nn.Module, image_size: int) -> None:
-    """Lets the last block of a vision transformer transform only the leading tokens that its features depend on.
+    """Makes the last block of a vision transformer transform only the leading tokens that the features depend on.
 
-    Features that are read from the class token alone do not depend on what the last block does to the other tokens
-    after its attention: a sixteenth of the work of a training step of ViT-S. Which tokens count is not guessed from
-    the kind of pooling, but taken from the gradient. Nothing happens where every token counts, where there are no
-    such blocks, or where a piece listens in with hooks, since the tokens left out come out as zeros.
+    If the features are read from the class token, they do not depend on what the last block does to the other tokens
+    after its attention; this is a sixteenth of the work of a training step of ViT-S. Which tokens count is measured,
+    not derived from the kind of pooling. The network stays as it is if all tokens count, if none of its blocks has
+    such modules, or if it has hooks already, because a piece's hook must not see the zeros of skipped tokens.
 
     Args:
-        network: From images (B, 3, S, S) to features (B, D), its pieces attached.
+        network: Maps images (B, 3, S, S) to features (B, D); the pieces are attached.
         image_size: S.
     """
-    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+    if any(has_forward_hooks(module) for module in network.modules()):
         return
-    for module in _last_rowwise(network):
-        read = _tokens_read(network, module, image_size)
-        if read is not None and read[0] < read[1]:
-            _narrow(module, *read)
+    for module in _last_tokenwise(network):
+        counts = _count_read_tokens(network, module, image_size)
+        if counts is not None and counts[0] < counts[1]:
+            _narrow(module, *counts)
 
 
 class MergedWeights:
-    """Generates weights once, for many batches of evaluation, into memory that is kept for the next task.
+    """Generates all weights of a network once, for many batches of evaluation.
 
-    Fresh memory would cost several times what filling it does.
+    The weights are written into memory that is kept from task to task, because allocating it again would take several
+    times as long as filling it.
     """
 
     def __init__(self) -> None:
-        self._memory: dict[int, Tensor] = {}
+        self._memory: dict[nn.Module, Tensor] = {}
 
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
-        """Within it, weights are as they are at its begin, and nothing can be trained.
+        """Within it, the current thread uses the weights as they were at the start, without gradients.
 
         Args:
-            network: With generated weights.
+            network: The network; its parametrized weights are generated now.
         """
-        with parametrize.cached():
-            with torch.no_grad():
-                self._fill(network)
+        with torch.no_grad():
+            weights = self._generate(network)
+        with fixed_weights(weights):
             yield
 
     def free(self) -> None:
-        """Gives the memory back."""
+        """Releases the memory."""
         self._memory.clear()
 
-    def _fill(self, network: nn.Module) -> None:
-        mixed: dict[TemplateBank, dict[tuple[int, str], Tensor]] = {}
+    def _generate(self, network: nn.Module) -> dict[ParametrizationList, Tensor]:
+        weights: dict[ParametrizationList, Tensor] = {}
+        mixed: dict[TemplateBank, dict[ParametrizationList, Tensor]] = {}
         for module in network.modules():
-            for name, chain in getattr(module, "parametrizations", {}).items():
-                key, first = (id(module), name), chain[0]
-                if len(chain) == 1 and isinstance(first, Mixture):
-                    mixed.setdefault(first.bank, {})[key] = chain.original0
-                else:
-                    weight = getattr(module, name)
-                    parametrize._cache[key] = self._room(id(chain), weight, weight.shape).copy_(weight)
-        for bank, layers in mixed.items():  # together, so that templates are read once for all layers of a group
-            weights = self._room(id(bank), bank.templates, (len(layers), *bank.templates.shape[1:]))  # (L, *shape)
-            bank.mix(torch.stack(list(layers.values())), out=weights)
-            parametrize._cache.update(zip(layers, weights, strict=True))
+            if not isinstance(module, ParametrizationList):
+                continue
+            first = module[0]
+            if len(module) == 1 and isinstance(first, Mixture):
+                coefficients = module.original0
+                assert isinstance(coefficients, Tensor)
+                mixed.setdefault(first.bank, {})[module] = coefficients
+            else:
+                weight = module()
+                weights[module] = self._allocate(module, weight.shape, weight).copy_(weight)
+        for bank, layers in mixed.items():  # all layers of a bank together, so that its templates are read only once
+            memory = self._allocate(bank, (len(layers), *bank.templates.shape[1:]), bank.templates)  # (L, *shape)
+            bank.mix(torch.stack(list(layers.values())), out=memory)
+            weights.update(zip(layers, memory, strict=True))
+        return weights
 
-    def _room(self, key: int, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        memory = self._memory.get(key)
-        if memory is None or memory.device != like.device:
-            with torch.inference_mode(mode=False):  # or it could not be written to outside of inference
-                memory = self._memory[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+    def _allocate(self, owner: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The owner's memory (*shape), with the type and device of `like`."""
+        memory = self._memory.get(owner)
+        if memory is None or (memory.shape, memory.dtype, memory.device) != (shape, like.dtype, like.device):
+            with torch.inference_mode(mode=False):  # tensors of the inference mode cannot be written to outside of it
+                memory = self._memory[owner] = torch.empty(shape, dtype=like.dtype, device=like.device)
         return memory
 
 
 class EvaluateMerged(Callback):
-    """Evaluates and predicts on merged weights."""
+    """Generates the weights once for each validation and each test."""
 
     def __init__(self) -> None:
-        self._open = ExitStack()
+        self._context = ExitStack()
 
     def _merge(self, trainer: Trainer, pl_module: Any) -> None:
-        self._open.enter_context(pl_module.merged())
+        self._context.enter_context(pl_module.merged())
 
     def _release(self, trainer: Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
-        self._open.close()
+        self._context.close()
         if trainer.state.fn == "fit":
-            pl_module.merged_weights.free()  # training has better use for it
+            pl_module.merged_weights.free()  # training needs the memory more
 
-    on_validation_start = on_test_start = on_predict_start = _merge
-    on_validation_end = on_test_end = on_predict_end = _release
-    on_exception = _release  # or training in the same process would go on with these weights
+    on_validation_start = on_test_start = _merge
+    on_validation_end = on_test_end = _release
+    on_exception = _release  # later training in this process must not use these weights
 
 
-def _last_rowwise(network: nn.Module) -> list[nn.Module]:
-    """The row-wise modules of the last block."""
+def _last_tokenwise(network: nn.Module) -> list[nn.Module]:
+    """The tokenwise modules of the last block; empty if there are no blocks with an `mlp`."""
     modules = dict(network.named_modules())
     blocks = [name.removesuffix(".mlp") for name in modules if name.endswith(".mlp")]
-    return [modules[name] for part in _ROWWISE if (name := f"{blocks[-1]}.{part}") in modules] if blocks else []
+    return [modules[name] for part in _TOKENWISE if (name := f"{blocks[-1]}.{part}") in modules] if blocks else []
 
 
-def _tokens_read(network: nn.Module, module: nn.Module, image_size: int) -> tuple[int, int] | None:
-    """How many leading tokens of a module's output count for the features, and how many there are."""
-    kept: list[Tensor] = []
+@torch.enable_grad()
+def _count_read_tokens(network: nn.Module, module: nn.Module, image_size: int) -> tuple[int, int] | None:
+    """Measures how many leading tokens of a module's output the features depend on.
 
-    def watch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        return kept[-1]
+    Args:
+        network: Maps images to features.
+        module: One of its modules.
+        image_size: Height and width of the images.
 
-    handle = module.register_forward_hook(watch)
+    Returns:
+        The position after the last token with a gradient, and N; None if the module's output is not (B, N, D), or if
+        the features depend on no token, or on other tokens than the gradient shows (as a maximum over tokens does).
+    """
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        features = network(torch.rand(1, 3, image_size, image_size, generator=generator).to(next(network.parameters())))
+    image = torch.rand(1, 3, image_size, image_size, generator=generator).to(next(network.parameters()))
+    outputs: list[Tensor | None] = []
+
+    def track(output: Any) -> Any:
+        tokens = isinstance(output, Tensor) and output.ndim == 3
+        outputs.append(output.detach().requires_grad_() if tokens else None)
+        return output if outputs[-1] is None else outputs[-1].clone()  # the network may change a clone in place
+
+    with _changed_output(module, track):
+        features = network(image)
+    if len(outputs) != 1 or outputs[0] is None or not features.requires_grad:
+        return None
+    weights = torch.rand(features.shape, generator=generator).to(features)  # the plain sum of normed features is flat
+    (gradient,) = torch.autograd.grad((features * weights).sum(), outputs[0], allow_unused=True)  # (1, N, D)
+    if gradient is None or not gradient.any():
+        return None
+    read = int(gradient[0].any(1).nonzero().max()) + 1
+    noise = 1e3 * torch.randn(gradient.shape, generator=generator).to(gradient)
+    with _changed_output(module, lambda output: torch.cat([output[:, :read], noise[:, read:]], 1)):
+        unchanged = torch.equal(network(image), features)
+    return (read, gradient.shape[1]) if unchanged else None
+
+
+@contextmanager
+def _changed_output(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, __, output: change(output))
+    try:
+        yield
+    finally:
         handle.remove()
-        if len(kept) != 1 or kept[0].ndim != 3:
-            return None
-        weights = torch.rand(features.shape, generator=generator).to(features)  # a plain sum of normed features is flat
-        (gradient,) = torch.autograd.grad((features * weights).sum(), kept)  # (1, N, D)
-    read = gradient[0].any(1).nonzero()
-    return int(read.max()) + 1, gradient.shape[1]
 
 
 def _narrow(module: nn.Module, read: int, total: int) -> None:
+    """Makes a module transform only the first `read` of `total` tokens; the others of its output are zeros."""
+
     def narrow(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0][:, :read],) if inputs[0].shape[1] == total else inputs  # (B, N, D) to (B, read, D)
 

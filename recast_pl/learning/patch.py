@@ -1,21 +1,24 @@
-"""What a learnt task is: one small file of tensors; and what tasks share, where a method does not keep them apart."""
+"""The files that hold a trained task: its patch, and the state that it shares with other tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from recast_pl.errors import PatchError
 from recast_pl.files import pack_tensors, read_tensors, write_atomic
+from recast_pl.methods.piece import check_state
 
 _FORMAT = 1
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class TaskPatch:
-    """A learnt task.
+    """A trained task: all that it adds to the frozen network.
 
     Args:
         task: Its name.
@@ -24,9 +27,9 @@ class TaskPatch:
         pieces: The task state of each piece of the method, in order.
         method: Names of the pieces.
         image_size: Height and width of the input in pixels.
-        mean: Mean of each channel that images in [0, 1] are normalised with.
+        mean: Mean of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
-        base: SHA-256 of the frozen network (templates included) that it was learnt on.
+        base: SHA-256 of the frozen network (templates included) that the task was trained on.
         metrics: Accuracies in percent, by name.
     """
 
@@ -41,14 +44,6 @@ class TaskPatch:
     base: str
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file atomically."""
-        write_atomic(path, self.to_bytes())
-
-    def to_bytes(self) -> bytes:
-        """The content of the file that `save` writes; equal patches give equal bytes."""
-        return pack_tensors(self.tensors, {"format": _FORMAT, "kind": "patch"} | self.facts)
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, named as in the file: `head/0/weight`, `pieces/INDEX/NAME`."""
@@ -56,65 +51,79 @@ class TaskPatch:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All but the tensors, by name."""
+        """All fields that are not tensors, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("head", "pieces")}
 
     def with_tensors(self, tensors: Mapping[str, Tensor], **facts: Any) -> "TaskPatch":
-        """The same task with other tensors.
+        """A copy with other tensors.
 
         Args:
-            tensors: Named as `tensors` names them.
-            facts: What else is to change, by name.
+            tensors: Named as in `tensors`.
+            facts: Other fields to change, by name.
         """
         parts = _nested(tensors, {"head": 1, "pieces": len(self.method)})
         return replace(self, head=parts["head"][0], pieces=parts["pieces"], **facts)
 
     def widened(self) -> "TaskPatch":
-        """The same with numbers of half or double precision in single, in which networks compute."""
+        """A copy in single precision, in which networks compute; the tensors of this one may have any precision."""
         return self.with_tensors({n: t.float() if t.is_floating_point() else t for n, t in self.tensors.items()})
 
-    @classmethod
-    def load(cls, path: str | Path) -> "TaskPatch":
-        """Reads what `save` wrote.
+    def check(self, base: str, method: list[str], features: int) -> None:
+        """Checks that the patch belongs to a network.
+
+        Args:
+            base: Fingerprint of the frozen network.
+            method: Names of the pieces.
+            features: Length D of the feature vector.
 
         Raises:
-            PatchError: If the file is missing, damaged, of another kind or of a newer format.
-        """
-        tensors, facts = read_tensors(path, PatchError)
-        kind, version = facts.pop("kind", None), facts.pop("format", None)
-        if kind != "patch" or version != _FORMAT:
-            raise PatchError(f"{path} is a {kind} of format {version}, not a patch of format {_FORMAT}")
-        try:
-            _check_facts(facts, _FACTS)
-            parts = _nested(tensors, {"head": 1, "pieces": len(facts["method"])})
-            patch = cls(head=parts["head"][0], pieces=parts["pieces"], **facts)
-        except (KeyError, TypeError, ValueError, IndexError) as cause:
-            raise PatchError(f"{path} is incomplete ({cause}); learn the task anew") from cause
-        return patch
-
-    def check_base(self, base: str) -> None:
-        """Refuses to work on another base.
-
-        Raises:
-            PatchError: If `base` is not the fingerprint that the patch was learnt on.
+            PatchError: If the base or the method is another one, or the head has a wrong shape or a NaN.
         """
         if self.base != base:
             raise PatchError(
                 f"the patch of task {self.task!r} belongs to base {self.base[:12]}…, this base is {base[:12]}…; "
                 "use the backbone, weights and decomposition of its run"
             )
+        if self.method != method:
+            raise PatchError(
+                f"the patch of task {self.task!r} is of method {self.method}, not {method}; use the method of its run"
+            )
+        classes = len(self.classes)
+        check_state("the head", self.head, {"weight": (classes, features), "bias": (classes,)})
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes; equal patches give equal bytes."""
+        return pack_tensors(self.tensors, {"format": _FORMAT, "kind": "patch"} | self.facts)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file atomically."""
+        write_atomic(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TaskPatch":
+        """Reads a file that `save` wrote.
+
+        Raises:
+            PatchError: If the file is missing, damaged, of another kind or of a newer format.
+        """
+
+        def build(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> TaskPatch:
+            parts = _nested(tensors, {"head": 1, "pieces": len(facts["method"])})
+            return cls(head=parts["head"][0], pieces=parts["pieces"], **facts)
+
+        return _load(path, "patch", _PATCH_FACTS, build)
 
 
 @dataclass(frozen=True)
 class SharedState:
-    """What all tasks of a method that does not keep them apart need, as it is after the last one.
+    """The state that all tasks share after the last one, if the method has pieces that are not isolated.
 
     Args:
-        tasks: Names of the tasks whose heads are kept here, because later tasks train them, too.
+        tasks: Names of the tasks whose heads are kept here, because later tasks train them too.
         heads: `weight` (classes, D) and `bias` (classes,) of those heads.
         pieces: The shared state of each piece of the method, in order.
         method: Names of the pieces.
-        base: SHA-256 of what no task changes.
+        base: SHA-256 of the parts of the network that no task changes.
     """
 
     tasks: list[str]
@@ -128,6 +137,22 @@ class SharedState:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for state in (*self.heads, *self.pieces) for tensor in state.values())
 
+    def check(self, base: str, method: list[str]) -> None:
+        """Checks that the state belongs to a network.
+
+        Args:
+            base: Fingerprint of the frozen network.
+            method: Names of the pieces.
+
+        Raises:
+            PatchError: If the base or the method is another one.
+        """
+        if (self.base, self.method) != (base, method):
+            raise PatchError(
+                f"the shared state is of method {self.method} on base {self.base[:12]}…, not of {method} on base "
+                f"{base[:12]}…; use the method and the backbone of its run"
+            )
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
         facts = {"format": _FORMAT, "kind": "shared", "tasks": self.tasks, "method": self.method, "base": self.base}
@@ -135,21 +160,35 @@ class SharedState:
 
     @classmethod
     def load(cls, path: str | Path) -> "SharedState":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
             PatchError: If the file is missing, damaged, of another kind or of a newer format.
         """
-        tensors, facts = read_tensors(path, PatchError)
-        kind, version = facts.pop("kind", None), facts.pop("format", None)
-        if kind != "shared" or version != _FORMAT:
-            raise PatchError(f"{path} is a {kind} of format {version}, not a shared state of format {_FORMAT}")
-        try:
-            _check_facts(facts, {"tasks": _TEXTS, "method": _TEXTS, "base": _TEXT})
+
+        def build(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> SharedState:
             parts = _nested(tensors, {"heads": len(facts["tasks"]), "pieces": len(facts["method"])})
             return cls(heads=parts["heads"], pieces=parts["pieces"], **facts)
-        except (KeyError, TypeError, ValueError, IndexError) as cause:
-            raise PatchError(f"{path} is incomplete ({cause}); learn the tasks anew") from cause
+
+        return _load(path, "shared", _SHARED_FACTS, build)
+
+
+def head_state(head: nn.Module) -> dict[str, Tensor]:
+    """Copies of a head's parameters on the CPU, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in head.named_parameters()}
+
+
+def load_head(state: Mapping[str, Tensor]) -> nn.Linear:
+    """A head from its state.
+
+    Raises:
+        PatchError: If the shapes do not belong together, or a number is NaN or infinite.
+    """
+    classes, features = state["weight"].shape
+    head = nn.Linear(features, classes)
+    check_state("the head", state, {"weight": (classes, features), "bias": (classes,)})
+    head.load_state_dict(state)
+    return head
 
 
 Check = Callable[[Any], bool]
@@ -162,7 +201,9 @@ _NUMBER: Check = lambda value: isinstance(value, int | float) and not isinstance
 
 _CHANNELS: Check = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_NUMBER, value))  # noqa: E731
 
-_FACTS: dict[str, Check] = {
+_SHARED_FACTS: dict[str, Check] = {"tasks": _TEXTS, "method": _TEXTS, "base": _TEXT}
+
+_PATCH_FACTS: dict[str, Check] = {
     "task": _TEXT,
     "classes": _TEXTS,
     "method": _TEXTS,
@@ -174,8 +215,27 @@ _FACTS: dict[str, Check] = {
 }
 
 
+def _load(
+    path: str | Path,
+    kind: str,
+    checks: Mapping[str, Check],
+    build: Callable[[Mapping[str, Tensor], Mapping[str, Any]], _T],
+) -> _T:
+    """Reads a file of a kind, checks its metadata, and builds a value from its tensors and its metadata."""
+    tensors, facts = read_tensors(path, PatchError)
+    found, version = facts.pop("kind", None), facts.pop("format", None)
+    if (found, version) != (kind, _FORMAT):
+        name = {"patch": "patch", "shared": "shared state"}[kind]
+        raise PatchError(f"{path} is a {found} of format {version}, not a {name} of format {_FORMAT}; check the path")
+    try:
+        _check_facts(facts, checks)
+        return build(tensors, facts)
+    except (KeyError, TypeError, ValueError, IndexError) as cause:
+        raise PatchError(f"{path} is incomplete or damaged ({cause}); train its tasks again") from cause
+
+
 def _check_facts(facts: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Raises ValueError unless the metadata has just these entries, each of its type."""
+    """Raises ValueError unless the metadata has exactly the expected entries, each with a valid value."""
     if facts.keys() != checks.keys():
         raise ValueError(f"it states {', '.join(sorted(facts))}")
     wrong = [name for name, check in checks.items() if not check(facts[name])]
@@ -189,7 +249,7 @@ def _flat(kind: str, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def _nested(tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, list[dict[str, Tensor]]]:
-    """The inverse of `_flat` for several kinds of states; raises KeyError, ValueError or IndexError at odd names."""
+    """The inverse of `_flat` for several kinds of states; raises KeyError, ValueError or IndexError for other names."""
     states: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in range(count)] for kind, count in counts.items()}
     for path, tensor in tensors.items():
         kind, index, name = path.split("/", 2)

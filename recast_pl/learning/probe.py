@@ -1,10 +1,11 @@
-"""A linear probe on cached features: the reference beside every method, and a head's warm start."""
+"""A linear probe on cached features: the reference for every method, and the warm start of a head."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,10 +25,27 @@ class Features:
 
     @torch.no_grad()
     def score(self, head: nn.Module) -> tuple[float, float]:
-        """Accuracy in [0, 1] and cross-entropy of a head; NaN where there are no samples."""
+        """Accuracy in [0, 1] and cross-entropy of a head; both are NaN if there are no samples."""
         logits = head(self.features)
         accuracy = (logits.argmax(1) == self.labels).double().mean()
         return float(accuracy), float(F.cross_entropy(logits, self.labels))
+
+
+@torch.no_grad()
+def extract_features(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> Features:
+    """Computes the features of a split, in single precision.
+
+    Args:
+        network: Maps images (B, 3, S, S) to features (B, D).
+        batches: Images and labels (B,).
+        precision: The trainer's, in which the network computes.
+    """
+    features, labels = [], []
+    for images, targets in batches:
+        with precision.forward_context():
+            features.append(network(images).float())
+        labels.append(targets)
+    return Features(torch.cat(features), torch.cat(labels))
 
 
 def fit_probe(
@@ -38,15 +56,15 @@ def fit_probe(
     batch_size: int,
     configure: Callable[[Iterable[nn.Parameter]], tuple[list[Optimizer], list[LRScheduler]]],
 ) -> float:
-    """Trains a head on cached features, with the optimizer, epochs and batches that the method gets.
+    """Trains a head on cached features, with the optimizer, epochs and batch size of the method.
 
     Args:
-        head: Trained in place; it ends with the weights of its best epoch by validation accuracy.
-        train: What to learn.
-        validation: What to choose the epoch by.
+        head: Trained in place; it ends with the weights of its best epoch by validation accuracy, then loss.
+        train: The training split.
+        validation: The split that the best epoch is chosen by.
         epochs: Passes over `train`.
         batch_size: Samples in a step.
-        configure: Makes an optimizer and its schedules (stepped after each epoch) from parameters.
+        configure: Makes one optimizer and its schedules, which are stepped after each epoch, from parameters.
 
     Returns:
         The best validation accuracy in [0, 1].
@@ -71,7 +89,7 @@ def fit_probe(
 
 @torch.no_grad()
 def _set_gradients(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
-    """Those of cross-entropy, written out: for so small a step, autograd would cost as much as all else together."""
+    """Sets the gradients of cross-entropy by formula; autograd would double the time of so small a step."""
     error = (head(features).softmax(1) - F.one_hot(labels, head.out_features)) / len(labels)  # (B, C)
     head.weight.grad = error.T @ features  # (C, D)
     head.bias.grad = error.sum(0)  # (C,)

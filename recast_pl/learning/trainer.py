@@ -1,7 +1,6 @@
-"""The Trainer of one task: fresh each time, with the callbacks every task needs."""
+"""The Trainer of one task, and the callbacks that every task needs."""
 
 import copy
-import io
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,50 +10,58 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from recast_pl.compat.lightning import ignore_signals
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
-from recast_pl.files import write_atomic
+from recast_pl.learning.checkpoint import WholeCheckpoints, load_trainable_state, trainable_state
 from recast_pl.learning.til_module import TILModule
 
 
 @dataclass(frozen=True)
 class TrainerFactory:
-    """Makes a fresh `Trainer` for each task, so that no state of one reaches the next.
+    """Makes a new `Trainer` for each task, so that no state of one task reaches the next.
 
     Args:
-        settings: Arguments of `Trainer`. A logger given here replaces TensorBoard's, False turns logging off;
-            callbacks given here are copied for each task.
+        settings: Arguments of `Trainer`. A logger replaces TensorBoard, and False turns logging off. Callbacks are
+            copied for each task.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def for_training(self, folder: Path, version: str, callbacks: Sequence[Callback]) -> Trainer:
-        """A trainer that logs to `folder/tensorboard/version`."""
+        """Makes a trainer that fits.
+
+        Args:
+            folder: Where checkpoints and logs go by default.
+            version: TensorBoard's logs go to `folder/tensorboard/version`.
+            callbacks: Further callbacks; those that the settings turn off are left out.
+        """
         settings = dict(self.settings)
-        own = _listed(settings.get("callbacks"))
         if settings.get("logger") in (None, True):
             settings["logger"] = tensorboard(folder, version)
-        off: list[type[Callback]] = []
-        off += [LearningRateMonitor] if settings["logger"] is False else []
-        off += [ModelCheckpoint] if settings.get("enable_checkpointing") is False else []
-        callbacks = [callback for callback in callbacks if not isinstance(callback, tuple(off))]
-        bar = settings.get("enable_progress_bar") in (None, True)
-        if bar and not any(isinstance(callback, ProgressBar) for callback in own):
-            callbacks = [*callbacks, TaskProgressBar()]
-        settings["callbacks"] = [*copy.deepcopy(own), *callbacks]
+        own = copy.deepcopy(_listed(settings.get("callbacks")))
+        added = [*callbacks]
+        if settings["logger"] is False:
+            added = [callback for callback in added if not isinstance(callback, LearningRateMonitor)]
+        if settings.get("enable_checkpointing") is False:
+            added = [callback for callback in added if not isinstance(callback, ModelCheckpoint)]
+        if settings.get("enable_progress_bar") in (None, True) and not any(isinstance(c, ProgressBar) for c in own):
+            added.append(TaskProgressBar())
+        settings["callbacks"] = [*own, *added]
         settings["plugins"] = [*_listed(settings.get("plugins")), WholeCheckpoints()]
         return _trainer({"default_root_dir": folder, **settings})
 
+    def for_evaluation(self) -> Trainer:
+        """Makes a trainer that only tests, and prints and writes nothing."""
+        quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
+        return _trainer({**self.settings, **quiet})
+
     def alone(self, **settings: Any) -> "TrainerFactory":
-        """The same for a single process, whatever the run was trained on.
+        """A factory with the same settings, but for a single process.
 
         Args:
             settings: Further arguments of `Trainer`.
@@ -62,46 +69,45 @@ class TrainerFactory:
         return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto", **settings})
 
     def without_checkpoints(self) -> "TrainerFactory":
-        """The same for what is never gone on with: checkpoints are written only if the settings ask for them."""
+        """A factory for fits that cannot be resumed: it writes checkpoints only if the settings ask for them."""
         if self.settings.get("enable_checkpointing") is not None:
             return self
         asked = any(isinstance(callback, ModelCheckpoint) for callback in _listed(self.settings.get("callbacks")))
         return TrainerFactory({**self.settings, "enable_checkpointing": asked})
 
-    def for_evaluation(self) -> Trainer:
-        """A trainer that only tests or predicts, and says nothing."""
-        quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
-        return _trainer({**self.settings, **quiet})
+
+def tensorboard(folder: Path, version: str) -> Logger:
+    """A TensorBoard logger that writes to `folder/tensorboard/version` and shows new values within seconds."""
+    return TensorBoardLogger(folder, name="tensorboard", version=version, flush_secs=5)
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints as all else is written.
+def _trainer(settings: Mapping[str, Any]) -> Trainer:
+    trainer = Trainer(**settings)
+    ignore_signals(trainer)
+    return trainer
 
-    Lightning's own come by way of the system's temporary folder. From another disk they are copied over the checkpoint
-    before, of which a full disk would leave neither.
-    """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Replaces the checkpoint by a whole one, or leaves it."""
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        write_atomic(path, content.getvalue())
+def _listed(setting: Any) -> list[Any]:
+    """The values of a setting of `Trainer`, which may be None, one value or several."""
+    if setting is None:
+        return []
+    return list(setting) if isinstance(setting, list | tuple) else [setting]
 
 
 class TaskProgressBar(RichProgressBar):
-    """Lightning's bar, less the number of the logger's version."""
+    """Lightning's progress bar without the version number of the logger."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands right of the bar."""
+        """The values at the right of the bar."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
 
 
 class BestEpoch(Callback):
-    """Keeps what the task trains as it was in its best epoch: highest validation accuracy, then lowest loss.
+    """Keeps the trained parameters of the best epoch: highest validation accuracy, then lowest loss.
 
-    It is kept in the checkpoint itself, so that one file, written at once, holds all that resuming needs.
+    They are kept in the checkpoint itself, so that one file, written atomically, holds all that resuming needs.
     """
 
     def __init__(self) -> None:
@@ -109,44 +115,41 @@ class BestEpoch(Callback):
         self.weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A warm start is a candidate too, as epoch 0."""
+        """Counts a warm start as epoch 0."""
         assert isinstance(pl_module, TILModule)
         if pl_module.warm_start and not self.weights:
-            accuracy, loss = pl_module.probe_score
-            self._offer(pl_module, accuracy, loss)
+            self._compare(pl_module, *pl_module.probe_score)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares the epoch that ended with the best before."""
-        assert isinstance(pl_module, TILModule)
+        """Compares the epoch that ended with the best one before."""
         if not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            self._offer(pl_module, float(metrics["val/accuracy"]), float(metrics["val/loss"]))
+            self._compare(pl_module, float(metrics["val/accuracy"]), float(metrics["val/loss"]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the best epoch back, before the module ends the task; without any validation, leaves all as it is."""
-        assert isinstance(pl_module, TILModule)
+        """Loads the best epoch, before the module ends the task; does nothing if there was no validation."""
         if self.weights:
-            pl_module.load_trainable_state(self.weights)
+            load_trainable_state(pl_module, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """What the checkpoint keeps."""
         return {"score": list(self.score), "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Loads what the checkpoint kept."""
         accuracy, loss = state_dict["score"]
         self.score, self.weights = (accuracy, loss), state_dict["weights"]
 
-    def _offer(self, module: TILModule, accuracy: float, loss: float) -> None:
+    def _compare(self, module: LightningModule, accuracy: float, loss: float) -> None:
         if (accuracy, -loss) > self.score:
-            self.score, self.weights = (accuracy, -loss), module.trainable_state()
+            self.score, self.weights = (accuracy, -loss), trainable_state(module)
 
 
 class SeedEpochs(Callback):
-    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run goes on as if never stopped.
+    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run equals an uninterrupted one.
 
     Args:
-        seed: Of the run.
+        seed: The seed of the run.
         task: Name of the task.
     """
 
@@ -154,17 +157,17 @@ class SeedEpochs(Callback):
         self.seed, self.task = seed, task
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seeds all generators before an epoch's first step: later than loaders, which draw a number of their own."""
+        """Seeds before the first step of an epoch, which is after the data loaders have drawn their seeds."""
         if batch_idx == 0:
             seed = derive_seed(self.seed, self.task, trainer.current_epoch, trainer.global_rank)
             seed_everything(seed, verbose=False)
 
 
 class FiniteLoss(Callback):
-    """Stops a task whose loss has become NaN or infinite, before the state of that epoch is kept.
+    """Stops a task whose loss is NaN or infinite, before the checkpoint of that epoch is written.
 
-    It looks at the loss every `log_every_n_steps` steps and at the end of the epoch: looking at each would make the
-    processor wait for the device.
+    It reads the result every `log_every_n_steps` steps and at the end of the epoch; after each step, the processor
+    would have to wait for the device.
 
     Args:
         task: Name of the task.
@@ -177,31 +180,32 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes in the loss of a step."""
+        """Records whether the loss of a step is finite."""
         finite = outputs["loss"].isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Comes before the checkpoint."""
+        """Checks once more before the checkpoint is written."""
         self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
         finite = self.finite is None or bool(self.finite)
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):  # or the other processes would wait
-            kept = f"as it was after epoch {trainer.current_epoch}" if trainer.current_epoch else "of before the task"
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):  # all stop, or none
+            epoch = trainer.current_epoch
+            kept = f"as it was after epoch {epoch}" if epoch else "before the first epoch"
             raise RunError(
-                f"the loss of task {self.task!r} has become NaN or infinite in epoch {trainer.current_epoch + 1}; its "
-                f"state {kept} is kept. Resume with a lower learning rate, such as --resume true "
+                f"the loss of task {self.task!r} has become NaN or infinite in epoch {epoch + 1}; its state {kept} is "
+                "kept. Resume with a lower learning rate, such as --resume true "
                 "--model.optimizer.init_args.lr 1e-4, or with --trainer.gradient_clip_val 1"
             )
 
 
 class CoefficientHistograms(Callback):
-    """Writes, after each epoch, a histogram of each piece's parameters to TensorBoard.
+    """Writes a histogram of each piece's parameters to TensorBoard after each epoch.
 
-    Not of pieces with more than a million, whose histogram would take as long as training them.
+    Pieces with more than a million parameters are left out: their histograms would take as long as their training.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,7 +220,7 @@ class CoefficientHistograms(Callback):
 
 
 class Resources(Callback):
-    """Measures what training takes, as table 5 of the paper has it."""
+    """Measures the time, processor use and GPU memory of training, as in table 5 of the paper."""
 
     def __init__(self) -> None:
         self._wall = self._cpu = self._memory = 0.0
@@ -234,36 +238,11 @@ class Resources(Callback):
             self._memory = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
 
     def used(self) -> dict[str, float | None]:
-        """Seconds of the clock, part of all cores that was busy in percent, and the GPU's peak memory in GB.
+        """What training used.
 
-        The last is None without a GPU.
+        Returns:
+            `seconds` of wall time; `cpu_percent`, the mean use of all cores; `gpu_gigabytes`, the peak of allocated
+            memory, or None without a GPU.
         """
         busy = 100 * self._cpu / self._wall / (os.cpu_count() or 1) if self._wall else 0.0
         return {"seconds": self._wall, "cpu_percent": busy, "gpu_gigabytes": self._memory or None}
-
-
-def tensorboard(folder: Path, version: str) -> Logger:
-    """A TensorBoard logger that shows new values within seconds."""
-    return TensorBoardLogger(folder, name="tensorboard", version=version, flush_secs=5)
-
-
-def _trainer(settings: Mapping[str, Any]) -> Trainer:
-    """A trainer that leaves signals and requeueing alone.
-
-    At SIGTERM, Lightning's would talk to the other processes in the midst of whatever they say, and could hang them
-    all. Under srun, it would write a checkpoint of its own, which it would then take for that of each later task.
-    """
-    plugins = _listed(settings.get("plugins"))
-    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and not chosen:
-        plugins += [SLURMEnvironment(auto_requeue=False)]
-    trainer = Trainer(**{**settings, "plugins": plugins})
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return trainer
-
-
-def _listed(setting: Any) -> list[Any]:
-    """What a setting of `Trainer` gives: nothing, one or several."""
-    if setting is None:
-        return []
-    return list(setting) if isinstance(setting, list | tuple) else [setting]

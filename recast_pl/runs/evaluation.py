@@ -4,7 +4,8 @@ import numpy as np
 from lightning import Trainer
 from torch import Tensor
 
-from recast_pl.data.datamodule import SequentialTaskDataModule, TaskSplit
+from recast_pl.data.batches import TaskSplit
+from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import PatchError, RunError
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule

@@ -4,6 +4,7 @@ Each engine hands them to a scheduler that exists; none is made here. Machines s
 Wherever a command line dies, its last checkpoint is there, so that the same one goes on.
 """
 
+import importlib
 import io
 import os
 import signal
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recast_pl.cli import main
 from recast_pl.errors import RunError
 from recast_pl.optional_imports import extra
 
@@ -65,18 +65,6 @@ class Engine(ABC):
         Raises:
             RunError: If the engine is not installed or cannot be reached.
         """
-
-
-class Here(Engine):
-    """In this process, one after the other; stops at the first that fails."""
-
-    def run(self, commands: Sequence[Sequence[str]]) -> Endings:
-        """Runs the command lines."""
-        for index, words in enumerate(commands):
-            status = main(words)
-            yield index, Outcome(status)
-            if status:
-                return
 
 
 class Processes(Engine):
@@ -164,7 +152,7 @@ def _work(words: Sequence[str], folder: str, settings: Mapping[str, str]) -> Out
         os.environ.setdefault(name, value)
     output = io.StringIO()
     with redirect_stdout(output), redirect_stderr(output):
-        status = main(words)
+        status = _run_program(words)
     if status == _STOPPED:  # this machine is being shut down; a worker that dies is replaced, one that fails is not
         os.kill(os.getpid(), signal.SIGKILL)
     return Outcome(status, output.getvalue())
@@ -242,11 +230,17 @@ class Slurm(Engine):
                     job.cancel(check=False)
 
 
+def _run_program(words: Sequence[str]) -> int:
+    """Runs a command line in this process, by what `python -m recast_pl` runs; returns its exit status."""
+    status: int = importlib.import_module("recast_pl.__main__").main(words)
+    return status
+
+
 class _Job:
     """A command line as a job that can be requeued."""
 
     def __call__(self, words: Sequence[str]) -> int:
-        status = main(words)
+        status = _run_program(words)
         if status == _STOPPED:  # SLURM ends this job in a moment, and requeues it unless it is cancelled
             signal.pause()
         return status

@@ -8,7 +8,6 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from recast_pl.inference.server.limits import Limits
 
@@ -89,34 +88,6 @@ class Gate:
         if length.isdecimal() and int(length) > self._limits.max_body:
             return failure(413, _too_large(self._limits))
         return None
-
-
-class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that cuts off clients that neither ask nor listen: uvicorn itself waits for both for ever."""
-
-    _watch: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to watch the connection."""
-        super().connection_made(transport)
-        self._look_after(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Ends watching."""
-        super().connection_lost(exc)
-        if self._watch:
-            self._watch.cancel()
-
-    def _look_after(self, last: RequestResponseCycle | None) -> None:
-        self._watch = self.loop.call_later(self.timeout_keep_alive, self._look, last)
-
-    def _look(self, last: RequestResponseCycle | None) -> None:
-        """Cuts the connection off if, since it was last looked after, no request came or no answer was taken."""
-        unused = last is None or last.response_complete or self.flow.write_paused
-        if self.cycle is last and unused:
-            self.transport.abort()  # closing would wait for what was said to be taken
-        else:
-            self._look_after(self.cycle)
 
 
 def _too_large(limits: Limits) -> str:

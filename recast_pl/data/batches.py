@@ -1,0 +1,114 @@
+"""Batches of a task: which images they hold, in which order, and how these are augmented."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from recast_pl.data.cache import Pixels
+from recast_pl.data.tasks import TaskConfig, derive_seed
+
+RawBatch = tuple[Tensor, ...]
+"""Images uint8 (B, 3, H, W), labels (B,), -1 for an image that does not count, and which images to mirror (B,).
+
+Where the images went through a task's transforms, there is a fourth part: the images as they were before.
+"""
+
+_NO_IMAGE = -1  # a position that stands for an image that does not count
+
+
+class TaskSplit(Dataset[RawBatch]):
+    """A split of a task, read in whole batches.
+
+    Args:
+        pixels: All images of the task (N, 3, H, W), uint8; read only as `pixels[which]`.
+        labels: Their class indices (N,).
+        indices: Positions of the images of the split.
+        task: How to augment.
+        seed: Seed of the augmentation; None for no augmentation.
+    """
+
+    def __init__(
+        self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
+    ) -> None:
+        self.pixels, self.labels, self.indices, self.seed = pixels, labels, indices, seed
+        self.flip, self.transforms = task.flip, tuple(task.transforms) if seed is not None else ()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> RawBatch:
+        """Reads a batch.
+
+        Args:
+            keys: (epoch, position in the split) of each image.
+        """
+        positions = [position for _, position in keys]
+        which = torch.from_numpy(self.indices[positions])
+        images, labels = self.pixels[which], self.labels[which]
+        if self.seed is None:
+            labels[torch.tensor(positions) == _NO_IMAGE] = -1
+            return images, labels, torch.zeros(len(keys), dtype=torch.bool)
+        flips = torch.from_numpy(_coin_tosses(self.seed, keys[0][0], len(self))[positions] & self.flip)
+        if not self.transforms:
+            return images, labels, flips
+        return self._transform(images, keys, self.seed), labels, flips, images
+
+    def _transform(self, images: Tensor, keys: Sequence[tuple[int, int]], seed: int) -> Tensor:
+        results = []
+        with torch.random.fork_rng(devices=[]):
+            for image, (epoch, position) in zip(images, keys, strict=True):
+                torch.manual_seed(derive_seed(seed, epoch, position))
+                results.append(apply_transforms(image, self.transforms))
+        return torch.stack(results)
+
+
+def apply_transforms(image: Tensor, transforms: Sequence[Any]) -> Tensor:
+    """Applies a task's transforms, in order.
+
+    Args:
+        image: uint8 (3, H, W).
+        transforms: As in `TaskConfig`.
+    """
+    for transform in transforms:
+        image = transform(image)
+    return image
+
+
+@lru_cache(maxsize=2)
+def _coin_tosses(seed: int, epoch: int, count: int) -> NDArray[np.bool_]:
+    return np.random.default_rng((seed, epoch)).random(count) < 0.5
+
+
+class TaskSampler(DistributedSampler[Any]):
+    """Yields (epoch, position), so that workers need no random state.
+
+    Each process gets a share. Shares of training are padded to equal length, as DDP needs. Shares of evaluation are
+    not, so that every image counts once; all processes must evaluate, so one without images gets an image that does
+    not count. Lightning sets the epoch of a `DistributedSampler` and does not replace it.
+
+    Args:
+        dataset: What to sample.
+        replicas: Number of processes.
+        rank: This process.
+        shuffle: Whether the share is for training.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, dataset: TaskSplit, replicas: int, rank: int, shuffle: bool, seed: int = 0) -> None:
+        super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed)
+
+    def __iter__(self) -> Iterator[Any]:
+        positions = super().__iter__() if self.shuffle else iter(self._share())
+        return ((self.epoch, position) for position in positions)
+
+    def __len__(self) -> int:
+        return super().__len__() if self.shuffle else len(self._share())
+
+    def _share(self) -> Sequence[int]:
+        return range(self.rank, len(self.dataset), self.num_replicas) or (_NO_IMAGE,)  # type: ignore[arg-type]

@@ -1,0 +1,219 @@
+"""A frozen backbone with the pieces of a method, and a head for each task."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recast_pl.backbones.backbone import Backbone, BackboneConfig
+from recast_pl.errors import RunError
+from recast_pl.files import fingerprint
+from recast_pl.learning.acceleration import MergedWeights, skip_unread_tokens
+from recast_pl.learning.patch import SharedState, TaskPatch, head_state, load_head
+from recast_pl.methods.piece import Piece
+
+
+class TaskNetwork(nn.Module):
+    """A network that holds one task at a time.
+
+    `begin_task` starts a new task, `patch` returns the current one, and `activate` brings it back. If a piece is not
+    isolated, every new task changes the old ones, and `shared_state` is the state that all of them need.
+
+    Args:
+        backbone: The pretrained model. It stays in evaluation mode, so that batch normalisation does not drift.
+        pieces: The method.
+    """
+
+    def __init__(self, backbone: BackboneConfig, pieces: Sequence[Piece]) -> None:
+        super().__init__()
+        self.backbone_config, self.pieces = backbone, list(pieces)
+        self.merged_weights = MergedWeights()
+        self.backbone: Backbone | None = None
+        self.head: nn.Linear | None = None
+        self.old_heads, self.old_tasks = nn.ModuleList(), list[str]()  # in order, if a piece keeps training them
+        self.task_name, self.classes, self.base = "", list[str](), ""
+
+    @property
+    def method(self) -> list[str]:
+        """Names of the pieces."""
+        return [type(piece).__name__ for piece in self.pieces]
+
+    @property
+    def isolated(self) -> bool:
+        """Whether later tasks leave a trained task unchanged."""
+        return all(piece.isolated for piece in self.pieces)
+
+    @property
+    def task_parameters(self) -> int:
+        """How many parameters the pieces train for a task, without the head."""
+        return sum(p.numel() for piece in self.pieces for p in piece.parameters.values())
+
+    def build(self, image_size: int) -> Backbone:
+        """Loads the backbone, freezes it and attaches the pieces; the second call only returns the backbone.
+
+        Args:
+            image_size: Height and width of the input in pixels.
+        """
+        if self.backbone is None:
+            backbone = self.backbone_config.build(image_size).requires_grad_(False)
+            # without the buffers of pieces, which every process computes for itself and which may differ by rounding
+            buffers = dict(backbone.named_buffers())
+            for piece in self.pieces:
+                piece.attach(backbone.net)
+            skip_unread_tokens(backbone.net, image_size)
+            trained = {id(p) for piece in self.pieces for p in piece.parameters.values()}
+            frozen = {n: p for n, p in backbone.named_parameters() if id(p) not in trained}
+            self.base = fingerprint(frozen | buffers)
+            self.backbone = backbone
+        return self.backbone
+
+    def train(self, mode: bool = True) -> "TaskNetwork":
+        """Sets the mode of everything but the backbone, which stays in evaluation mode."""
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()
+        return self
+
+    # -- the current task ----------------------------------------------------------------------------------
+
+    def begin_task(self, name: str, classes: Sequence[str]) -> None:
+        """Starts a task: a new head, and every piece at its start. Call `build` before.
+
+        Args:
+            name: Name of the task.
+            classes: Its class names, in order of label.
+        """
+        self._set_task(name, classes)
+        for piece in self.pieces:
+            piece.begin_task()
+
+    def activate(self, patch: TaskPatch) -> None:
+        """Brings a trained task back. Call `build` before.
+
+        Args:
+            patch: The task, in any precision.
+
+        Raises:
+            PatchError: If it belongs to another base or method.
+        """
+        patch = patch.widened()
+        self.check_patch(patch)
+        self._set_task(patch.task, patch.classes).load_state_dict(self.head_of(patch))
+        for piece, state in zip(self.pieces, patch.pieces, strict=True):
+            piece.load_task_state(state)
+
+    def patch(self, metrics: Mapping[str, float]) -> TaskPatch:
+        """The current task in its present state.
+
+        Args:
+            metrics: Accuracies in percent, by name, to be kept with it.
+        """
+        backbone, head = self.current()
+        return TaskPatch(
+            task=self.task_name,
+            classes=self.classes,
+            head=head_state(head),
+            pieces=[piece.task_state() for piece in self.pieces],
+            method=self.method,
+            image_size=backbone.image_size,
+            mean=backbone.mean.flatten().tolist(),
+            std=backbone.std.flatten().tolist(),
+            base=self.base,
+            metrics=dict(metrics),
+        )
+
+    def current(self) -> tuple[Backbone, nn.Linear]:
+        """The backbone, and the head of the current task.
+
+        Raises:
+            RunError: If there is no task yet.
+        """
+        if self.backbone is None or self.head is None:
+            raise RunError("TILModule has no task yet; call Trainer.fit, or build and then begin_task or activate")
+        return self.backbone, self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of the current task for images (B, 3, S, S) in [0, 1]."""
+        backbone, head = self.current()
+        logits: Tensor = head(backbone(images))
+        return logits
+
+    def merged(self) -> AbstractContextManager[None]:
+        """A context in which the weights of the current task are generated only once, for evaluation in this thread.
+
+        Trainers use it by themselves. Elsewhere, `with module.merged(): module(images)` is as fast as the plain
+        network. Training does not work in it, and a change of task takes effect in the next one.
+        """
+        return self.merged_weights.of(self.current()[0])
+
+    def _set_task(self, name: str, classes: Sequence[str]) -> nn.Linear:
+        backbone = self._built()
+        self.task_name, self.classes = name, list(classes)
+        self.head = nn.Linear(backbone.num_features, len(self.classes)).to(backbone.mean.device)
+        return self.head
+
+    def _built(self) -> Backbone:
+        if self.backbone is None:
+            raise RunError("TILModule has no backbone yet; call build(image_size) first")
+        return self.backbone
+
+    # -- all tasks -----------------------------------------------------------------------------------------
+
+    def check_patch(self, patch: TaskPatch) -> None:
+        """Checks that a patch belongs to this base and method, and that its head fits. Call `build` before.
+
+        Raises:
+            PatchError: If it does not; the message names the difference.
+        """
+        patch.check(self.base, self.method, self._built().num_features)
+
+    def head_of(self, patch: TaskPatch) -> Mapping[str, Tensor]:
+        """Weight (classes, D) and bias (classes,) of a trained task, as later tasks have left them."""
+        if patch.task not in self.old_tasks:
+            return patch.head
+        state: dict[str, Tensor] = self.old_heads[self.old_tasks.index(patch.task)].state_dict()
+        return state
+
+    def shared_state(self) -> SharedState:
+        """The state that all trained tasks need, as it is after the last one."""
+        heads, pieces = map(head_state, self.old_heads), [piece.shared_state() for piece in self.pieces]
+        return SharedState(list(self.old_tasks), list(heads), pieces, self.method, self.base)
+
+    def load_shared_state(self, state: SharedState) -> None:
+        """Loads what `shared_state` returned. Call `build` before.
+
+        Raises:
+            PatchError: If it belongs to another base or method.
+        """
+        state.check(self.base, self.method)
+        self.old_tasks, self.old_heads = list(state.tasks), nn.ModuleList(map(load_head, state.heads))
+        self.old_heads.to(self._built().mean.device)
+        for piece, tensors in zip(self.pieces, state.pieces, strict=True):
+            piece.load_shared_state(tensors)
+
+    def own_logits(self, features: Tensor, tasks: Tensor) -> Tensor:
+        """Logits, each by the head of its own task.
+
+        Args:
+            features: (B, D).
+            tasks: Positions of the tasks (B,); the current one is the last.
+
+        Returns:
+            (B, C), where C is the largest number of classes of a head; minus infinity beyond the classes of a head.
+        """
+        logits: list[Tensor] = [head(features) for head in (*self.old_heads, self.current()[1])]
+        if len(logits) == 1:
+            return logits[0]
+        width = max(part.shape[1] for part in logits)
+        padded = [F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in logits]
+        # all heads compute all images, because DDP needs a gradient for every trained parameter
+        return torch.stack(padded, 1)[torch.arange(len(tasks), device=tasks.device), tasks]  # (B, T, C) to (B, C)
+
+    def restart(self) -> None:
+        """Sets heads, and the state that tasks share, back to the start of the first task."""
+        for piece in self.pieces:
+            piece.restart()
+        for head in (*self.old_heads, self.current()[1]):
+            head.reset_parameters()
