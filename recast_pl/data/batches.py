@@ -14,9 +14,9 @@ from recast_pl.data.cache import Pixels
 from recast_pl.data.tasks import TaskConfig, derive_seed
 
 RawBatch = tuple[Tensor, ...]
-"""Images uint8 (B, 3, H, W), labels (B,), -1 for an image that does not count, and which images to mirror (B,).
+"""Images uint8 (B, 3, H, W), labels (B,) with -1 for an image that does not count, and which images to mirror (B,).
 
-Where the images went through a task's transforms, there is a fourth part: the images as they were before.
+If a task's transforms have changed the images, there is a fourth part: the images before the transforms.
 """
 
 _NO_IMAGE = -1  # a position that stands for an image that does not count
