@@ -45,7 +45,7 @@ def run(config: Namespace) -> int:
     import uvicorn  # noqa: PLC0415
 
     from recast_pl.inference.server.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
-    from recast_pl.inference.server.gate import LOCAL_HOSTS, BoundedProtocol  # noqa: PLC0415
+    from recast_pl.inference.server.request_filter import LOCAL_HOSTS, BoundedProtocol  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send wrongly they are told
