@@ -1,0 +1,138 @@
+"""Requests that the server accepts: to known hosts, from its own pages, of bounded size, in bounded time."""
+
+import asyncio
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from recast_pl.inference.server.limits import Limits
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+"""Host names by which programs on the same machine reach a server."""
+
+_BODIES = 16  # all requests together may hold this many bodies of the largest size
+
+
+def error_response(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
+    """An error as JSON.
+
+    Args:
+        status: HTTP status code.
+        reason: What is wrong, and what to do.
+        headers: Additional headers; None for none.
+    """
+    return JSONResponse({"error": reason}, status, headers)
+
+
+class RequestFilter:
+    """ASGI middleware that refuses requests before they are read, or while they are read.
+
+    Starlette's TrustedHostMiddleware would check the hosts, too. But its answer names no remedy, only its recent
+    versions understand IPv6 addresses, and the check of the origin needs the host anyway.
+
+    Args:
+        app: The application that answers the other requests.
+        limits: Bytes and seconds that a request may take.
+        hosts: Host names that requests may be addressed to; `*` allows all. They keep web pages of other sites from
+            reaching a local server through a host name of their own (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, hosts: Collection[str]) -> None:
+        self._app, self._limits, self._hosts = app, limits, hosts
+        self._held = 0  # bytes of all requests in progress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers why not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(Headers(scope=scope))
+        if refusal:
+            await refusal(scope, receive, send)
+            return
+        size, deadline = 0, asyncio.get_running_loop().time() + self._limits.timeout
+
+        async def receive_bounded() -> Message:
+            nonlocal size
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as cause:
+                reason = f"the request did not arrive in {self._limits.timeout:g} seconds; send it faster"
+                raise HTTPException(408, reason) from cause
+            count = len(message.get("body", b""))
+            size += count
+            self._held += count
+            if size > self._limits.max_body:
+                raise HTTPException(413, _too_large(self._limits))
+            if self._held > _BODIES * self._limits.max_body:
+                reason = "the server receives too many large requests at once; try again later"
+                raise HTTPException(503, reason, {"Retry-After": "1"})
+            return message
+
+        try:
+            await self._app(scope, receive_bounded, send)
+        finally:
+            self._held -= size
+
+    def _refusal(self, headers: Headers) -> Response | None:
+        """The answer to a request whose headers alone are reason to refuse it."""
+        host = headers.get("host", "")
+        if "*" not in self._hosts and _host_name(host) not in self._hosts:
+            reason = f"host {host[:80]!r} is not allowed; start the server with --allowed_hosts to allow it"
+            return error_response(403, reason)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            reason = f"requests from pages of {origin[:80]!r} are refused; use the server's own page"
+            return error_response(403, reason)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._limits.max_body:
+            return error_response(413, _too_large(self._limits))
+        return None
+
+
+<<<<<<< HEAD:recast_pl/inference/server/gate.py
+=======
+class BoundedProtocol(H11Protocol):
+    """HTTP/1.1 that cuts off clients that neither send nor read; uvicorn itself waits for both without end."""
+
+    _watch: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts to watch the connection."""
+        super().connection_made(transport)
+        self._look_after(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops watching the connection."""
+        super().connection_lost(exc)
+        if self._watch:
+            self._watch.cancel()
+
+    def _look_after(self, last: RequestResponseCycle | None) -> None:
+        self._watch = self.loop.call_later(self.timeout_keep_alive, self._look, last)
+
+    def _look(self, last: RequestResponseCycle | None) -> None:
+        """Cuts the connection off if no new request came, and no answer was read, since the last look."""
+        unused = last is None or last.response_complete or self.flow.write_paused
+        if self.cycle is last and unused:
+            self.transport.abort()  # closing would wait until the client has read what is pending
+        else:
+            self._look_after(self.cycle)
+
+
+>>>>>>> h-inference:recast_pl/inference/server/request_filter.py
+def _too_large(limits: Limits) -> str:
+    return f"the request is larger than {limits.max_body} bytes; send a smaller file"
+
+
+def _host_name(host: str) -> str | None:
+    """The name in a `Host` header, without the port; None if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
