@@ -95,37 +95,6 @@ class RequestFilter:
         return None
 
 
-<<<<<<< HEAD:recast_pl/inference/server/gate.py
-=======
-class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that cuts off clients that neither send nor read; uvicorn itself waits for both without end."""
-
-    _watch: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts to watch the connection."""
-        super().connection_made(transport)
-        self._look_after(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stops watching the connection."""
-        super().connection_lost(exc)
-        if self._watch:
-            self._watch.cancel()
-
-    def _look_after(self, last: RequestResponseCycle | None) -> None:
-        self._watch = self.loop.call_later(self.timeout_keep_alive, self._look, last)
-
-    def _look(self, last: RequestResponseCycle | None) -> None:
-        """Cuts the connection off if no new request came, and no answer was read, since the last look."""
-        unused = last is None or last.response_complete or self.flow.write_paused
-        if self.cycle is last and unused:
-            self.transport.abort()  # closing would wait until the client has read what is pending
-        else:
-            self._look_after(self.cycle)
-
-
->>>>>>> h-inference:recast_pl/inference/server/request_filter.py
 def _too_large(limits: Limits) -> str:
     return f"the request is larger than {limits.max_body} bytes; send a smaller file"
 
