@@ -18,11 +18,7 @@ _SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val",
 
 
 def torchvision_class(name: str, args: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """Finds a data set's class and the names of the arguments it takes.
-
-    Args:
-        name: Name of the class in `torchvision.datasets`.
-        args: Arguments that the class must take.
+    """Finds a class in `torchvision.datasets` by name, and the names of the arguments it takes.
 
     Raises:
         DataError: If there is no such class, or it does not take the arguments.
