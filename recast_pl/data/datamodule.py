@@ -100,11 +100,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self._train_on = TaskSplit(images, labels, np.arange(len(images)), self._images.task, None)
 
     def check(self) -> None:
-        """Checks the stream as far as possible before anything is downloaded.
-
-        Raises:
-            DataError: If a task cannot be used; the message names it.
-        """
+        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
         check_names(self.tasks)
         for task in self.tasks:
             if task.own_path is not None:
@@ -172,11 +168,7 @@ class SequentialTaskDataModule(LightningDataModule):
         return self._loader(self._split(split), everywhere=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Mirrors images where the batch says so, and converts them on the device.
-
-        Returns:
-            Images (B, 3, S, S) in [0, 1] and labels.
-        """
+        """Mirrors images where the batch says so; returns them (B, 3, S, S) in [0, 1], on the device, and labels."""
         images, labels, flip, *plain = batch
         self._plain: Tensor = plain[0] if plain else images
         return self._convert(_mirror(images, flip)), labels
@@ -190,11 +182,8 @@ class SequentialTaskDataModule(LightningDataModule):
         """Augments plain images as their tasks ask, with torch's global random generator.
 
         Args:
-            images: uint8 (B, 3, H, W), on any device.
+            images: uint8 (B, 3, H, W), on any device; the result is alike.
             tasks: Positions of their tasks in the stream (B,).
-
-        Returns:
-            uint8 (B, 3, H, W).
         """
         configs = [self.tasks[task] for task in tasks.tolist()]
         results = [apply_transforms(image, config.transforms) for image, config in zip(images, configs, strict=True)]

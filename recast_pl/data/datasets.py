@@ -164,7 +164,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, ...]]:
-    """The same as `_read_csv`."""
+
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError as cause:
@@ -192,7 +192,7 @@ def _find_columns(path: Path, names: Sequence[str]) -> list[str | None]:
     return found
 
 
-def _values(row: Mapping[Any, Any], columns: Sequence[str | None]) -> tuple[str, ...]:
+def _values(row: Mapping[str, Any], columns: Sequence[str | None]) -> tuple[str, ...]:
     return tuple("" if column is None or row[column] is None else str(row[column]) for column in columns)
 
 

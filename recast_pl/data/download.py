@@ -65,15 +65,12 @@ def fetch(url: str, target: Path, md5: str | None) -> None:
 
 
 def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path]:
-    """Unpacks an archive into a temporary folder first, so that what is in place is always complete.
+    """Unpacks an archive, into a temporary folder first, and returns the new places of its top-level entries.
 
     Args:
         archive: A tar or zip file.
         folder: Receives the top-level entries of the archive.
         wanted: An entry that the archive must have; None to accept any content.
-
-    Returns:
-        The new places of the entries.
 
     Raises:
         DataError: If the archive is damaged, lacks the wanted entry, or has members that are links, devices or
@@ -95,12 +92,10 @@ def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path
 
 
 def move_into(folder: Path, temporary: Path) -> list[Path]:
-    """Moves the content of a temporary folder into another one; a file that is there already stays.
+    """Moves the content of a temporary folder into another one, and returns its new places.
 
-    Moved files get the permissions that the user's umask gives to new files, whatever their archive says.
-
-    Returns:
-        The new places.
+    A file that is there already stays. Moved files get the permissions that the user's umask gives to new files,
+    whatever their archive says.
 
     Raises:
         DataError: If a folder of the same name is there; then nothing is moved.

@@ -30,11 +30,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def decode(self, index: int, side: int) -> Tensor:
-        """Decodes one image to uint8 (3, side, side).
-
-        Raises:
-            DataError: If the image cannot be read; the message names it.
-        """
+        """Decodes one image to uint8 (3, side, side); raises DataError, which names the image, if that fails."""
         ...
 
     def fingerprint(self) -> str:

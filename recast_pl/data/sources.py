@@ -112,14 +112,10 @@ def _folder_of(task: TaskConfig, root: Path) -> Path:
 
 
 def _count_faults(data_set: DataSet, source: ImageSource, what: Sequence[str]) -> list[str]:
-    wanted = {"classes": data_set.classes} | dict(data_set.images)
-    found = {"classes": len(source.classes)} | Counter(source.splits)
+    wanted = Counter(data_set.images) + Counter(classes=data_set.classes)
+    found = Counter(source.splits) + Counter(classes=len(source.classes))
     names = {"classes": "classes", "": "images without split"} | {split: f"{split} images" for split in SPLITS}
-    return [
-        f"{found.get(key, 0):,} {names[key]} rather than {wanted.get(key, 0):,}"
-        for key in what
-        if found.get(key, 0) != wanted.get(key, 0)
-    ]
+    return [f"{found[key]:,} {names[key]} rather than {wanted[key]:,}" for key in what if found[key] != wanted[key]]
 
 
 def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
