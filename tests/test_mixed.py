@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from test_til import ISOLATED, RESNET, VIT
+from test_all_methods import ISOLATED, RESNET, VIT
 from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models import VisionTransformer

@@ -21,6 +21,7 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.similarity import feature_similarity, weight_similarity
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
+from recast_pl.methods.recast import load_decompositions
 from recast_pl.reporting.analysis_plots import (
     plot_coefficient_similarity,
     plot_displacements,
@@ -108,7 +109,7 @@ def _of_run(config: Namespace) -> _Subject:
     path = RunFolder(run_dir).decomposition
     if not path.is_file():
         raise RunError(f"{run_dir} holds no decomposition; give a run with a Recast piece, or one of MimicryModule")
-    decomposition = Decomposition.load(path)
+    decomposition = load_decompositions(run_dir)
     output = RunFolder(run_dir).analysis if config.output is None else Path(config.output)
     model, seed = init.model, init.seed_everything
     if isinstance(model, MimicryModule):

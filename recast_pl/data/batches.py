@@ -29,15 +29,16 @@ class TaskSplit(Dataset[RawBatch]):
         pixels: All images of the task (N, 3, H, W), uint8; read only as `pixels[which]`.
         labels: Their class indices (N,).
         indices: Positions of the images of the split.
-        task: How to augment.
+        tasks: How to augment each image of the split.
         seed: Seed of the augmentation; None for no augmentation.
     """
 
     def __init__(
-        self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
+        self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], tasks: Sequence[TaskConfig], seed: int | None
     ) -> None:
-        self.pixels, self.labels, self.indices, self.seed = pixels, labels, indices, seed
-        self.flip, self.transforms = task.flip, tuple(task.transforms) if seed is not None else ()
+        self.pixels, self.labels, self.indices, self.tasks, self.seed = pixels, labels, indices, tasks, seed
+        self.flips = np.array([task.flip for task in tasks])
+        self.transforms = seed is not None and any(task.transforms for task in tasks)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -50,14 +51,14 @@ class TaskSplit(Dataset[RawBatch]):
         if self.seed is None:
             labels[torch.tensor(positions) == _NO_IMAGE] = -1
             return images, labels, torch.zeros(len(keys), dtype=torch.bool)
-        flips = torch.from_numpy(_coin_tosses(self.seed, keys[0][0], len(self))[positions] & self.flip)
+        flips = torch.from_numpy((_coin_tosses(self.seed, keys[0][0], len(self)) & self.flips)[positions])
         if not self.transforms:
             return images, labels, flips
         changed = []
         with torch.random.fork_rng(devices=[]):
             for image, (epoch, position) in zip(images, keys, strict=True):
                 torch.manual_seed(derive_seed(self.seed, epoch, position))
-                changed.append(apply_transforms(image, self.transforms))
+                changed.append(apply_transforms(image, self.tasks[position].transforms))
         return torch.stack(changed), labels, flips, images
 
 

@@ -94,10 +94,11 @@ class SequentialTaskDataModule(LightningDataModule):
         """Replaces the training images until a task is selected.
 
         Args:
-            images: uint8 (N, 3, H, W); they are not augmented.
-            labels: (N, ...), which batches contain unchanged.
+            images: uint8 (N, 3, H, W), plain; they are augmented as their own tasks ask.
+            labels: Positions of their tasks, and class indices within these (N, 2); batches contain them unchanged.
         """
-        self._train_on = TaskSplit(images, labels, np.arange(len(images)), self._images.task, None)
+        tasks = [self.tasks[task] for task in labels[:, 0].tolist()]
+        self._train_on = TaskSplit(images, labels, np.arange(len(images)), tasks, self._images.seed)
 
     def check(self) -> None:
         """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
@@ -204,7 +205,8 @@ class SequentialTaskDataModule(LightningDataModule):
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
         images = self._images
         labels = torch.from_numpy(images.source.labels)
-        return TaskSplit(images.decoded.pixels, labels, images.splits[split], images.task, seed)
+        indices = images.splits[split]
+        return TaskSplit(images.decoded.pixels, labels, indices, [images.task] * len(indices), seed)
 
     def _loader(self, split: TaskSplit, seed: int | None = None, everywhere: bool = False) -> DataLoader[RawBatch]:
         """Reads a split in order or, with a seed, in random order; each process reads its share, or everything."""

@@ -1,6 +1,7 @@
 """Evaluates the trained tasks of a run."""
 
 import numpy as np
+import torch
 from lightning import Trainer
 from torch import Tensor
 
@@ -115,8 +116,9 @@ def trained_coefficients(module: TILModule, folder: RunFolder) -> dict[str, Tens
     """
     if not folder.is_trained:
         return {}
-    index = next(i for i, piece in enumerate(module.pieces) if isinstance(piece, Recast))
-    return {task: patch.pieces[index]["coefficients"] for task, patch in folder.load_patches().items()}
+    indices = [index for index, piece in enumerate(module.pieces) if isinstance(piece, Recast)]
+    patches = folder.load_patches().items()
+    return {task: torch.cat([patch.pieces[index]["coefficients"] for index in indices]) for task, patch in patches}
 
 
 def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
