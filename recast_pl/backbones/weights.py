@@ -10,11 +10,7 @@ from recast_pl.errors import BackboneError
 
 
 def find_file(weights: str) -> Path:
-    """The path of a weight file.
-
-    Raises:
-        BackboneError: If there is no such file.
-    """
+    """The path of a weight file; raises BackboneError if there is no such file."""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise BackboneError(f"weights {weights!r} is not a file; give 'hub', 'random' or the path of a file")

@@ -33,7 +33,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     if (init.layout is None) == (init.decomposition is None):
         given = "neither" if init.layout is None else "both"
         raise DecompositionError(f"{given} of --layout and --decomposition are given; give exactly one")
-    classifier = init.backbone.build_classifier()
+    classifier = init.backbone.source.classifier()
     decomposition = (
         decompose(classifier.net, init.layout) if init.layout else Decomposition.load(Path(init.decomposition))
     )

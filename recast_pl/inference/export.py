@@ -109,7 +109,7 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
     network, images = dense_copy(module), _noise(patch)
     backbone = network.backbone
     try:
-        recipe = module.backbone_config.recipe(backbone.net, len(patch.classes), patch.image_size)
+        recipe = module.backbone_config.source.recipe(backbone.net, len(patch.classes), patch.image_size)
         plain = recipe.make()
         weights = _plain_weights(network, plain)
         plain.load_state_dict(weights)
