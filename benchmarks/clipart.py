@@ -1,8 +1,8 @@
-"""RECAST beside a linear probe on the clip-art stream, on a real ViT-S/14 at 98×98, over three seeds.
+"""Compares RECAST with a linear probe on the clip-art tasks, with a real ViT-S/14 at 98×98 and three seeds.
 
     uv run python benchmarks/clipart.py --weights dinov2_vits14.safetensors
 
-Both get the same optimizer, schedule, epochs and batches; the probe learns from cached features. No warm start.
+Both have the same optimizer, schedule, epochs and batches. The probe is trained on cached features, without warm start.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The closed form on a real ViT-S/14, and one epoch of gradient mimicry beside the published formulation.
+"""Measures the closed form on a real ViT-S/14, and one epoch of Neural Mimicry against the published formulation.
 
     uv run python benchmarks/decomposition.py --weights dinov2_vits14.safetensors
 
-Each contender of the mimicry runs in a process of its own; they take turns, and the ratio of each pair counts.
-Memory is teacher and templates, which both hold, and the growth of the resident set beyond, at its peak.
+Each contender of Neural Mimicry runs in its own process. They take turns, and each round gives one ratio. Memory is the
+size of teacher and templates, which both contenders hold, plus the peak growth of the resident set.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recast_pl import BackboneConfig, BankLayout, MimicryModule, decompose
+from recast_pl.decomposition.similarity import weight_similarity
 from recast_pl.decomposition.targets import find_targets, group_targets
 
 ALL = BankLayout([r"(attn\.qkv|mlp\.fc[12])\.weight"], groups=6, templates=2)
@@ -34,17 +35,18 @@ def backbone(weights):
 
 
 def closed_form(weights):
+    """Seconds of seven decompositions, and the largest relative error of a weight."""
     net = backbone(weights).build(98).net
     seconds = []
     for _ in range(7):
         start = time.perf_counter()
         decomposition = decompose(net, ALL)
         seconds.append(time.perf_counter() - start)
-    return seconds, max(decomposition.relative_errors(net).values())
+    return seconds, max(target.relative_error for target in weight_similarity(decomposition, net))
 
 
 class Published(nn.Module):
-    """Equation 3 as the published loop has it: for each layer a stack of K dense weights, then their mean."""
+    """Equation 3 as in the published loop: for each layer, it stacks K dense weights and averages them."""
 
     def __init__(self, weights):
         super().__init__()
@@ -80,7 +82,7 @@ def published_epochs(weights):
 
 
 def our_epochs(weights):
-    """The module's own step; Lightning's loop around it costs the same a second time or a thousandth."""
+    """The training step of `MimicryModule` without the loop of Lightning."""
     module = MimicryModule(backbone(weights), MLP, image_size=98)
     module.configure_model()
     yield 4 * sum(t.numel() for t in [*module.teacher, *module.templates])
@@ -96,7 +98,7 @@ def our_epochs(weights):
 
 
 class PeakMemory(threading.Thread):
-    """Samples the resident set every millisecond; `peak` is its growth in bytes since the start."""
+    """Samples the resident set every millisecond; `peak` is its largest growth in bytes since the start."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -123,13 +125,13 @@ CONTENDERS = {"published": published_epochs, "recast_pl": our_epochs}
 
 
 def contender(name, weights):
-    """Prints the median seconds of an epoch, the peak of added memory in MB, and the last loss."""
+    """Prints the median seconds of an epoch, the peak memory in MB, and the last loss."""
     torch.manual_seed(0)
     epochs = CONTENDERS[name](weights)
-    held = next(epochs)  # bytes of the teacher and the templates, which both contenders hold
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what loading the teacher has freed
+    held = next(epochs)  # bytes of the teacher and the templates
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns the memory freed after loading to the system
     memory = PeakMemory()
-    with memory:  # apart from the timing, which the sampling would disturb
+    with memory:  # not during the timing, which the sampling would disturb
         for _ in range(WARM_UP):
             next(epochs)
     seconds = []
@@ -141,6 +143,7 @@ def contender(name, weights):
 
 
 def mimicry(weights, rounds):
+    """The printed numbers of each contender in each round."""
     results = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, found in results.items():
@@ -166,10 +169,10 @@ def main():
     results = mimicry(options.weights, options.rounds)
     for name, found in results.items():
         medians = [statistics.median(column) for column in zip(*found, strict=True)]
-        print(f"mimicry, {name}: {medians[0] * 1000:.0f} ms an epoch, {medians[1]:.0f} MB, loss {medians[2]:.4f}")
-    for index, what in enumerate(("time", "memory")):
+        print(f"mimicry, {name}: {medians[0] * 1000:.0f} ms per epoch, {medians[1]:.0f} MB, loss {medians[2]:.4f}")
+    for index, quantity in enumerate(("time", "memory")):
         pairs = zip(results["recast_pl"], results["published"], strict=True)
-        print(f"ratio of {what}, median of pairs: {statistics.median(a[index] / b[index] for a, b in pairs):.2f}")
+        print(f"ratio of {quantity}, median of rounds: {statistics.median(a[index] / b[index] for a, b in pairs):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Images per second of a training step at 224×224 on one GPU, from uint8 images in the host's memory.
+"""Measures training steps in images per second at 224×224 on one GPU, from uint8 images in host memory.
 
     uv run python benchmarks/gpu.py
     uv run python benchmarks/gpu.py --backbone resnet34 --batch 256
 
-Every step copies a batch of uint8 from pinned memory, converts it on the device, and trains head and method. Weights
-are random, which takes the same time. `published` is the loop as the paper's description has it: fp32 without TF32 or
-cuDNN, and for each weight a dense stack of K = 2 mixtures and their mean. Medians of rounds.
+Each step copies a uint8 batch from pinned memory, converts it on the device, and trains head and method. Weights are
+random, which takes the same time. `published` follows the description in the paper: fp32 without TF32 or cuDNN, and
+for each weight a stack of K = 2 dense mixtures and their mean. Rates are medians over rounds.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CLASSES = 100
 
 @dataclass(frozen=True)
 class Settings:
-    """How a contender is run."""
+    """The options of a contender."""
 
     pieces: str
     bf16: bool = False
@@ -45,7 +45,7 @@ class Settings:
 
 
 def contenders(convolutional):
-    """Each option alone where it could pay, then together."""
+    """Each option that could help, alone and together with the others."""
     for pieces in ("RECAST", "LoRA", "full fine-tuning"):
         yield Settings(pieces)
         yield Settings(pieces, bf16=True)
@@ -58,7 +58,7 @@ def contenders(convolutional):
 
 
 class DenseStack(nn.Module):
-    """Equation 2 as described: K dense weights, stacked, and their mean."""
+    """Equation 2 as described: the mean of K stacked dense weights."""
 
     def __init__(self, templates):
         super().__init__()
@@ -139,7 +139,7 @@ class Contender:
 
 
 def measure(settings, options, layout):
-    """Median rate, the rates' range, and peak memory in MiB; None for the latter without CUDA."""
+    """Median, lowest and highest rate, and peak memory in MiB, which is None without CUDA."""
     torch.manual_seed(0)
     if options.device == "cuda":
         torch.cuda.empty_cache()
@@ -157,7 +157,7 @@ def main():
     parser.add_argument("--backbone", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=20, help="in each of the rounds")
+    parser.add_argument("--steps", type=int, default=20, help="steps in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
@@ -165,7 +165,7 @@ def main():
     print(
         f"{options.backbone}, {options.size}×{options.size}, batch {options.batch}; {name}, torch {torch.__version__}"
     )
-    print("| what | images/s | range | of the published | peak MiB |\n|---|---|---|---|---|")
+    print("| contender | images/s | range | relative to published | peak MiB |\n|---|---|---|---|---|")
     layout = LAYOUTS["resnet" if "resnet" in options.backbone else "vit"]
     todo = list(contenders("resnet" in options.backbone))
     found = {settings: measure(settings, options, layout) for settings in reversed(todo)}

@@ -1,11 +1,11 @@
-r"""What later tasks gain by a bank that grows, from the runs of `configs/sweeps/grow.yaml`.
+r"""Compares later tasks with a growing bank (experimental) and with a plain one, from `configs/sweeps/grow.yaml`.
 
     uv run python -m recast_pl sweep --config sweeps/grow.yaml --base benchmarks/digits.yaml --output logs/grow \
       --options '--model.backbone.weights dinov2_vits14.safetensors --data.image_size 70'
     uv run python benchmarks/grow.py logs/grow
 
-Of every run it takes the tasks from the third on, which are the same for all methods of one order and seed. The gain is
-that over the plain bank of the same numbers, run by run; its deviation is over runs.
+It takes the tasks from the third on, which are the same for all methods of one order and seed. The gain is the
+difference, run by run, to the plain bank that trains as many numbers; its deviation is over runs.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from recast_pl.runs.metrics import spread
 from recast_pl.studies.sweep_file import read_sweep
 
 SWEEP = Path(__file__).parents[1] / "configs" / "sweeps" / "grow.yaml"
-EARLIER = 2  # tasks that may leave templates
+EARLIER = 2  # tasks that may add templates
 
 
 def later_tasks(folder: Path) -> dict[str, dict[tuple[str, str], tuple[float, int]]]:
-    """For each method, by order and seed: mean accuracy in percent of later tasks, and the numbers that they train."""
+    """For each method, by order and seed: the mean accuracy of later tasks (%), and how many numbers they train."""
     found: dict[str, dict[tuple[str, str], tuple[float, int]]] = {}
     for name, plan in read_sweep(SWEEP).points.items():
         for path in (folder / name).glob("*/summary.json"):
@@ -35,9 +35,9 @@ def later_tasks(folder: Path) -> dict[str, dict[tuple[str, str], tuple[float, in
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the sweep")
+    parser.add_argument("folder", type=Path, help="output folder of the sweep")
     found = later_tasks(parser.parse_args().folder)
-    print("| method | numbers of a later task | runs | accuracy % of later tasks | gain over the plain bank |")
+    print("| method | numbers per later task | runs | accuracy of later tasks (%) | gain over the plain bank |")
     print("|---|---:|---:|---:|---:|")
     for method, runs in found.items():
         plain = found.get(f"plain-{method.rpartition('-')[2]}", {})

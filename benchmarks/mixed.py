@@ -4,10 +4,11 @@
     uv run python benchmarks/mixed.py --weights random --device cuda --size 224
 
 64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of `vit_best.yaml` (48).
-Contenders take turns, and the median of the rounds' ratios counts: `switching` activates each image's task and runs
-the merged network for it; `a pass for each task` is the same within the library; `weights` and `products` are one pass
-for all, with every layer in that way; `chosen` is what the measured costs decide. Before that, the memory of 10,000
-tasks, their heads and class names left out.
+The contenders take turns, and the median of the ratios of all rounds is printed. `switching` activates each image's
+task and runs the merged network for it; `one by one` is the same within the library; `weights` and `products` are one
+pass for all tasks, in which every layer uses that strategy; `rule` lets each layer choose as
+`recast_pl.inference.mixed_batch` does. Before that, the memory of 10,000 tasks is measured, without their heads and
+class names.
 """
 
 import argparse
@@ -15,20 +16,20 @@ import dataclasses
 import resource
 import statistics
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 
-from recast_pl import BackboneConfig, BankLayout, Predictor, Recast, Spectral, TILModule
+from recast_pl import AdaptFormer, BackboneConfig, BankLayout, LoRA, Predictor, Recast, Spectral, TILModule
 
 BACKBONE = "vit_small_patch14_dinov2"
 MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
+METHODS = {"recast": lambda: Recast(MLP), "spectral": Spectral, "lora": LoRA, "adaptformer": AdaptFormer}
 
 
 def build(options):
-    """A module, and as many learnt tasks as asked for."""
-    piece = Recast(MLP) if options.method == "recast" else Spectral()
+    """A module, and as many trained tasks as asked for."""
+    piece = METHODS[options.method]()
     module = TILModule(BackboneConfig(BACKBONE, options.weights), (piece,))
     module.build(options.size)
     module.begin_task("task", list("abcde"))
@@ -38,7 +39,7 @@ def build(options):
 
 
 def moved(state):
-    """What a task has learnt, as far as time is concerned."""
+    """The state of another task: the time that it takes does not depend on the values."""
     return {n: t + 0.1 * (float(t.abs().mean()) or 1.0) * torch.randn_like(t) for n, t in state.items()}
 
 
@@ -48,7 +49,7 @@ def wait(device):
 
 
 def turns(actions, options):
-    """Seconds of each action in each round, after one that is not counted."""
+    """Seconds of each action in each round, after one round that is not counted."""
     found = {name: [] for name in actions}
     for number in range(1 + options.rounds):
         for name, action in actions.items():
@@ -68,29 +69,25 @@ def speed(module, patches, options):
         predictor.add_patch(patch)
     images = torch.rand(options.images, 3, options.size, options.size, device=options.device)
     mixed = predictor._network
-    rows = range(options.tasks)
+    tasks = [task.state for task in predictor._tasks.values()]
     counts = [len(part) for part in torch.arange(options.images).tensor_split(options.tasks)]
 
     def switching():
         parts = []
-        for row, part in zip(rows, images.split(counts), strict=True):
+        for patch, part in zip(patches, images.split(counts), strict=True):
             for image in part:
-                module.activate(patches[row])
+                module.activate(patch)
                 with module.merged():
                     parts.append(module.backbone(image[None]))
         return torch.cat(parts)
 
-    chosen = mixed.choose(images, rows)
-    layers = next(iter(mixed._surveys.values())).layers
-    actions = {"switching": switching, "a pass for each task": lambda: mixed.apart(images, rows, counts)}
-    for way in ("weights", "products"):
-        ways = dict.fromkeys(layers, way)
-        actions[way] = lambda ways=ways: mixed.together(images, rows, counts, ways)
-    actions["chosen"] = lambda: mixed.features(images, rows, counts)
+    layers = mixed.layers(images, tasks)
+    actions = {"switching": switching, "one by one": lambda: mixed.one_by_one(images, tasks, counts)}
+    for name, products in (("weights", False), ("products", True), ("rule", None)):
+        actions[name] = lambda products=products: mixed.together(images, tasks, counts, layers, products)
     wanted = switching()
     for name, action in actions.items():
         print(f"{name}: largest difference from switching {(action() - wanted).abs().max():.1e}")
-    print(f"chosen: {'a pass for each task' if chosen is None else dict(Counter(chosen.values()))}")
     found = turns(actions, options)
     for name, taken in found.items():
         gain = statistics.median(a / b for a, b in zip(found["switching"], taken, strict=True))
@@ -102,7 +99,7 @@ def resident():
 
 
 def memory(module, patches):
-    """Of tasks that share their heads and class names with one patch, whose own are so left out."""
+    """Prints the memory of tasks that share their heads and class names with one patch."""
     predictor, patch = Predictor(module), patches[0]
     predictor.add_patch(patch)
     before = resident()
@@ -114,7 +111,7 @@ def memory(module, patches):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help=f"safetensors of timm's {BACKBONE}, or random")
-    parser.add_argument("--method", choices=["recast", "spectral"], default="recast")
+    parser.add_argument("--method", choices=list(METHODS), default="recast")
     parser.add_argument("--size", type=int, default=98, help="height and width of images")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--tasks", type=int, default=64)

@@ -1,11 +1,11 @@
-"""Training, evaluation, task switching, linear probe, memory and start-up on a real ViT-S/14 at 98×98.
+"""Measures training, evaluation, task switching, linear probe, memory and start-up on a real ViT-S/14 at 98×98.
 
     uv run python benchmarks/speed.py --weights dinov2_vits14.safetensors
 
-Contenders take turns, and the median of the rounds' ratios counts. The references are plain loops over timm's network:
-PEFT's LoRA of rank 1 on query and value (whose fused layer is split in three first), and full fine-tuning, both with
-AdamW and gradients clipped. Memory is the weights and the growth of the resident set beyond, at its peak, in a process
-for each contender.
+Contenders take turns; a ratio is the median over rounds. The references are plain training loops of timm's network with
+AdamW and clipped gradients: LoRA of PEFT with rank 1 on query and value (after a split of the fused layer in three),
+and full fine-tuning. Memory is the size of the weights plus the peak growth of the resident set, in one process for
+each contender.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def backbone(weights):
 
 
 def images(count):
-    """Images of clip art (count, 3, 98, 98), and their labels."""
+    """Clip-art images (count, 3, 98, 98) and their labels."""
     data = SequentialTaskDataModule([FOOD], image_size=SIZE, batch_size=190)
     data.prepare_data()
     pixels, labels, *_ = next(iter(data.plain_dataloader("train")))
@@ -49,7 +49,7 @@ def images(count):
 
 
 class SplitQKV(nn.Module):
-    """Query, key and value as layers of their own, as PEFT adapts whole layers."""
+    """Query, key and value as separate layers, because PEFT adapts whole layers."""
 
     def __init__(self, fused):
         super().__init__()
@@ -97,7 +97,7 @@ CONTENDERS = {
 
 
 def steps(network, x, y):
-    """Makes a training step at each `next`."""
+    """Runs one training step at each `next`."""
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=1e-3)
     while True:
@@ -136,13 +136,13 @@ def training(weights, rounds):
     for name, taken in found.items():
         of_full, of_lora = (ratio(found, name, other) for other in ("full fine-tuning", "PEFT LoRA, r 1, q and v"))
         print(
-            f"step, {name}: {1000 * statistics.median(taken):.0f} ms, {of_full:.2f} of full, {of_lora:.2f} of LoRA",
+            f"step, {name}: {1000 * statistics.median(taken):.0f} ms, {of_full:.2f} × full, {of_lora:.2f} × LoRA",
             flush=True,
         )
 
 
 def generation(weights, rounds):
-    """Time within the generator, during steps of 64 images."""
+    """Prints the part of a training step with 64 images that generates weights."""
     step, mix, inside = steps(CONTENDERS["RECAST, MLP"](weights), *images(64)), TemplateBank.mix, []
 
     def timed(bank, coefficients, out=None):
@@ -158,7 +158,7 @@ def generation(weights, rounds):
         whole = seconds(lambda: next(step))
         parts.append(sum(inside) / whole)
     TemplateBank.mix = mix
-    print(f"generating weights, part of a step at batch 64: {statistics.median(parts):.4f}", flush=True)
+    print(f"part of a step with 64 images that generates weights: {statistics.median(parts):.4f}", flush=True)
 
 
 def evaluation(weights, rounds):
@@ -188,13 +188,19 @@ def evaluation(weights, rounds):
 
     with torch.inference_mode():
         found = turns({"recast": ours, "timm": theirs}, rounds)
-        print(f"evaluating 256 images, of the plain timm network: {ratio(found, 'recast', 'timm'):.3f}", flush=True)
+        print(
+            f"evaluating 256 images, relative to the plain timm network: {ratio(found, 'recast', 'timm'):.3f}",
+            flush=True,
+        )
         found = turns({"switch": switch, "copy": copy}, 10 * rounds)
-        print(f"switching the task, {len(dense)} weights, of copying them: {ratio(found, *found):.2f}", flush=True)
+        print(
+            f"switching the task with {len(dense)} weights, relative to copying them: {ratio(found, *found):.2f}",
+            flush=True,
+        )
 
 
 def probe(weights, rounds):
-    """Features, then 100 epochs on them, beside the features alone."""
+    """Compares the time of 100 epochs on cached features with that of computing the features."""
     module = recast(MLP)(weights).eval()
     x, y = (part.split(60) for part in images(180))
     features = {}
@@ -210,7 +216,7 @@ def probe(weights, rounds):
         fit_probe(head, features["train"], features["train"], 100, BATCH, configure)
 
     found = turns({"forward": forward, "probe": fit}, rounds)
-    print(f"probe, 100 epochs with their features, in passes over the data: {1 + ratio(found, 'probe', 'forward'):.2f}")
+    print(f"probe, features and 100 epochs, in passes over the data: {1 + ratio(found, 'probe', 'forward'):.2f}")
 
 
 def memory(weights, rounds):
@@ -220,11 +226,11 @@ def memory(weights, rounds):
         runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(rounds)]
         found[name] = statistics.median(json.loads(run.stdout) for run in runs)
     for name, size in found.items():
-        print(f"memory, {name}: {size:.0f} MB, {size / found['PEFT LoRA, r 1, q and v']:.2f} of LoRA", flush=True)
+        print(f"memory, {name}: {size:.0f} MB, {size / found['PEFT LoRA, r 1, q and v']:.2f} × LoRA", flush=True)
 
 
 def contender(name, weights):
-    """Prints the megabytes of weights and peak growth over five steps."""
+    """Prints the megabytes of the weights plus the peak growth over five steps."""
     network = CONTENDERS[name](weights)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     step = steps(network, *images(BATCH))

@@ -59,11 +59,9 @@ def _class(cls: type) -> str:
 
 
 def _command(name: str) -> str:
-    parser = command_parser(name)
-    (command,) = (choice for action in parser._actions for key, choice in (action.choices or {}).items() if key == name)
     rows = [
         (f"`{option}`", "" if action.default in (None, "==SUPPRESS==") else f"`{action.default}`", action.help or "")
-        for option, action in _options(command._actions)
+        for option, action in _options(command_parser(name)._actions)
     ]
     return f"### `{name}`\n\n{COMMANDS[name]}\n\n{_table(('option', 'default', 'meaning'), rows)}"
 

@@ -1,4 +1,4 @@
-"""`python -m recast_pl`."""
+"""Runs the command line: `python -m recast_pl`."""
 
 import sys
 

@@ -1,16 +1,16 @@
-"""The project's own errors: each message names the value at fault and the remedy."""
+"""The project's own errors. Each message names the wrong value and how to fix it."""
 
 
 class RecastError(Exception):
-    """What a user can mend; the command line prints it as one line and exits with status 2."""
+    """An error that the user can fix; the command line prints it as one line and exits with status 2."""
 
 
 class BackboneError(RecastError):
-    """A backbone's name, weights or input size cannot be used."""
+    """The name, weights or input size of a backbone cannot be used."""
 
 
 class DecompositionError(RecastError):
-    """Weights cannot be shared as asked, or a decomposition file does not fit the backbone."""
+    """Weights cannot be decomposed as asked, or a decomposition file does not fit the backbone."""
 
 
 class MethodError(RecastError):
@@ -22,7 +22,7 @@ class DataError(RecastError):
 
 
 class PatchError(RecastError):
-    """A task patch is damaged, unknown or belongs to another base."""
+    """A task patch is damaged, unknown or made for another backbone."""
 
 
 class RunError(RecastError):
@@ -30,7 +30,7 @@ class RunError(RecastError):
 
 
 class ExportError(RecastError):
-    """A learnt task cannot be handed out in the form asked for."""
+    """A trained task cannot be exported in the requested format."""
 
 
 class StorageError(RecastError):

@@ -1,4 +1,4 @@
-"""Packages that not every user has."""
+"""Imports of packages that only an extra installs."""
 
 import importlib
 from typing import Any
@@ -7,14 +7,14 @@ from recast_pl.errors import RunError
 
 
 def extra(module: str, name: str) -> Any:
-    """Imports a package of an extra.
+    """Imports a module that an extra installs.
 
     Args:
-        module: The package's module.
-        name: Of the extra.
+        module: The module to import.
+        name: The extra.
 
     Raises:
-        RunError: If it is not installed.
+        RunError: If the module is not installed.
     """
     try:
         return importlib.import_module(module)

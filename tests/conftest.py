@@ -1,4 +1,4 @@
-"""Fixtures: the shared real data, small image folders, and the command line."""
+"""Fixtures: shared real data, small image folders, command lines, and trained runs."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny, and threads would only wait for one another
-# some virtual machines advertise AMX and die of it (SIGILL) at the first product in bf16
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow down tiny networks
+# some virtual machines claim to have AMX, but the first product in bf16 ends in SIGILL
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import numpy as np
@@ -23,25 +23,25 @@ TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "test_readme" not in item.nodeid)  # the longest test first, beside which others fit
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)  # start the longest test first
 
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)  # configs name data by paths relative to it
+    monkeypatch.chdir(ROOT)  # paths in configs are relative to it
 
 
 @pytest.fixture(autouse=True)
 def _data_root(monkeypatch, tmp_path_factory):
-    """Data sets and caches of all tests lie in one temporary folder, which commands started by tests use too."""
+    """Keeps data sets and caches of all tests in one temporary folder, also those of processes that tests start."""
     monkeypatch.setenv("RECAST_PL_DATA", str(tmp_path_factory.getbasetemp() / "data"))
 
 
 @pytest.fixture(scope="session")
 def shared():
     if not SHARED.is_dir():
-        assert os.environ.get("CI") != "true", f"{SHARED} is missing, which CI needs"
-        pytest.skip("the shared data is not here")
+        assert os.environ.get("CI") != "true", f"{SHARED} is missing, but CI needs it"
+        pytest.skip("the shared data is missing")
     return SHARED
 
 
@@ -52,7 +52,7 @@ def vit_weights(shared):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """Writes CLASS/NNN.png; each class has a colour of its own, so that it can be learnt."""
+    """Writes CLASS/NNN.png; each class has its own colour, so that a model can learn it."""
 
     def make(name, classes=3, images=8, size=32, seed=0):
         generator = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ def data(image_folder):
 
 @pytest.fixture
 def tiny_fit(image_folder, tmp_path):
-    """The command line of `fit` for two small tasks on a tiny ViT; more words override."""
+    """Makes the command line of `fit` for two small tasks on a tiny ViT; further options override."""
     folders = {name: image_folder(name, classes, seed=classes) for name, classes in (("first", 3), ("second", 2))}
 
     def words(*more, run_dir=None):
@@ -103,7 +103,7 @@ RESNET = [*("--config", "resnet34.yaml", "--model.backbone.name", "torchvision/r
 
 @contextmanager
 def fork_server(*prefix, folder=ROOT):
-    """A function that hands requests to `fork_server.py`, which runs in a folder, and its process."""
+    """Starts `fork_server.py` in a folder; gives a function that sends it requests, and its process."""
     command = [*prefix, sys.executable, str(ROOT / "tests" / "fork_server.py")]
     pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     with subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
@@ -120,7 +120,7 @@ def fork_server(*prefix, folder=ROOT):
 
 
 def clipart_words(words, run, size=32, names=("signs", "people")):
-    """The command line of `fit` for real images and hardly any training."""
+    """Makes the command line of `fit` for real images and very little training."""
     tasks = [{"name": name, "path": f"data/clipart/{name}"} for name in names]
     few = ["--data.tasks", json.dumps(tasks), "--data.image_size", str(size), "--trainer.max_epochs", "1"]
     quick = [
@@ -135,7 +135,7 @@ def clipart_words(words, run, size=32, names=("signs", "people")):
 
 
 def learn(*args, **settings):
-    """The folder of a run by such a command line."""
+    """Runs such a command line; returns the run folder."""
     from recast_pl.cli import main
 
     words = clipart_words(*args, **settings)
@@ -145,6 +145,6 @@ def learn(*args, **settings):
 
 @pytest.fixture(scope="session")
 def clipart_run(tmp_path_factory):
-    """A run of RECAST on a ResNet-18 that no test changes: tasks `signs` and `people`, of 32 pixels."""
+    """A run of RECAST on a ResNet-18, which no test changes: tasks `signs` and `people` at 32 pixels."""
     os.chdir(ROOT)
     return learn(RESNET, tmp_path_factory.mktemp("clipart") / "run")

@@ -1,5 +1,6 @@
 """A web server that can fail, and what tests of the catalogue share."""
 
+import gzip
 import multiprocessing
 import re
 import socket
@@ -230,3 +231,36 @@ def prepare_twice_at_once(name, root):
     for process in processes:
         process.join(30)
     return [process.exitcode for process in processes]
+
+
+# a data set that torchvision downloads
+
+
+def idx(array):
+    """An array in MNIST's file format."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
+def digits(count, first):
+    """Grey images (N, 28, 28) of one value each, and labels."""
+    values = np.arange(first, first + count)
+    images = np.broadcast_to(values[:, None, None], (count, 28, 28)).copy()
+    images[:, :14] = 0  # the upper half is black
+    return images, values % 10
+
+
+def mnist():
+    files = {}
+    for part, (images, labels) in (("train", digits(80, 100)), ("t10k", digits(20, 200))):
+        files |= {f"{part}-images-idx3-ubyte": idx(images), f"{part}-labels-idx1-ubyte": idx(labels)}
+    return files
+
+
+@pytest.fixture
+def mnist_server(server, monkeypatch):
+    packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist().items()}
+    server.files |= {f"/{name}": content for name, content in packed.items()}
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"{server.url}/"])
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", [(n, md5(c)) for n, c in packed.items()])
+    return server

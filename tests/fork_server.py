@@ -1,8 +1,8 @@
-"""Forks processes that have imported everything already, so that many runs start, and end, in little time.
+"""Forks processes that have already imported everything, so that tests can start many runs quickly.
 
-Each line of its input is a request, answered by a line: `{"words", "log", "seconds"}` runs a command line in a session
-of its own, with its errors in a log, kills all of that after some seconds (None for never), and gives its exit status;
-`{"shell"}` runs a line of shell where the fork_server is.
+Each input line is a request, and each gets one output line, the exit status. `{"words", "log", "seconds"}` runs a
+command line in a new session, writes its errors to a log, and kills it after some seconds (None for never). `{"shell"}`
+runs a shell command in the folder of this process.
 """
 
 import json
@@ -29,7 +29,7 @@ def run(words, log, seconds=None):
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)  # as the group, if it has become one by now
+    os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 

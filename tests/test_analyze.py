@@ -1,4 +1,4 @@
-"""`analyze` against numpy and scipy in float64, on files and on runs."""
+"""`analyze` compared with numpy and scipy in float64, on files and on runs."""
 
 import json
 import math
@@ -27,9 +27,11 @@ from recast_pl import (
     install,
 )
 from recast_pl.cli import main
-from recast_pl.decomposition.analysis import analyze
-from recast_pl.decomposition.bank import Bank
+from recast_pl.decomposition.analysis import Analysis, analyze, displacements
+from recast_pl.decomposition.bank import Bank, Scaling
+from recast_pl.decomposition.similarity import TargetSimilarity, feature_similarity, weight_similarity
 from recast_pl.decomposition.targets import Group
+from recast_pl.errors import DecompositionError
 from recast_pl.reporting.analysis_plots import plot_coefficient_similarity, plot_displacements, plot_template_diversity
 
 SMALL = TINY_VIT | {"depth": 4}
@@ -55,7 +57,7 @@ def analysis_of(decomposition, folder, *words):
 
 @pytest.fixture
 def _no_pictures(monkeypatch):
-    """They are not what the test is about, and drawing them takes longer than all else."""
+    """Skips the pictures, which take most of the time and are not part of the test."""
     monkeypatch.setattr("recast_pl.cli.analyze.write_figure", lambda figure, path: None)
 
 
@@ -68,7 +70,7 @@ def flat(tensor):
 
 @pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("shape", [(5, 7), (6, 3, 2, 2), (9, 2)], ids=str)
-def test_templates_and_coefficients_are_measured_as_by_numpy(shape, tmp_path):
+def test_numbers_of_templates_and_coefficients_match_numpy(shape, tmp_path):
     one = bank("conv", 3, 4, shape, sets=2)
     (found,) = analysis_of(Decomposition((one,)), tmp_path)["groups"]
     pairs = [np.linalg.norm(flat(a) - flat(b)) for a, b in combinations(one.templates, 2)]
@@ -100,12 +102,12 @@ def test_a_single_template_and_a_single_layer_have_no_pairs(tmp_path, capsys):
     assert found["entropy"] is not None
     output = " ".join(capsys.readouterr().out.split())
     assert "–: one template, or one layer, has no pairs" in output
-    assert output.count("–") >= 4  # the three cells, and what says why
+    assert output.count("–") >= 4  # three cells and the note below the table
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_numbers_saved_are_counted_by_hand(tmp_path, capsys):
-    # 6 and 6 layers of 8×4, in groups of 3, of 2 templates, with 2 sets of coefficients
+def test_the_savings_match_a_count_by_hand(tmp_path, capsys):
+    # two kinds of 6 layers, 8×4, in groups of 3, with 2 templates and 2 sets of coefficients
     model = nn.ModuleDict({"a": nn.ModuleList(nn.Linear(4, 8) for _ in range(6))})
     model["b"] = nn.ModuleList(nn.Linear(8, 4) for _ in range(6))
     found = analysis_of(decompose(model, BankLayout(["weight"], groups=2, templates=2, coefficient_sets=2)), tmp_path)
@@ -119,13 +121,13 @@ def test_numbers_saved_are_counted_by_hand(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_where_groups_differ_the_papers_symbols_have_no_value(tmp_path):
+def test_the_papers_symbols_have_no_value_if_groups_differ(tmp_path):
     found = analysis_of(Decomposition((bank("a", 2, 3, (4, 4)), bank("b", 2, 3, (4, 5)))), tmp_path)
     assert found["paper"] is None
     assert found["scaling"]["approximation"] == 16 * (3 - 2) + 20 * (3 - 2)
 
 
-def test_all_that_is_written_can_be_read(tmp_path, capsys):
+def test_all_files_can_be_read(tmp_path, capsys):
     decomposition, folder = Decomposition((bank("a", 2, 3, (4, 4)), bank("b", 1, 8, (4, 5)))), tmp_path / "o"
     decomposition.save(tmp_path / "d.safetensors")
     words = ["analyze", "--decomposition", str(tmp_path / "d.safetensors"), "--output", str(folder)]
@@ -156,7 +158,9 @@ def test_pictures_show_the_numbers():
     for axes, key in ((frobenius, "frobenius"), (entropy, "entropy")):
         values = [getattr(group, key) for group in groups]
         assert [line.get_ydata().tolist() for line in axes.lines] == [values[:2], values[2:]]  # a line for each kind
-        assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2  # told apart in grey
+        assert (
+            len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
+        )  # distinguishable without colour
         assert axes.get_xlabel()
         assert "(" in axes.get_ylabel()
     shown = maps(plot_coefficient_similarity(groups))
@@ -164,7 +168,7 @@ def test_pictures_show_the_numbers():
     assert maps(plot_displacements({"t": {"a": 1.0, "b": 3.0}}))[0] == [[1.0, 3.0]]
 
 
-def test_kinds_of_one_group_are_beside_one_another():
+def test_kinds_with_one_group_are_side_by_side():
     groups = analyze(Decomposition(tuple(bank(f"k{i}", 2, 3, (4, 4), seed=i) for i in range(6)))).groups
     (line,) = plot_template_diversity(groups).axes[0].lines
     assert line.get_ydata().tolist() == [group.frobenius for group in groups]
@@ -187,7 +191,7 @@ def dense_network(seed=42):
 
 
 def features_by_hooks(backbone, batch):
-    """Outputs of layers, blocks and network, by hooks of our own."""
+    """Outputs of layers, blocks and network, recorded by hooks of the test."""
     names = [f"blocks.{i}" for i in range(4)] + [name.removesuffix(".weight") for name in TARGETS]
     kept = {}
     for name in names:
@@ -209,7 +213,7 @@ def check_features(found, decomposition, batch):
         assert entry["lowest"] == pytest.approx(min(wanted), abs=1e-5)
     kinds = [entry["kind"] for entry in found]
     assert (kinds.count("layer"), kinds.count("block"), kinds[-1]) == (8, 4, "features")
-    assert min(entry["lowest"] for entry in found) < 0.99  # there is something to be seen
+    assert min(entry["lowest"] for entry in found) < 0.99  # the decomposition is lossy
 
 
 def check_targets(found, decomposition, network):
@@ -246,10 +250,10 @@ def test_a_run_of_tasks_is_compared_with_its_backbone_on_test_images(tiny_fit, t
 
     assert list(found["displacements"]) == ["first", "second"]
     (path,) = (run_dir / "patches").glob("*_second.safetensors")
-    learnt = iter(flat(TaskPatch.load(path).pieces[0]["coefficients"]).reshape(-1, 2))
+    trained = iter(flat(TaskPatch.load(path).pieces[0]["coefficients"]).reshape(-1, 2))
     for part in decomposition.banks:
         for name, sets in zip(part.group.targets, part.coefficients, strict=True):
-            moved = np.linalg.norm(next(learnt) - sets.double().numpy().mean(0))
+            moved = np.linalg.norm(next(trained) - sets.double().numpy().mean(0))
             assert found["displacements"]["second"][name] == pytest.approx(moved, rel=1e-5)
             assert moved > 0
     pictures = {path.name for path in (run_dir / "analysis").glob("*.png")}
@@ -263,7 +267,7 @@ def test_a_run_of_tasks_is_compared_with_its_backbone_on_test_images(tiny_fit, t
     capsys.readouterr()
     assert main(["analyze", "--run_dir", str(run_dir)]) == 0
     output = capsys.readouterr()
-    assert "features are not compared, for want of images" in output.out
+    assert "features are not compared, because there are no images" in output.out
     assert json.loads((run_dir / "analysis" / "analysis.json").read_text())["features"] == []
 
     (run_dir / "decomposition.safetensors").unlink()
@@ -299,7 +303,38 @@ def test_an_exact_decomposition_of_a_file_has_the_features_of_its_backbone(tmp_p
     found = analysis_of(decomposition, tmp_path, *network, "--images", *sorted(images.rglob("*.png")))
     assert max(entry["relative_error"] for entry in found["targets"]) < 1e-6
     assert min(entry["lowest"] for entry in found["features"]) > 1 - 1e-9
-    assert analysis_of(decomposition, tmp_path, *network)["features"] == []  # no images, none compared
+    assert analysis_of(decomposition, tmp_path, *network)["features"] == []  # nothing to compare without images
+
+
+def test_the_output_projection_of_attention_is_compared_by_the_attention():
+    backbone = BackboneConfig("torchvision/vit_b_16", "random", {"image_size": 32}).build(32)
+    decomposition = decompose(backbone.net, BankLayout([r"self_attention\.out_proj\.weight"]))
+    found = feature_similarity(decomposition, backbone, [torch.rand(2, 3, 32, 32)])
+    layers = [feature.name for feature in found if feature.kind == "layer"]
+    assert layers == [f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(12)]
+    assert all(feature.lowest == pytest.approx(1) for feature in found)
+
+
+def test_a_network_in_half_precision_is_compared():
+    network = dense_network().net
+    decomposition = decompose(network, BankLayout([r"mlp\.fc[12]\.weight"], groups=2))
+    found = weight_similarity(decomposition, network.bfloat16())
+    assert all(1e-4 < target.relative_error < 1e-2 for target in found)  # the rounding to bfloat16
+
+
+def test_infinity_is_null_in_the_file():
+    scaling = Scaling.of([])
+    content = Analysis((), scaling, None, (TargetSimilarity("zero", 0.0, math.inf),)).content()
+    assert content["targets"] == [{"name": "zero", "cosine": 0.0, "relative_error": None}]
+    json.dumps(content, allow_nan=False)
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_coefficients_of_another_decomposition_are_refused(count):
+    decomposition = Decomposition((bank("a", 2, 3, (4, 4)),))
+    assert list(displacements(decomposition, torch.zeros(6))) == ["a.0.weight", "a.1.weight", "a.2.weight"]
+    with pytest.raises(DecompositionError, match=rf"shape \({count},\), the decomposition has 6"):
+        displacements(decomposition, torch.zeros(count))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +350,7 @@ def test_an_exact_decomposition_of_a_file_has_the_features_of_its_backbone(tmp_p
     ],
     ids=["nothing", "both", "run", "file", "no backbone", "empty folder", "other backbone"],
 )
-def test_what_a_user_can_mend_is_said(words, named, tmp_path, images, capsys):
+def test_mistakes_of_the_user_are_one_line(words, named, tmp_path, images, capsys):
     (tmp_path / "empty").mkdir()
     Decomposition((bank("a", 2, 3, (4, 4)),)).save(tmp_path / "d.safetensors")
     real = {"FILE": tmp_path / "d.safetensors", "IMAGE": images / "class0" / "000.png", "EMPTY": tmp_path / "empty"}

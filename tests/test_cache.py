@@ -1,6 +1,5 @@
 """Images are decoded once, in every mode of the cache, and bad images are found before training."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -20,8 +19,6 @@ from torchvision.transforms import v2
 from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.cli import main
 from recast_pl.data import images as images_module
-from recast_pl.data.datasets import open_manifest
-from recast_pl.data.images import decode_file
 from recast_pl.errors import DataError
 
 MODES = ("disk", "ram", "off")
@@ -378,145 +375,6 @@ def test_a_repaired_image_is_read_again(image_folder, root):
         stream(folder)
     (folder / "class0" / "000.png").write_bytes(content)
     stream(folder)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged tags
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
-def test_damaged_files_are_read_or_raise_a_data_error(tmp_path, suffix):
-    generator = np.random.default_rng(7)
-    picture = Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    whole = tmp_path / f"whole.{suffix}"
-    picture.save(whole, **({"exif": exif} if suffix in ("jpg", "png", "webp", "tif") else {}))
-    content = np.frombuffer(whole.read_bytes(), np.uint8)
-    path, errors = tmp_path / f"damaged.{suffix}", []
-    for _ in range(150):
-        damaged = content.copy()
-        places = generator.integers(0, min(len(damaged), 600), generator.integers(1, 8))  # mostly in headers
-        damaged[places] = generator.integers(0, 256, len(places))
-        path.write_bytes(damaged[: generator.integers(1, len(damaged) + 1)].tobytes())
-        try:
-            assert decode_file(path, 8).shape == (3, 8, 8)
-        except DataError as error:
-            errors.append(str(error))
-    assert errors
-    assert all(str(path) in error for error in errors)
-
-
-@pytest.mark.parametrize(
-    ("mode", "clear", "solid"),
-    [("RGBA", (200, 30, 90, 0), (200, 30, 90, 255)), ("LA", (0, 0), (0, 255))],
-)
-def test_transparent_pixels_are_white(tmp_path, mode, clear, solid):
-    image = Image.new(mode, (8, 4), clear)
-    image.paste(solid, (4, 0, 8, 4))
-    image.save(tmp_path / "image.png")
-    pixels = decode_file(tmp_path / "image.png", 4)  # the centre: two columns of each
-    assert pixels[:, :, 0].tolist() == [[255] * 4] * 3
-    assert pixels[:, 0, 3].tolist() == ([200, 30, 90] if mode == "RGBA" else [0] * 3)
-
-
-def test_a_transparent_palette_entry_is_white(tmp_path):
-    image = Image.new("P", (4, 4), 0)
-    image.putpalette([10, 20, 30, 200, 30, 90])
-    image.paste(1, (2, 0, 4, 4))
-    image.save(tmp_path / "image.gif", transparency=0)
-    pixels = decode_file(tmp_path / "image.gif", 4)
-    assert pixels[:, 0, 0].tolist() == [255] * 3
-    assert pixels[:, 0, 3].tolist() == [200, 30, 90]
-
-
-def test_pixels_without_a_known_range_are_refused(tmp_path):
-    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "large.tif")
-    with pytest.raises(DataError, match="no known range"):
-        decode_file(tmp_path / "large.tif", 4)
-
-
-# manifests
-
-
-def write_manifest(path, rows, header=("path", "label", "split")):
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        columns = list(zip(*rows, strict=True)) if rows else [[] for _ in header]
-        table = pyarrow.table({name: list(column) for name, column in zip(header, columns, strict=True)})
-        pyarrow.parquet.write_table(table, path)
-    else:
-        with path.open("w", newline="", encoding="utf-8-sig") as file:
-            csv.writer(file).writerows([header, *rows])
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_manifest_names_images_labels_and_splits(image_folder, root, suffix, tmp_path, tiny_fit):
-    folder = image_folder("pictures", classes=2, images=9)
-    kinds = ["train"] * 4 + ["val"] * 2 + ["test"] * 3
-    rows = [
-        (f"pictures/class{label}/{i:03d}.png", ("weiß, blau", "7")[label], kinds[i])
-        for label in range(2)
-        for i in range(9)
-    ]
-    rows[0] = (str(tmp_path / rows[0][0]), *rows[0][1:])  # an absolute path
-    manifest = write_manifest(folder.parent / f"list.{suffix}", rows[::-1])
-    data = stream(manifest)
-    assert data.classes == ["7", "weiß, blau"]
-    assert data.sizes == {"train": 8, "val": 4, "test": 6}
-    pixels, labels, _ = (torch.cat(parts) for parts in zip(*data.plain_dataloader("test"), strict=True))
-    wanted = [
-        (decode_file(folder.parent / p, 16), int(label != "7")) for p, label, kind in rows[::-1] if kind == "test"
-    ]
-    assert torch.equal(pixels, torch.stack([image for image, _ in wanted]))
-    assert labels.tolist() == [label for _, label in wanted]
-    tasks = json.dumps([{"name": "listed", "path": str(manifest)}])
-    assert main(tiny_fit("--data.tasks", tasks, "--trainer.max_epochs", 1)) == 0
-
-
-def test_a_manifest_without_splits_is_divided(image_folder, root):
-    folder = image_folder("pictures", classes=2, images=20)
-    rows = [(str(path), path.parent.name) for path in sorted(folder.rglob("*.png"))]
-    assert stream(write_manifest(folder / "list.csv", rows, ("path", "label"))).sizes == {
-        "train": 28,
-        "val": 6,
-        "test": 6,
-    }
-
-
-@pytest.mark.parametrize(
-    ("rows", "header", "named"),
-    [
-        ([("a.png", "x", "train")], ("file", "label", "split"), "needs one column 'path' and has 0"),
-        ([("a.png", "x", "train")], ("path", "class", "split"), "needs one column 'label' and has 0"),
-        ([], ("path", "label", "split"), "0 different labels"),
-        ([("a.png", "x", ""), ("b.png", "x", "")], ("path", "label", "split"), "1 different labels"),
-        ([("a.png", "x", "train"), ("b.png", "", "test")], ("path", "label", "split"), "row 2: .*label ''"),
-        ([("a.png", "x", "train"), ("", "y", "test")], ("path", "label", "split"), "row 2: path ''"),
-        ([("a.png", "x", "train"), ("b.png", "y", "dev")], ("path", "label", "split"), "row 2: .*split 'dev'"),
-        ([("a.png", "x", "train"), ("b.png", "y", "")], ("path", "label", "split"), "row 2 has no split"),
-        ([("a.png", "x", "train"), ("a.png", "x", "test")], ("path", "label", "split"), "'a.png' more than once"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_wrong_manifest_names_the_row(tmp_path, rows, header, named, suffix):
-    with pytest.raises(DataError, match=named):
-        open_manifest(write_manifest(tmp_path / f"list.{suffix}", rows, header))
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, suffix):
-    path = tmp_path / f"list.{suffix}"
-    with pytest.raises(DataError, match="does not exist"):
-        open_manifest(path)
-    path.write_bytes(b"\xff\xfe\x00path,label\n\x80")
-    with pytest.raises(DataError, match=f"list.{suffix}"):
-        open_manifest(path)
-
-
-def test_missing_files_of_a_manifest_are_counted(tmp_path, root):
-    rows = [(f"{i}.png", "xy"[i % 2], "") for i in range(12)]
-    with pytest.raises(DataError, match=r"12 of 12 image files are missing, the first is .*0\.png"):
-        stream(write_manifest(tmp_path / "list.csv", rows))
 
 
 # splits

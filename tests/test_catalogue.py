@@ -6,7 +6,6 @@ import re
 from collections import Counter
 
 import pytest
-import torchvision.datasets
 from fixtures_catalogue import check_source, numbers, prepare, put, split_numbers, stream, tree_of, verify
 from fixtures_sets import SPECIES, aircraft_level, dtd_split, jpeg, make
 
@@ -86,23 +85,6 @@ def test_cars_cannot_be_downloaded(tmp_path, refused):
     assert "'cars' cannot be downloaded" in message
     assert str(tmp_path / "stanford_cars") in message
     assert tree_of(tmp_path) == {}
-
-
-def test_the_catalogue_agrees_with_torchvision():
-    tv = torchvision.datasets
-    prefix = tv.Flowers102._download_url_prefix
-    known = {
-        "flowers": [(prefix + file, check) for file, check in tv.Flowers102._file_dict.values()],
-        "aircraft": [(tv.FGVCAircraft._URL, CATALOGUE["aircraft"].files[0].md5)],  # torchvision has no checksum
-        "cifar10": [(tv.CIFAR10.url, tv.CIFAR10.tgz_md5)],
-        "cifar100": [(tv.CIFAR100.url, tv.CIFAR100.tgz_md5)],
-        "pets": list(tv.OxfordIIITPet._RESOURCES),
-        "food101": [(tv.Food101._URL, tv.Food101._MD5)],
-        "dtd": [(tv.DTD._URL, tv.DTD._MD5)],
-        "svhn": [(url, check) for url, _, check in map(tv.SVHN.split_list.get, ("train", "test"))],
-    }
-    for name, files in known.items():
-        assert [(file.url, file.md5) for file in CATALOGUE[name].files] == files
 
 
 def test_a_list_shows_all_sets_and_which_are_on_disk(tmp_path, capsys):

@@ -1,19 +1,24 @@
-"""The command line as a user meets it: configs, help, and errors of one line with exit status 2."""
+"""The command line: configs, help, errors of one line with exit status 2, permissions of files, and `compare`."""
 
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY_VIT
+from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.cli import main
+from recast_pl.cli.interruption import is_main_process
+from recast_pl.data.download import extract
 
-CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - {"imagenet.yaml"})  # which is not for fit
+CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - {"imagenet.yaml"})  # not for fit
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 ON_RESNET = ("recast_clr", "recast_piggyback")
 
@@ -29,7 +34,7 @@ def test_every_shipped_config_parses_and_prints_itself(config, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_laid_over_a_config_and_keeps_the_rest_of_it(method, capsys):
+def test_every_method_config_changes_only_the_method(method, capsys):
     base = "resnet34.yaml" if method in ON_RESNET else "vit.yaml"
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", base, "--config", f"methods/{method}.yaml", "--print_config"])
@@ -45,13 +50,13 @@ def test_every_method_is_laid_over_a_config_and_keeps_the_rest_of_it(method, cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_and_is_measured_again_the_same(method, tiny_fit, tmp_path):
+def test_every_method_trains_and_evaluates_to_the_same_numbers(method, tiny_fit, tmp_path):
     words = tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")
     if method in ON_RESNET:
         words[2] = "resnet34.yaml"
         words[words.index("vit_tiny_patch16_224")] = "torchvision/resnet34"
         words[words.index(json.dumps(TINY_VIT))] = "{}"
-    else:  # wide enough for one entry in a hundred thousand
+    else:  # wide enough for a density of one entry in a hundred thousand
         wide = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 2}
         words[words.index(json.dumps(TINY_VIT))] = json.dumps(wide)
     assert main(words) == 0
@@ -64,7 +69,7 @@ def test_every_method_learns_and_is_measured_again_the_same(method, tiny_fit, tm
 def test_every_vit_config_runs_on_a_small_vit(config, tiny_fit, tmp_path):
     words = tiny_fit("--trainer.max_epochs", "1")
     words[2] = config
-    if config == "vit_large.yaml":  # whose 12 groups divide its 24 layers, and those of the small one into single ones
+    if config == "vit_large.yaml":  # its 12 groups need more than 12 layers
         words[words.index(json.dumps(TINY_VIT))] = json.dumps(TINY_VIT | {"depth": 24})
     assert main(words) == 0
     trained = json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"]
@@ -90,13 +95,13 @@ def test_the_resnet_mimicry_config_runs(tmp_path):
     assert (tmp_path / "run" / "decomposition.safetensors").exists()
 
 
-def test_the_quickstart_learns_real_images_with_real_weights(tmp_path):
+def test_the_quickstart_trains_on_real_images_with_real_weights(tmp_path):
     run = tmp_path / "run"
     few = ["--trainer.max_epochs", "1", "--data.image_size", "64", "--trainer.enable_progress_bar", "false"]
     task = ["--data.tasks", json.dumps([{"name": "signs", "path": "data/clipart/signs"}])]
     assert main(["fit", "--config", "quickstart.yaml", "--run_dir", str(run), *few, *task]) == 0
     (row,) = json.loads((run / "summary.json").read_text())["tasks"]
-    assert row["probe_accuracy"] > 50  # of 5 classes: the weights are the pretrained ones, in their places
+    assert row["probe_accuracy"] > 50  # of 5 classes: the pretrained weights are loaded into the right places
     assert row["accuracy"] > 50
     assert row["task_parameters"] == 69
 
@@ -136,13 +141,13 @@ def test_the_quickstart_learns_real_images_with_real_weights(tmp_path):
         (["--no_such_option", "3"], ["no_such_option"]),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_status_2(words, named, tiny_fit, capsys, tmp_path):
+def test_user_errors_are_one_line_with_status_2(words, named, tiny_fit, capsys, tmp_path):
     assert main(tiny_fit(*words)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     message = lines[-1]
     assert message.startswith("recast_pl: error: ")
     assert all(name in message for name in named), message
-    assert not (tmp_path / "run").exists()  # so that the corrected command can be given as it is
+    assert not (tmp_path / "run").exists()  # so the corrected command needs no other --run_dir
 
 
 def test_an_existing_run_folder_is_not_touched(tiny_fit, tmp_path, capsys):
@@ -154,7 +159,7 @@ def test_an_existing_run_folder_is_not_touched(tiny_fit, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "other"])
-def test_wrong_weights_are_one_line(damage, tiny_fit, tmp_path, capsys):
+def test_wrong_weights_are_reported_in_one_line(damage, tiny_fit, tmp_path, capsys):
     import torch
     from safetensors.torch import save_file
 
@@ -169,7 +174,7 @@ def test_wrong_weights_are_one_line(damage, tiny_fit, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [["test"], ["predict", "--task", "t", "--images", "i", "--output", "o"]])
-def test_commands_on_a_folder_that_is_no_run(command, tmp_path, capsys):
+def test_commands_on_a_folder_that_is_not_a_run(command, tmp_path, capsys):
     assert main([*command, "--run_dir", str(tmp_path)]) == 2
     assert "config.yaml" in capsys.readouterr().err
 
@@ -186,7 +191,7 @@ def test_predict_of_an_unknown_task_or_an_unreadable_image(tiny_fit, tmp_path, c
 
 
 def test_an_overriding_list_of_tasks_inherits_nothing_from_the_one_before(tiny_fit, capsys):
-    # both lists have two tasks: nothing of `flip` and `path` may pass from one to the other
+    # both lists have two tasks: `flip` and `path` of the first list must not leak into the second
     words = tiny_fit("--data.tasks", '[{"name": "digits"}, {"name": "second"}]')
     words[words.index("--data.tasks") + 1] = '[{"name": "a", "path": "p", "flip": false}, {"name": "b", "path": "p"}]'
     assert main(words) == 2
@@ -215,14 +220,14 @@ def test_help_shows_the_commands_and_their_options(capsys):
     assert "--images" in help_of("predict")
 
 
-def test_python_m_is_the_same_command():
+def test_python_m_runs_the_same_command():
     command = [sys.executable, "-m", "recast_pl", "test", "--run_dir", "/no/such/run"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 2
     assert process.stderr.startswith("recast_pl: error: /no/such/run is not a run folder")
 
 
-def test_help_waits_for_no_import_of_the_library():
+def test_help_imports_nothing_heavy():
     code = "import sys; from recast_pl.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "compare" in process.stdout
@@ -231,7 +236,7 @@ def test_help_waits_for_no_import_of_the_library():
 
 
 @pytest.mark.parametrize(("words", "named"), [([], "a command is missing"), (["learn"], "invalid choice: 'learn'")])
-def test_what_is_no_command_is_said_in_a_line(words, named, capsys):
+def test_a_missing_or_unknown_command_is_one_line(words, named, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert named in error
@@ -239,7 +244,7 @@ def test_what_is_no_command_is_said_in_a_line(words, named, capsys):
     assert error.count("\n") == 1
 
 
-def test_all_that_the_package_offers_can_be_imported():
+def test_all_public_names_can_be_imported():
     import recast_pl
 
     assert {"TILModule", "Recast", "EWC", "SequentialTaskDataModule"} <= set(recast_pl.__all__)
@@ -248,11 +253,63 @@ def test_all_that_the_package_offers_can_be_imported():
         _ = recast_pl.nothing
 
 
+def test_fit_declares_its_options_once(tiny_fit, tmp_path, monkeypatch):
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    declared, declare = [], LightningArgumentParser.add_lightning_class_args
+    monkeypatch.setattr(
+        LightningArgumentParser,
+        "add_lightning_class_args",
+        lambda parser, cls, key, **settings: declared.append(key) or declare(parser, cls, key, **settings),
+    )
+    assert main(["fit", "--run_dir", str(tmp_path / "run"), "--resume", "true"]) == 0
+    assert declared == ["model", "data", "trainer"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "NODE_RANK": "1"}, True),  # torchrun sets RANK in every process
+        ({"RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1"}, False),  # the first process of the second node
+        ({"SLURM_PROCID": "1"}, False),
+    ],
+)
+def test_only_the_first_process_of_all_nodes_is_the_main_one(variables, first, monkeypatch):
+    for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_main_process() == first
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022])
+def test_permissions_of_files_and_folders_follow_the_umask(mask, tiny_fit, tmp_path, monkeypatch):
+    words = tiny_fit("--trainer.max_epochs", "1")
+    image = str(next((tmp_path / "first").rglob("*.png")))
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(ROOT / "configs" / "methods", "methods")
+    new = [tmp_path / name for name in ("run", "labels.csv", "data", "unpacked")]
+    monkeypatch.setenv("RECAST_PL_DATA", str(tmp_path / "data"))
+    before = os.umask(mask)
+    try:
+        assert main(words) == 0
+        predict = ["predict", "--run_dir", str(tmp_path / "run"), "--task", "first", "--images", image]
+        assert main([*predict, "--output", str(tmp_path / "labels.csv")]) == 0
+        extract(archive, tmp_path / "unpacked")
+    finally:
+        os.umask(before)
+    for path in (path for top in new for path in (top, *top.rglob("*"))):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
 # comparing
 
 
-def test_compare_learns_by_methods_and_seeds_and_goes_on_where_it_stopped(tiny_fit, tmp_path, capsys):
-    options = tiny_fit("--trainer.max_epochs", "1")[5:]  # less fit, config and run folder
+def test_compare_trains_methods_and_seeds_and_continues_where_it_stopped(tiny_fit, tmp_path, capsys):
+    options = tiny_fit("--trainer.max_epochs", "1")[5:]  # without fit, config and run folder
     words = ["compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "methods/melo.yaml"]
     words += ["--output", str(tmp_path / "table"), "--options", shlex.join(options), "--seeds", "1"]
     assert main(words) == 0
@@ -261,7 +318,7 @@ def test_compare_learns_by_methods_and_seeds_and_goes_on_where_it_stopped(tiny_f
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("*.safetensors")}
     assert len(before) == 4
     assert len(after) == 8
-    assert before.items() <= after.items()  # nothing was learnt twice
+    assert before.items() <= after.items()  # nothing was trained twice
     assert "comparison.md" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
     assert [row["method"] for row in rows] == ["probe", "melo"]
@@ -276,7 +333,7 @@ def test_compare_learns_by_methods_and_seeds_and_goes_on_where_it_stopped(tiny_f
     assert {line.count("|") for line in table} == {9}
 
 
-def test_compare_says_what_was_forgotten_shared_and_transferred(tiny_fit, tmp_path):
+def test_compare_reports_forgetting_shared_bytes_and_transfer(tiny_fit, tmp_path):
     options = tiny_fit("--trainer.max_epochs", "1")[5:]
     folder = tmp_path / "table"
     words = ["compare", "--base", "vit.yaml", "--configs", "methods/finetune_each.yaml", "methods/finetune.yaml"]
@@ -291,13 +348,13 @@ def test_compare_says_what_was_forgotten_shared_and_transferred(tiny_fit, tmp_pa
     assert int(finetune["bytes shared"].replace(",", "")) > 100_000
     gain = summary["tasks"][1]["accuracy"] - alone["tasks"][1]["accuracy"]
     assert finetune["forward transfer"] == f"{gain:.2f}"
-    (folder / "finetune" / "2").mkdir()  # as a run that was interrupted after its first task leaves it
+    (folder / "finetune" / "2").mkdir()  # like a run interrupted after its first task
     (folder / "finetune" / "2" / "summary.json").write_text(json.dumps({**summary, "seed": 2, "tasks": [1]}))
     assert main(words) == 0
     assert [row["seeds"] for row in csv.DictReader((folder / "comparison.csv").open())] == ["1", "1"]
 
 
-def test_compare_says_what_is_wrong(tmp_path, capsys):
+def test_compare_reports_errors(tmp_path, capsys):
     words = ["compare", "--output", str(tmp_path), "--configs"]
     assert main([*words, "methods/probe.yaml", "probe.yaml"]) == 2
     assert "two methods are named 'probe'" in capsys.readouterr().err

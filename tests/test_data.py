@@ -1,8 +1,7 @@
-"""Splits, folders, decoding, and the batches that reach the model."""
+"""Splits, and the batches that reach the model."""
 
 import hashlib
 import itertools
-import os
 import pickle
 import re
 from pathlib import Path
@@ -17,7 +16,6 @@ from torchvision.transforms import v2
 from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.data.batches import TaskSampler
 from recast_pl.data.datasets import open_folder
-from recast_pl.data.images import decode_file
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
 
@@ -113,146 +111,6 @@ def test_the_order_in_which_the_system_lists_files_does_not_matter(image_folder,
     assert after.classes == before.classes
     assert after.labels.tolist() == before.labels.tolist()
     assert all(torch.equal(after.images.decode(index, 8), image) for index, image in enumerate(pixels))
-
-
-# folders
-
-
-def test_a_folder_of_classes(image_folder):
-    source = open_folder(image_folder("colours", classes=3, images=4))
-    assert source.classes == ["class0", "class1", "class2"]
-    assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert set(source.splits) == {""}
-
-
-def test_a_folder_of_splits_of_classes(image_folder):
-    folders = [image_folder(f"given/{split}", images=i + 1, seed=i) for i, split in enumerate(SPLITS)]
-    data = stream(TaskConfig("given", str(folders[0].parent)))
-    assert data.sizes == {"train": 3, "val": 6, "test": 9}
-    for split, folder in zip(SPLITS, folders, strict=True):
-        pixels, labels, _ = (torch.cat(parts) for parts in zip(*data.plain_dataloader(split), strict=True))
-        wanted = [decode_file(file, 16) for file in sorted(folder.rglob("*.png"))]
-        assert torch.equal(pixels, torch.stack(wanted))
-        assert labels.tolist() == [int(file.parent.name[-1]) for file in sorted(folder.rglob("*.png"))]
-
-
-def test_nested_folders_and_suffixes_in_capitals_count_and_hidden_files_do_not(image_folder):
-    folder = image_folder("colours", classes=2, images=1)
-    write(folder / "class0" / "deep" / "er" / "A.PNG")
-    write(folder / "class0" / "B.JPEG")
-    write(folder / "class0" / "._000.png")
-    (folder / "class0" / ".DS_Store").touch()
-    (folder / "class0" / "notes.txt").touch()
-    (folder / ".git").mkdir()
-    (folder / "readme.md").touch()
-    source = open_folder(folder)
-    assert source.classes == ["class0", "class1"]
-    assert source.labels.tolist() == [0, 0, 0, 1]
-
-
-def test_hidden_folders_do_not_count(image_folder):
-    folder = image_folder("colours", classes=2, images=1)
-    write(folder / "class0" / ".ipynb_checkpoints" / "000-checkpoint.png")
-    assert open_folder(folder).labels.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "named"),
-    [
-        (lambda folder: folder.rename(folder.with_name("elsewhere")), "does not exist"),
-        (lambda folder: [c.rename(folder.parent / c.name) for c in list(folder.iterdir())], "has 0 class folders"),
-        (lambda folder: (folder / "class0").rename(folder.parent / "class0"), "has 1 class folders"),
-        (lambda folder: (folder / "void").mkdir(), "void"),
-        (lambda folder: (folder / "class1" / "009.jpg").write_text("text"), "009.jpg"),
-        (lambda folder: os.truncate(folder / "class1" / "001.png", 100), "001.png"),
-    ],
-    ids=["missing", "no-class", "one-class", "empty-class", "text", "truncated"],
-)
-def test_a_folder_that_cannot_be_used_is_named(image_folder, spoil, named):
-    folder = image_folder("spoilt", classes=2)
-    spoil(folder)
-    with pytest.raises(DataError, match=re.escape(named)) as error:
-        stream(TaskConfig("spoilt", str(folder)))
-    assert str(folder) in str(error.value)
-
-
-def test_a_class_without_training_images_is_named(image_folder):
-    folder = image_folder("given/train", classes=2)
-    write(folder.parent / "test" / "novel" / "0.png")
-    with pytest.raises(DataError, match="novel"):
-        open_folder(folder.parent)
-
-
-def test_a_task_too_small_for_three_splits_is_named(image_folder):
-    with pytest.raises(DataError, match=r"'scarce' has no val image"):
-        stream(TaskConfig("scarce", str(image_folder("scarce", images=2))))
-
-
-# decoding
-
-
-@pytest.mark.parametrize(
-    ("mode", "pixel", "suffix"),
-    [
-        ("RGB", (200, 30, 90), "png"),
-        ("RGBA", (200, 30, 90, 255), "png"),
-        ("L", 120, "png"),
-        ("LA", (120, 255), "png"),
-        ("1", 255, "png"),
-        ("L", 120, "tif"),
-        ("RGB", (200, 30, 90), "bmp"),
-        ("I;16", 120 * 257, "png"),
-    ],
-)
-def test_images_of_every_mode_become_rgb(tmp_path, mode, pixel, suffix):
-    path = tmp_path / f"image.{suffix}"
-    Image.new(mode, (12, 8), pixel).save(path)
-    image = decode_file(path, 6)
-    assert image.dtype == torch.uint8
-    grey = 255 if mode == "1" else 120
-    wanted = torch.tensor([200, 30, 90] if mode.startswith("RGB") else [grey] * 3)
-    assert torch.equal(image.long(), wanted[:, None, None].expand(3, 6, 6))
-
-
-def test_cmyk_and_palette_images_become_rgb(tmp_path):
-    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg")
-    cyan = decode_file(tmp_path / "cyan.jpg", 4)
-    assert cyan[0].max() < 20
-    assert cyan[1:].min() > 235
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 200, 30, 90])
-    palette.save(tmp_path / "palette.gif")
-    assert decode_file(tmp_path / "palette.gif", 4)[:, 0, 0].tolist() == [200, 30, 90]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright(tmp_path, orientation):
-    upright = np.zeros((8, 8, 3), np.uint8)  # asymmetric: a bright corner, and a darker one to its right
-    upright[:4, :4], upright[:4, 4:] = 255, 100
-    # how a camera stores it: the EXIF standard defines row 0 and column 0 for each orientation
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: upright.transpose(1, 0, 2)[::-1],
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: upright.transpose(1, 0, 2)[:, ::-1],
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "image.png", exif=exif)
-    assert np.array_equal(decode_file(tmp_path / "image.png", 8).permute(1, 2, 0).numpy(), upright)
-
-
-@pytest.mark.parametrize("wide", [True, False])
-def test_the_centre_is_cropped_after_the_shorter_side_is_resized(tmp_path, wide):
-    pixels = np.zeros((8, 24, 3), np.uint8)
-    pixels[:, 8:16] = 255
-    Image.fromarray(pixels if wide else pixels.transpose(1, 0, 2).copy()).save(tmp_path / "image.png")
-    assert (decode_file(tmp_path / "image.png", 8) == 255).all()
-    assert (decode_file(tmp_path / "image.png", 4)[:, :, 1:3] > 200).all()
 
 
 # batches
@@ -384,6 +242,46 @@ def test_shares_of_training_have_equal_length_and_cover_every_image(image_folder
     shares = [list(sampler) for sampler in samplers]
     assert {len(share) for share in shares} == {-(-len(dataset) // replicas)}
     assert {key for share in shares for key in share} == {(5, position) for position in range(len(dataset))}
+
+
+# plain images
+
+
+@pytest.mark.parametrize("transforms", [(), (v2.ColorJitter(0.9),)])
+def test_images_before_augmentation_stay_available(image_folder, transforms):
+    data = stream(TaskConfig("colours", str(image_folder("colours", images=20)), transforms=transforms), image_size=24)
+    loader = data.train_dataloader()
+    positions = [position for _, position in loader.sampler]
+    plain, augmented = [], []
+    for batch in loader:
+        augmented.append(data.on_after_batch_transfer(batch, 0)[0])
+        plain.append(data.plain_images)
+    dataset = data.plain_dataloader("train").dataset
+    wanted = dataset.__getitems__([(0, position) for position in positions])
+    wanted, _ = data.on_after_batch_transfer(wanted, 0)
+    assert torch.equal(torch.cat(plain), wanted)
+    assert not torch.equal(torch.cat(augmented), wanted)
+
+
+def test_images_are_augmented_as_their_tasks_ask(image_folder):
+    folder = str(image_folder("colours"))
+    dark = v2.Lambda(lambda image: image // 2)
+    data = stream(
+        TaskConfig("a", folder), TaskConfig("b", folder, flip=False), TaskConfig("c", folder, transforms=[dark])
+    )
+    images = torch.randint(0, 256, (90, 3, 4, 4), dtype=torch.uint8)
+    tasks = torch.arange(90) % 3
+    torch.manual_seed(3)
+    first = data.augment(images, tasks)
+    assert (first.dtype, first.shape) == (images.dtype, images.shape)
+    assert torch.equal(first[1::3], images[1::3])
+    for task, wanted in ((0, images[0::3]), (2, images[2::3] // 2)):
+        mirrored = (first[task::3] == wanted.flip(-1)).flatten(1).all(1)
+        kept = (first[task::3] == wanted).flatten(1).all(1)
+        assert (mirrored ^ kept).all()
+        assert 5 < mirrored.sum() < 25
+    torch.manual_seed(3)
+    assert torch.equal(data.augment(images, tasks), first)
 
 
 # the stream

@@ -1,5 +1,6 @@
 """Downloads from a server that fails, and by several processes."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -204,3 +205,21 @@ def test_only_one_of_two_processes_downloads(name, server, publish, tmp_path, ca
     assert server.requests == [(path, None) for path in paths]
     assert tree_of(tmp_path) == make(name).tree
     assert capfd.readouterr().err.count(f"waiting for another process: preparing {name}") == 1
+
+
+# permissions
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+@pytest.mark.parametrize("name", ["birds", "torchvision/MNIST"])
+def test_downloads_and_caches_follow_the_umask(name, umask, publish, mnist_server, tmp_path):
+    publish("birds")
+    before = os.umask(umask)
+    try:
+        assert prepare(tmp_path / "root", name) == 0
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "root", *(tmp_path / "root").rglob("*")]
+    assert any(path.name == "images.npy" for path in paths)
+    modes = {path: path.stat().st_mode & 0o777 for path in paths}
+    assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in paths}

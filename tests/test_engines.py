@@ -17,7 +17,7 @@ from test_stream import patches, read_summary, without_times
 
 from recast_pl import RecastError
 from recast_pl.cli import main
-from recast_pl.studies.engines import Here, Outcome, Ray, Slurm, run_units
+from recast_pl.studies.engines import Engine, Outcome, Ray, Slurm, run_units
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_what_cannot_be_learnt_apart_is_one_line_and_touches_nothing(words, name
 def test_templates_are_not_fitted_on_an_engine(tmp_path, capsys):
     words = ["fit", "--config", "mimicry_vit.yaml", "--run_dir", str(tmp_path / "run"), "--engine", "Processes"]
     assert main(words) == 2
-    assert "MimicryModule learns no tasks" in capsys.readouterr().err
+    assert "MimicryModule does not train tasks" in capsys.readouterr().err
 
 
 # engines
@@ -109,7 +109,7 @@ def test_processes_learn_the_bytes_of_one(sequential, tiny_fit, tmp_path, capsys
     capsys.readouterr()
     assert main(tiny_fit("--engine", "recast_pl.Processes", "--engine.workers", "2")) == 0
     out = capsys.readouterr().out
-    assert "second is learnt" in out
+    assert "second is trained" in out
     assert out.count("average") == 1
     assert_same(tmp_path / "run", sequential)
     assert (tmp_path / "run" / "config.yaml").read_text() == (sequential / "config.yaml").read_text()
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
     _, error = driver.communicate(timeout=600)
     assert started
     assert driver.returncode == 128 + signal.SIGINT
-    assert "interrupted by SIGINT; what is learnt is kept" in error
+    assert "interrupted by SIGINT; everything trained so far is kept" in error
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
@@ -183,7 +183,7 @@ def test_slurm_is_refused_where_there_is_none(tmp_path):
 
 
 def test_units_are_run_even_if_one_fails(capsys):
-    class Two(Here):
+    class Two(Engine):
         def run(self, commands):
             yield 1, Outcome(3, "line\n" * 30 + "the end")
             yield 0, Outcome(0)

@@ -12,7 +12,7 @@ from test_stream import kill_and_resume, patches
 import recast_pl
 from recast_pl import TaskPatch
 from recast_pl.cli import main
-from recast_pl.config.run_config import open_run
+from recast_pl.config.run import open_run
 from recast_pl.data.images import decode_file
 from recast_pl.errors import PatchError
 from recast_pl.files import read_tensors

@@ -1,4 +1,4 @@
-"""A pretrained classifier, dense and decomposed: a real network with its own ImageNet head, on real images."""
+"""The command `imagenet`, on a real network with its own ImageNet head and real images."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def compare(images, output, *words):
 
 @pytest.fixture(scope="module")
 def predicted():
-    """What timm's own network and preprocessing say of some clip art, image by image."""
+    """The class that timm's own network and preprocessing predict, by image of some clip art."""
     net = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     net.load_state_dict(_lite0_weights(net))
     net.eval()
@@ -35,12 +35,12 @@ def predicted():
         return {path: int(net(transform(Image.open(path).convert("RGB"))[None]).argmax()) for path in paths}
 
 
-def test_accuracies_are_those_of_timms_own_network(predicted, tmp_path, capsys):
+def test_accuracies_equal_those_of_timms_own_network(predicted, tmp_path, capsys):
     folder = tmp_path / "in" / "val"
     for label in range(1000):
         (folder / f"n{label:08d}").mkdir(parents=True)
     for number, (path, label) in enumerate(predicted.items()):
-        given = label if number else (label + 1) % 1000  # the first is in the wrong place
+        given = label if number else (label + 1) % 1000  # the first image has a wrong label
         shutil.copy(path, folder / f"n{given:08d}" / f"{number}.jpg")
     facts = compare(tmp_path / "in", tmp_path / "out", "--batch_size", "4")
     right = 100 * (len(predicted) - 1) / len(predicted)
@@ -51,17 +51,17 @@ def test_accuracies_are_those_of_timms_own_network(predicted, tmp_path, capsys):
     assert "dense_accuracy" in capsys.readouterr().out
 
 
-def test_a_decomposition_that_loses_something_is_seen_to(predicted, tmp_path):
+def test_a_lossy_decomposition_lowers_agreement_and_similarity(predicted, tmp_path):
     for number, path in enumerate(predicted):
         (tmp_path / "in" / "food").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "in" / "food" / f"{number}.jpg")
     facts = compare(tmp_path / "in", tmp_path / "out", "--layout.templates", "1")
-    assert facts["dense_accuracy"] is None  # one class is not the network's thousand
+    assert facts["dense_accuracy"] is None  # one class instead of the network's thousand
     assert facts["agreement"] < 50
     assert facts["similarity"] < 0.9
 
 
-def test_what_is_missing_is_one_line(tmp_path, capsys):
+def test_missing_images_and_conflicting_options_are_one_line(tmp_path, capsys):
     words = ["imagenet", *LITE0, "--images", str(tmp_path), "--output", str(tmp_path / "out")]
     assert main(words) == 2
     assert "holds no image" in capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_what_is_missing_is_one_line(tmp_path, capsys):
     assert "both of --layout and --decomposition" in capsys.readouterr().err
 
 
-def test_the_shipped_config_is_understood(capsys):
+def test_the_shipped_config_parses(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["imagenet", "--config", "imagenet.yaml", "--print_config"])
     assert stop.value.code == 0
@@ -79,7 +79,7 @@ def test_the_shipped_config_is_understood(capsys):
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "vit_tiny_patch16_224"])
-def test_other_classifiers_have_their_own_head_and_preprocessing(name, predicted, tmp_path):
+def test_other_classifiers_use_their_own_head_and_preprocessing(name, predicted, tmp_path):
     (tmp_path / "in" / "food").mkdir(parents=True)
     shutil.copy(next(iter(predicted)), tmp_path / "in" / "food" / "0.jpg")
     words = ["imagenet", "--backbone.name", name, "--backbone.weights", "random", "--images", str(tmp_path / "in")]
@@ -92,6 +92,8 @@ def test_other_classifiers_have_their_own_head_and_preprocessing(name, predicted
 
 @pytest.mark.slow
 def test_predictions_are_equal_on_all_clip_art(tmp_path):
-    facts = compare(ROOT / "data" / "clipart", tmp_path / "out", "--batch_size", "8")  # or memory is what takes time
+    facts = compare(
+        ROOT / "data" / "clipart", tmp_path / "out", "--batch_size", "8"
+    )  # larger batches need too much memory
     assert facts["images"] == len(list((ROOT / "data" / "clipart").rglob("*.jpg")))
     assert facts["agreement"] == 100

@@ -1,4 +1,4 @@
-"""Files that are damaged, or made up: refused with the project's own error, never used, never a crash."""
+"""Damaged and made-up files are refused with the project's own errors; they are never used and never crash."""
 
 import functools
 import math
@@ -112,7 +112,7 @@ def test_nan_is_refused(tmp_path):
 
 
 def read(load, path, error):
-    """What is read; None where it is refused in the name of the file."""
+    """Reads a file; returns None if it is refused with an error that names it."""
     try:
         return load(path)
     except error as refused:
@@ -153,7 +153,7 @@ KIND = st.sampled_from(sorted(KINDS))
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=1_000)  # each takes as long as five of the others
+@settings(MANY, max_examples=1_000)  # each example takes as long as five of the others
 @given(
     facts=st.dictionaries(st.sampled_from(sorted(GENUINE)), JSON),
     real=st.sets(st.sampled_from(sorted(GENUINE))),

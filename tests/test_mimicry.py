@@ -1,7 +1,9 @@
-"""The gradient fit: equation 3 against autograd in float64, its start, its end, and its command line."""
+"""The gradient fit: equation 3 against autograd in float64, its initial values, its result and its command line."""
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from recast_pl.errors import DecompositionError
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT | {"depth": 4})
 MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=2, templates=2, coefficient_sets=2)
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-RATE = 1024.0  # steps are differences of numbers near 1: large ones keep the digits of the gradient
+RATE = 1024.0  # a step is a difference of numbers near 1, so a large one keeps more digits of the gradient
 
 
 def dense_weights(module):
@@ -45,7 +47,7 @@ def values(module):
 
 
 def steps(module):
-    """What one epoch subtracts from templates and coefficients, in units of the learning rate."""
+    """The change of templates and coefficients in one epoch, divided by minus the learning rate."""
     before = values(module)
     trainer = fit(module)
     return [(b - a) / RATE for b, a in zip(before, values(module), strict=True)], trainer
@@ -72,7 +74,7 @@ def test_one_step_follows_the_gradient_of_equation_3(monkeypatch, name, block, l
     module = started(layout, loss=name, loss_scale=3.0)
     with torch.no_grad():
         for weight in module.teacher:
-            weight.mul_(100)  # so that both branches of the smooth loss are taken
+            weight.mul_(100)  # so that both branches of the smooth loss are used
             assert 0.1 < (weight.abs() > 1).float().mean() < 0.9
     wanted_loss, wanted = equation_3(module, {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[name], 3.0)
     found, trainer = steps(module)
@@ -81,7 +83,7 @@ def test_one_step_follows_the_gradient_of_equation_3(monkeypatch, name, block, l
     assert float(trainer.callback_metrics["mimicry/loss"]) == pytest.approx(wanted_loss, rel=1e-5)
 
 
-def test_the_gradient_of_each_group_is_clipped_by_its_norm():
+def test_the_gradient_of_each_group_is_clipped_to_the_largest_norm():
     module = started(gradient_clip=1e-3)
     _, wanted = equation_3(module, F.smooth_l1_loss, 2.0)
     found, _ = steps(module)
@@ -92,8 +94,8 @@ def test_the_gradient_of_each_group_is_clipped_by_its_norm():
         torch.testing.assert_close(step.double(), gradient * (1e-3 / gradient.norm()), rtol=1e-3, atol=1e-8)
 
 
-def test_noise_is_felt_by_the_loss_and_never_stored():
-    # a rate of 0, so that noise is all that changes
+def test_noise_changes_the_loss_but_not_the_coefficients():
+    # with a rate of 0, only the noise changes
     losses = []
     for std in (0.0, 0.5):
         module = started(noise_std=std, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
@@ -103,7 +105,7 @@ def test_noise_is_felt_by_the_loss_and_never_stored():
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-def test_the_start_is_orthogonal_and_of_kaiming_scale():
+def test_initial_coefficients_are_orthogonal_and_templates_have_kaiming_scale():
     module = started()
     assert len(module.groups) == 4
     for coefficients in module.coefficients:
@@ -117,7 +119,7 @@ def test_the_start_is_orthogonal_and_of_kaiming_scale():
         assert not torch.allclose(templates[0], templates[1])
 
 
-def test_the_start_depends_on_the_seed():
+def test_initial_values_depend_on_the_seed():
     fingerprints = [started(seed=seed).decomposition().fingerprint for seed in (0, 0, 1)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
@@ -129,12 +131,12 @@ def test_the_teacher_is_neither_trained_nor_changed():
     assert all(torch.equal(a, b) for a, b in zip(before, module.teacher, strict=True))
 
 
-def test_a_fit_finds_the_weights():
+def test_a_fit_reproduces_the_weights():
     layout = BankLayout([r"mlp\.fc[12]\.weight"], groups=2)
     adam = {"optimizer": lambda p: torch.optim.Adam(p, lr=0.05), "gradient_clip": 1.0, "noise_std": 1e-4}
     module = started(layout, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 100, 0.1), **adam)
     for weight in module.teacher:
-        weight.data.mul_(10)  # from timm's start, σ 0.02, to the scale at which templates start
+        weight.data.mul_(10)  # from the σ of 0.02 in timm to the initial scale of the templates
     start, _ = equation_3(module, F.smooth_l1_loss, 2.0)
     assert max(module.similarities().values()) < 0.5
     trainer = fit(module, 200)
@@ -144,7 +146,7 @@ def test_a_fit_finds_the_weights():
     assert float(trainer.callback_metrics["mimicry/similarity"]) > 0.999
 
 
-def test_similarity_is_the_cosine_of_the_weights_of_the_decomposition():
+def test_similarities_are_cosines_of_reconstructed_weights():
     module = started()
     weights = module.decomposition().reconstruct()
     for name, similarity in module.similarities().items():
@@ -160,7 +162,7 @@ def test_the_schedule_is_stepped_every_epoch():
     assert float(trainer.callback_metrics["mimicry/lr"]) == RATE / 4
 
 
-def test_before_training_there_is_no_decomposition():
+def test_an_untrained_module_has_no_decomposition():
     with pytest.raises(DecompositionError, match=r"Trainer\.fit"):
         MimicryModule(VIT, MLP).decomposition()
 
@@ -171,18 +173,35 @@ def test_a_layout_that_does_not_fit_the_teacher_is_refused():
         fit(module)
 
 
-def test_the_command_line_writes_a_decomposition_that_recast_takes(tmp_path, image_folder, capsys):
+@pytest.mark.parametrize(
+    ("name", "value"), [("loss", "l1"), ("noise_std", -1.0), ("gradient_clip", -1.0), ("similarity_every", 0)]
+)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(DecompositionError, match=re.escape(f"{name}={value!r}")):
+        MimicryModule(VIT, MLP, **{name: value})
+
+
+def test_a_teacher_that_is_not_finite_is_refused(tmp_path):
+    state = VIT.build(32).net.state_dict()
+    state["blocks.1.mlp.fc1.weight"][0, 0] = torch.inf
+    torch.save(state, tmp_path / "weights.pth")
+    module = MimicryModule(replace(VIT, weights=str(tmp_path / "weights.pth")), MLP, image_size=32)
+    with pytest.raises(DecompositionError, match=r"blocks\.1\.mlp\.fc1\.weight .* not all finite"):
+        module.configure_model()
+
+
+def test_the_command_line_writes_a_decomposition_that_recast_can_use(tmp_path, image_folder, capsys):
     run_dir, tiny = tmp_path / "mimicry", ["--model.backbone.name", "vit_tiny_patch16_224"]
     tiny += ["--model.backbone.weights", "random", "--model.backbone.args", json.dumps(TINY_VIT)]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "11"]
     words = ["fit", "--config", "mimicry_vit.yaml", *tiny, "--model.image_size", "32", "--run_dir", str(run_dir)]
     assert main([*words, *quiet]) == 0
     mean = json.loads((run_dir / "mimicry.json").read_text())["similarity"]
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"mean {mean:.4f}, lowest" in said
-    assert "leave the fit to the closed form" in said  # after so few epochs
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"mean {mean:.4f}, lowest" in printed
+    assert "or use the closed form" in printed  # after so few epochs
     assert (run_dir / "config.yaml").is_file()
-    assert not list(run_dir.rglob("*.ckpt"))  # as large as the network, after each of 1000 epochs
+    assert not list(run_dir.rglob("*.ckpt"))  # each would be as large as the network
     decomposition = Decomposition.load(run_dir / "decomposition.safetensors")
     assert sum(bank.coefficients.numel() for bank in decomposition.banks) == 96
     (events,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*")}

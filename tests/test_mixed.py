@@ -1,4 +1,4 @@
-"""Batches of many tasks: whichever way is taken, each image gets what its task alone would say of it."""
+"""Mixed batches: by every strategy, each image gets the features that its task alone gives it."""
 
 from dataclasses import replace
 
@@ -12,8 +12,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from recast_pl import BackboneConfig, BankLayout, Piece, Predictor, Recast, RoSA, Scale, TILModule
-from recast_pl.inference.mixed import Cost, MixedTasks, Survey
-from recast_pl.inference.states import TaskStates
+from recast_pl.inference.mixed_batch import MixedBatch
 
 COUNTS = [2, 1, 3]
 APART = {"piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"}
@@ -79,18 +78,18 @@ QUICK = {
 }
 NO_PRODUCTS = {  # at any layer
     *("probe-vit", "probe-resnet", "dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
-    *("recast+dora-mlp-vit", "standardised"),
+    *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet"),
 }
 
 
-def learnt(name, tasks=3):
-    """A module, and states of some tasks that differ in all that is trained."""
+def trained(name, count=3):
+    """A module, and the states of some tasks that differ in all that is trained."""
     torch.manual_seed(0)
     module = TILModule(*METHODS[name]())
     module.build(32)
-    states = TaskStates(len(module.pieces))
     module.begin_task("any", ["a", "b"])
-    for _ in range(tasks):
+    states = []
+    for _ in range(count):
         with torch.no_grad():
             for piece in module.pieces:
                 for parameter in piece.parameters.values():
@@ -98,65 +97,91 @@ def learnt(name, tasks=3):
                 for sparse in piece.adaptations.values() if isinstance(piece, RoSA) else ():
                     sparse.indices = torch.randperm(sparse.size)[: len(sparse.indices)].sort().values
                     sparse.chosen = True
-        states.add([piece.task_state() for piece in module.pieces])
+        states.append([piece.task_state() for piece in module.pieces])
     return module.eval(), states
 
 
 def alone(module, states, images):
     """Features by the network's own forward pass, task after task, with nothing merged."""
     parts = []
-    for row, part in enumerate(images.split(COUNTS)):
-        for piece, state in zip(module.pieces, states.of(row), strict=True):
-            piece.load_task_state(state)
+    for state, part in zip(states, images.split(COUNTS), strict=True):
+        for piece, tensors in zip(module.pieces, state, strict=True):
+            piece.load_task_state(tensors)
         parts.append(module.backbone(part))
     return torch.cat(parts)
 
 
 def marked(names):
-    """All are tried, those that say something new without being asked."""
+    """All methods; those that QUICK does not name only in slow runs."""
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", marked(METHODS))
 @torch.no_grad()
-def test_every_way_gives_each_image_what_its_task_alone_would(name):
-    module, states = learnt(name)
-    images, rows = torch.rand(sum(COUNTS), 3, 32, 32), range(len(COUNTS))
+def test_every_strategy_gives_each_image_the_features_of_its_task(name):
+    module, states = trained(name)
+    images = torch.rand(sum(COUNTS), 3, 32, 32)
     wanted = alone(module, states, images)
     if name not in ("probe-vit", "probe-resnet"):
-        other = alone(module, states, images.roll(1, 0)).roll(-1, 0)  # images of which some are by another task
+        other = alone(module, states, images.roll(1, 0)).roll(-1, 0)  # some images by another task
         assert (other - wanted).abs().max() > 1e-3
-    mixed = MixedTasks(module.backbone, module.pieces, states)
-    torch.testing.assert_close(mixed.apart(images, rows, COUNTS), wanted, atol=1e-5, rtol=1e-5)
-    ways = mixed.choose(images, rows)
-    survey = next(iter(mixed._surveys.values()), None)
-    assert survey is not None or ways is None
-    torch.testing.assert_close(mixed.features(images, rows, COUNTS), wanted, atol=1e-5, rtol=1e-5)
-    assert (survey is None) == (name in APART | {"own-loading", "windows"})
-    if survey is None:
+    mixed = MixedBatch(module.backbone, module.pieces)
+    tasks = [mixed.pack(state) for state in states]
+    torch.testing.assert_close(mixed.one_by_one(images, tasks, COUNTS), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.features(images, tasks, COUNTS), wanted, atol=1e-5, rtol=1e-5)
+    layers = mixed.layers(images, tasks)
+    assert (layers is None) == (name in APART | {"own-loading", "windows"})
+    if layers is None:
         return
-    before, products = {key: value.clone() for key, value in module.state_dict().items()}, 0
-    for wish in ("weights", "products"):
-        ways = {site: wish if wish in costs else "weights" for site, costs in survey.layers.items()}
-        products += list(ways.values()).count("products")
-        found = mixed.together(images, rows, COUNTS, ways)
+    for products in (False, True):
+        found = mixed.together(images, tasks, COUNTS, layers, products)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    assert (products == 0) == (name in NO_PRODUCTS)
-    after = module.state_dict()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert not any("forward" in vars(part) for part in module.backbone.modules())
+    assert any(layer.has_products for layer in layers) == (name not in NO_PRODUCTS)
 
 
-def test_the_least_cost_is_chosen():
-    layers = {
-        "cheap to generate": {"weights": Cost(1, 1), "products": Cost(0, 2)},
-        "generated only": {"weights": Cost(1, 1)},
-    }
-    survey = Survey(layers, rest=Cost(each=3, image=1), apart=Cost(each=10, image=2.5))
-    few = survey.choose(tasks=2, images=8)  # 11 + (2 + 8) + (2 + 8), beside 20 + 20
-    assert few == {"cheap to generate": "weights", "generated only": "weights"}
-    assert survey.choose(tasks=12, images=8)["cheap to generate"] == "products"  # 16, beside 12 + 8
-    assert survey.choose(tasks=1, images=200) is None  # 203 + 201 + 201, beside 10 + 500
+@pytest.mark.parametrize("name", marked(ISOLATED))
+def test_patches_in_half_and_full_precision_share_a_batch(name, tmp_path):
+    module, states = trained(name)
+    tasks = ["full", "half", "brain"]
+    full = [replace(module.patch({}), task=task, pieces=state) for task, state in zip(tasks, states, strict=True)]
+    model, wanted = Predictor(module), []
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    for patch, dtype in zip(full, (torch.float, torch.half, torch.bfloat16), strict=True):
+        narrow = {n: t.to(dtype) if t.is_floating_point() else t for n, t in patch.tensors.items()}
+        patch.with_tensors(narrow).save(tmp_path / "patch.safetensors")
+        model.add_patch(tmp_path / "patch.safetensors")
+        wanted += model.predict_tensors(images, [patch.task] * len(images))
+    mixed = [task for task in tasks for _ in images]
+    found = model.predict_tensors(images.repeat(len(tasks), 1, 1, 1), mixed)
+    assert [f.task for f in found] == mixed
+    for prediction, alone in zip(found, wanted, strict=True):
+        assert prediction.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+@torch.no_grad()
+def test_after_a_mixed_batch_the_network_is_an_ordinary_one_again():
+    module, states = trained("recast-vit")
+    images, mixed = torch.rand(sum(COUNTS), 3, 32, 32), MixedBatch(module.backbone, module.pieces)
+    wanted = alone(module, states, images)
+    mixed.features(images, [mixed.pack(state) for state in states], COUNTS)
+    assert torch.equal(alone(module, states, images), wanted)
+    with torch.enable_grad():
+        module.backbone(images).sum().backward()
+    assert all(parameter.grad.any() for parameter in module.pieces[0].parameters.values())
+
+
+@torch.no_grad()
+def test_the_rule_counts_operations():
+    module, states = trained("recast-vit")
+    mixed = MixedBatch(module.backbone, module.pieces)
+    layer, *_ = mixed.layers(torch.rand(2, 3, 32, 32), [mixed.pack(state) for state in states])
+
+    def products(tokens, counts):
+        return layer.products_are_cheaper(torch.empty(counts[0], tokens, len(layer.module.bias)), counts)
+
+    assert products(5, [1, 1, 1])  # 5 tokens by one more template, beside a weight of two templates
+    assert not products(197, [1, 1, 1])
+    assert not products(5, [1, 100, 100])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Runs that are killed, whose disk is full, and whose files are damaged: what was finished stays, and goes on."""
+"""Runs that are killed, whose disk is full or whose files are damaged keep finished tasks and resume."""
 
 import os
 import random
@@ -22,43 +22,43 @@ from recast_pl.files import is_whole_checkpoint
 from recast_pl.learning.trainer import WholeCheckpoints
 
 
-def going_on(run, words):
+def resuming(run, words):
     """The command that a user gives after a kill."""
     known = (run / "config.yaml").is_file()
     return ["fit", "--run_dir", str(run), "--resume", "true"] if known else [*words, "--resume", "true"]
 
 
 def everything(run):
-    """All that a run ends with, less times and events; a config spells the same things in one way or another."""
+    """The final content of a run except times and TensorBoard events; a config may be spelled in several ways."""
     files = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
-    timed = {"config.yaml"} | {name for name in files if name.startswith("tasks/")}  # the summary has all of a record
+    timed = {"config.yaml"} | {name for name in files if name.startswith("tasks/")}  # the summary holds all of a record
     content = {name: None if name in timed else path.read_bytes() for name, path in files.items()}
     return content | {"summary.json": without_times(read_summary(run))}
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_at_any_moment_ends_as_if_it_had_not_been(tiny_fit, tmp_path):
+def test_a_run_that_is_killed_at_random_moments_ends_like_an_uninterrupted_one(tiny_fit, tmp_path):
     kills, generator, log, killed = 12, random.Random(0), tmp_path / "log", tmp_path / "killed"
     words = tiny_fit(run_dir=killed)
     with fork_server() as (ask, _):
-        for run in (tmp_path / "before", tmp_path / "whole"):  # whose images have been read by the one before
+        for run in (tmp_path / "before", tmp_path / "whole"):  # the first run fills the image cache for the second
             started = time.monotonic()
             assert ask(words=tiny_fit(run_dir=run), log=str(log)) == 0
             seconds = time.monotonic() - started
         wanted = everything(tmp_path / "whole")
         while kills:
-            status = ask(words=going_on(killed, words), log=str(log), seconds=generator.uniform(0, seconds))
+            status = ask(words=resuming(killed, words), log=str(log), seconds=generator.uniform(0, seconds))
             assert status in (0, -signal.SIGKILL), log.read_text()
             kills -= status != 0
-            if status == 0:  # and once more from the start
+            if status == 0:  # start again until enough kills have happened
                 assert everything(killed) == wanted
                 shutil.rmtree(killed)
-        assert ask(words=going_on(killed, words), log=str(log)) == 0, log.read_text()
+        assert ask(words=resuming(killed, words), log=str(log)) == 0, log.read_text()
     assert everything(killed) == wanted
 
 
 def started(words, log):
-    """A command in a session of its own."""
+    """Starts a command in its own session."""
     command = [sys.executable, "-m", "recast_pl", *words]
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -84,7 +84,7 @@ def is_gone(group):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_been(tiny_fit, tmp_path):
+def test_two_processes_that_are_ended_at_random_moments_end_like_uninterrupted_ones(tiny_fit, tmp_path):
     generator, log, ended, whole = random.Random(0), tmp_path / "log", tmp_path / "ended", tmp_path / "whole"
     more = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "6")
     process = started(tiny_fit(*more, run_dir=whole), log)
@@ -95,13 +95,13 @@ def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_bee
     words = tiny_fit(*more, run_dir=ended)
     for number in (signal.SIGTERM, signal.SIGKILL):
         since = time.time_ns()
-        process = started(going_on(ended, words), log)
+        process = started(resuming(ended, words), log)
         wait_until(is_written, ended / "config.yaml", since)
-        time.sleep(generator.uniform(0.4 * seconds, seconds))  # it takes half of the time to start the second process
+        time.sleep(generator.uniform(0.4 * seconds, seconds))  # starting the second process takes half of the time
         (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
         assert process.wait(600) in (0, -number, 128 + number), log.read_text()
         wait_until(is_gone, process.pid)
-    assert started(going_on(ended, words), log).wait(600) == 0, log.read_text()
+    assert started(resuming(ended, words), log).wait(600) == 0, log.read_text()
     assert everything(ended) == everything(whole)
 
 
@@ -110,10 +110,10 @@ def test_two_processes_that_are_ended_at_any_moment_go_on_as_if_they_had_not_bee
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk: how to run commands there, where the commands see it, and where this process does."""
+    """A small disk: a function that runs commands there, its path for the commands, and its path for this process."""
     mine = tmp_path / "disk"
     mine.mkdir()
-    # root of its own mounts, and yet without the right to write where it is not allowed
+    # may mount, but may not write where file permissions forbid it
     with fork_server("unshare", "-rm", "setpriv", "--bounding-set", "-dac_override") as (ask, process):
         try:
             refused = ask(shell=f"mount -t tmpfs -o size=384k none {mine}")
@@ -135,7 +135,7 @@ def the_error(log):
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_too_small_again_and_again_ends_as_if_it_had_not_been(tiny_fit, disk, tmp_path):
+def test_a_run_whose_disk_is_full_again_and_again_ends_like_an_uninterrupted_one(tiny_fit, disk, tmp_path):
     (ask, place, seen), log = disk, tmp_path / "log"
     words, whole, run = tiny_fit(run_dir=place / "run"), tmp_path / "whole", seen / "run"
     assert ask(words=tiny_fit(run_dir=whole), log=str(log)) == 0
@@ -150,7 +150,7 @@ def test_a_run_whose_disk_is_too_small_again_and_again_ends_as_if_it_had_not_bee
         assert not list(run.rglob(".*"))
         assert ask(shell=f"mount -o remount,size={384 + 32 * len(errors)}k {place}") == 0
     assert everything(run) == everything(whole)
-    assert len(errors) > 2  # or the disk was hardly ever full
+    assert len(errors) > 2  # otherwise the disk was rarely full
 
 
 MIMICRY = ("fit", "--config", "mimicry_resnet34.yaml", "--trainer.max_epochs", "1", "--model.image_size", "32")
@@ -159,7 +159,7 @@ COMPARE = ("compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "
 
 
 @pytest.mark.slow
-def test_every_command_that_cannot_write_says_where_and_why(tiny_fit, disk, tmp_path):
+def test_every_command_that_cannot_write_names_the_path_and_the_cause(tiny_fit, disk, tmp_path):
     (ask, place, _), log, run = disk, tmp_path / "log", tmp_path / "run"
     assert ask(words=tiny_fit(), log=str(log)) == 0
     image = str(next((tmp_path / "first").rglob("*.png")))
@@ -185,11 +185,11 @@ def test_every_command_that_cannot_write_says_where_and_why(tiny_fit, disk, tmp_
             assert reason in error, error
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path):
     path, (soft, hard) = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
     WholeCheckpoints().save_checkpoint({"weights": torch.zeros(1000)}, path)
     before = path.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))  # no file may grow beyond
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))  # no file may become larger
     try:
         with pytest.raises(StorageError, match=r"last\.ckpt .*File too large"):
             WholeCheckpoints().save_checkpoint({"weights": torch.zeros(2000)}, path)
@@ -205,11 +205,11 @@ RECORD = "tasks/00_first.json"
 
 
 def from_another_run(run):
-    """A patch of the same task, base and method, and a record that does not know it."""
+    """A patch of the same task, base and method that the record does not describe."""
     return patches(run.parent / "other")["00_first.safetensors"]
 
 
-DAMAGES = {  # file, what is written there, the commands that refuse it
+DAMAGES = {  # the file, its damaged content, and the commands that refuse it
     "record-empty": (RECORD, lambda run: "", "fit test predict"),
     "record-null": (RECORD, lambda run: "null", "fit test predict"),
     "record-list": (RECORD, lambda run: "[]", "fit test predict"),
@@ -231,7 +231,7 @@ DAMAGES = {  # file, what is written there, the commands that refuse it
 }
 
 
-def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is_restored(tiny_fit, tmp_path, capsys):
+def test_a_damaged_run_is_refused_with_the_name_of_the_file_and_works_once_that_is_restored(tiny_fit, tmp_path, capsys):
     run, image = tmp_path / "run", str(next((tmp_path / "first").rglob("*.png")))
     assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
     assert main(tiny_fit("--trainer.max_epochs", "2", run_dir=tmp_path / "other")) == 0
@@ -240,7 +240,7 @@ def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is
         "test": ["test", "--run_dir", str(run)],
         "predict": ["predict", "--run_dir", str(run), "--task", "first", "--images", image, "--output", f"{run}.csv"],
     }
-    assert main(commands["fit"]) == 0  # which spells the config in its own way
+    assert main(commands["fit"]) == 0  # resuming writes the config in its own spelling
     for name, content, refusing in DAMAGES.values():
         path, before = run / name, (run / name).read_bytes()
         damaged = content(run)
@@ -258,7 +258,7 @@ def test_a_damaged_run_is_refused_in_the_name_of_the_file_and_goes_on_when_it_is
     assert [main(words) for words in commands.values()] == [0, 0, 0]
 
 
-def test_a_task_whose_patch_has_gone_is_learnt_again(tiny_fit, tmp_path):
+def test_a_task_with_a_removed_patch_is_trained_again_to_the_same_files(tiny_fit, tmp_path):
     run = tmp_path / "run"
     assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
     wanted = everything(run)

@@ -1,4 +1,4 @@
-"""Files of learnt tasks as tools see them: shown, compared, verified, averaged, made smaller."""
+"""The patch command: show, diff, verify, average and quantize."""
 
 import json
 from dataclasses import replace
@@ -26,13 +26,13 @@ def run(clipart_run):
 
 
 def changed(run, path, factor=1.0, name=SIGNS, **facts):
-    """A copy of a run's patch, with its numbers multiplied."""
+    """Writes a copy of a run's patch with its numbers multiplied by a factor."""
     source = TaskPatch.load(run / name)
     source.with_tensors({n: t * factor for n, t in source.tensors.items()}, **facts).save(path)
     return path
 
 
-def test_show_tells_what_a_patch_is(run, capsys):
+def test_show_prints_what_a_patch_is(run, capsys):
     assert patch("show", run / SIGNS, run / PEOPLE) == 0
     out = " ".join(capsys.readouterr().out.split())
     accuracy = json.loads((run / "summary.json").read_text())["tasks"][0]["accuracy"]
@@ -42,7 +42,7 @@ def test_show_tells_what_a_patch_is(run, capsys):
     assert f"{size:,}" in out
 
 
-def test_diff_tells_what_differs_and_how_far(run, tmp_path, capsys):
+def test_diff_prints_what_differs_and_by_how_much(run, tmp_path, capsys):
     other = changed(run, tmp_path / "other.safetensors", 1.5, image_size=64)
     assert patch("diff", run / SIGNS, other) == 0
     out = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_diff_tells_what_differs_and_how_far(run, tmp_path, capsys):
     assert all(name in out for name in ("classes", "head/0/weight"))
 
 
-def test_verify_accepts_what_is_whole(run, capsys):
+def test_verify_accepts_whole_patches(run, capsys):
     assert patch("verify", run / SIGNS, run / PEOPLE, "--run_dir", run) == 0
     assert capsys.readouterr().out.count("whole, and fits") == 2
 
@@ -86,7 +86,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_refuses_in_one_line_what_is_not(damage, run, tmp_path, capsys):
+def test_verify_refuses_damaged_patches_in_one_line(damage, run, tmp_path, capsys):
     break_it, named, needs_run = DAMAGES[damage]
     path = changed(run, tmp_path / "bad.safetensors")
     break_it(path)
@@ -110,7 +110,7 @@ def test_average_is_the_weighted_mean_and_a_patch(run, tmp_path):
     assert all(torch.equal(load_file(output)[name], tensor) for name, tensor in first.items())
 
 
-def test_average_refuses_what_does_not_belong_together(run, tmp_path, capsys):
+def test_average_refuses_patches_that_do_not_belong_together(run, tmp_path, capsys):
     output = tmp_path / "mean.safetensors"
     based = changed(run, tmp_path / "based.safetensors", base="1" * 64)
     for words, named in (
@@ -157,7 +157,7 @@ def test_a_patch_in_half_precision_predicts(run, tmp_path):
         assert main(["predict", "--run_dir", str(run), *choice, *images]) == 0
         labels.append(np.genfromtxt(output, delimiter=",", skip_header=1, usecols=2))
     np.testing.assert_allclose(labels[0], labels[1], atol=5e-3)
-    assert not np.array_equal(*labels)  # it is the other file that has been used
+    assert not np.array_equal(*labels)  # the other file was used
 
 
 def test_quantize_refuses_what_half_precision_cannot_hold(run, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_quantize_refuses_what_half_precision_cannot_hold(run, tmp_path, capsys)
     assert "65,504" in capsys.readouterr().err
 
 
-def test_predict_wants_a_task_or_a_patch(run, capsys):
+def test_predict_needs_a_task_or_a_patch(run, capsys):
     words = ["predict", "--run_dir", str(run), "--images", str(PICTURES[0]), "--output", "labels.csv"]
     assert main(words) == 2
     assert "neither of --task and --patch" in capsys.readouterr().err

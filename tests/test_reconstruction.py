@@ -1,4 +1,4 @@
-"""The ways of figure 5 to come by templates: bases of the closed form, and an autoencoder."""
+"""The sources of templates in figure 5: bases of the closed form, and an autoencoder."""
 
 import json
 import math
@@ -48,8 +48,8 @@ def test_every_basis_of_as_many_templates_as_layers_is_exact(basis):
     assert np.abs(reconstructed(found) - dense(model)).max() < 1e-6
 
 
-def test_the_default_basis_has_the_bits_it_always_had():
-    # integers, whose products are exact: what follows is LAPACK's, and no change of ours may touch it
+def test_the_default_basis_keeps_its_exact_values():
+    # products of integers are exact, so the result is that of LAPACK, and no change here may alter it
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -63,7 +63,7 @@ def test_the_default_basis_has_the_bits_it_always_had():
     assert explicit.fingerprint == decompose(model, BankLayout(["weight"], templates=1)).fingerprint
 
 
-def test_the_basis_of_layers_is_the_weights_bit_by_bit():
+def test_the_basis_of_layers_has_exactly_the_weights_as_templates():
     model = layers()
     for bank in decompose(model, BankLayout(["weight"], layers_per_group=2, coefficient_sets=2, basis="layers")).banks:
         for name, template, sets in zip(bank.group.targets, bank.templates, bank.coefficients, strict=True):
@@ -72,7 +72,7 @@ def test_the_basis_of_layers_is_the_weights_bit_by_bit():
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_a_random_basis_is_a_rotation_of_the_singular_one_and_as_good(n):
+def test_a_random_basis_is_a_rotation_of_the_singular_one_with_the_same_error(n):
     model = layers()
     plain, rotated = (decompose(model, BankLayout(["weight"], templates=n, basis=b)) for b in ("svd", "random"))
     a, b = (d.banks[0].coefficients[:, 0].double().numpy() for d in (plain, rotated))  # (L, n)
@@ -83,7 +83,7 @@ def test_a_random_basis_is_a_rotation_of_the_singular_one_and_as_good(n):
     assert reconstructed(rotated) == pytest.approx(reconstructed(plain), abs=1e-6)
 
 
-def test_a_random_basis_is_the_same_every_time_and_another_for_each_group():
+def test_a_random_basis_is_reproducible_and_differs_between_groups():
     layout = BankLayout(["weight"], layers_per_group=2, basis="random")
     torch.manual_seed(1)
     first = decompose(layers(), layout)
@@ -104,19 +104,19 @@ def test_a_random_basis_is_the_same_every_time_and_another_for_each_group():
         (BankLayout(["weight"], basis="qr"), ["basis='qr'", "svd, layers, random"]),
     ],
 )
-def test_a_basis_that_cannot_be_is_refused(layout, named):
+def test_an_impossible_basis_is_refused(layout, named):
     with pytest.raises(DecompositionError) as error:
         decompose(layers(), layout)
     assert all(part in str(error.value) for part in named)
 
 
-def test_a_basis_is_nothing_for_the_gradient_fit():
+def test_the_gradient_fit_refuses_a_basis():
     module = MimicryModule(VIT, BankLayout([MLP], basis="random"), image_size=32)
     with pytest.raises(DecompositionError, match="closed form"):
         module.configure_model()
 
 
-def test_the_basis_is_chosen_on_the_command_line(tiny_fit, tmp_path):
+def test_the_command_line_sets_the_basis(tiny_fit, tmp_path):
     layout = {"targets": [MLP], "groups": 1, "basis": "layers"}
     pieces = [{"class_path": "recast_pl.Recast", "init_args": {"layout": layout}}]
     small = ("--model.backbone.args", json.dumps(TINY_VIT | {"depth": 2}))
@@ -153,12 +153,12 @@ def module(loss="mse", seed=0, **settings):
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 6), (2, 8, 8), (2, 5, 3, 3, 3), (1, 1, 1)], ids=str)
-def test_templates_have_the_shape_of_the_weights_whatever_the_patch(shape):
+def test_templates_have_the_shape_of_the_weights_for_any_patch(shape):
     encoder, weights = source(shape)
     assert encoder(weights).shape == encoder.draw(weights)[0].shape == (2, *shape[1:])
 
 
-def test_a_template_depends_on_the_weights_of_its_own_patch():
+def test_a_patch_of_a_template_depends_only_on_the_weights_of_that_patch():
     encoder, weights = source((2, 8, 8))
     moved = weights.clone()
     moved[0, 0, 0] += 1.0
@@ -167,7 +167,7 @@ def test_a_template_depends_on_the_weights_of_its_own_patch():
     assert change[4:].max() == change[:, 4:].max() == 0
 
 
-def test_the_divergence_is_that_of_two_normal_distributions():
+def test_the_term_of_the_loss_is_the_divergence_of_two_normal_distributions():
     encoder, weights = source((2, 8, 8), kl_weight=0.5)
     _, term = encoder.draw(weights)
     mean, log_variance = encoder._encode(weights)
@@ -176,14 +176,14 @@ def test_the_divergence_is_that_of_two_normal_distributions():
     assert term.item() == pytest.approx(0.5 * weights.double().square().mean().item() * wanted.item(), rel=1e-5)
 
 
-def test_drawn_templates_are_noisy_and_the_kept_ones_are_not():
+def test_templates_of_a_training_step_are_noisy_and_final_ones_are_not():
     encoder, weights = source()
     assert torch.equal(encoder(weights), encoder(weights))
     assert not torch.equal(encoder.draw(weights)[0], encoder.draw(weights)[0])
 
 
 @pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
-def test_gradients_of_the_encoder_are_those_of_the_written_out_loss(loss):
+def test_gradients_of_the_encoder_match_autograd(loss):
     fit = module(loss)
     fit.configure_model()
     wanted, found = [], []
@@ -193,7 +193,7 @@ def test_gradients_of_the_encoder_are_those_of_the_written_out_loss(loss):
         trained = fit._trained(index)
         gradients = [p.grad.clone() for p in trained]
         torch.manual_seed(5)
-        torch.randn_like(fit.coefficients[index])  # the noise on coefficients, which σ = 0 takes away
+        torch.randn_like(fit.coefficients[index])  # the noise of the coefficients, which σ = 0 removes
         templates, term = fit.sources[index].draw(fit.teacher[index])
         weights = torch.einsum("lkn,noi->lkoi", fit.coefficients[index], templates).mean(1)  # (L, out, in)
         losses = {"mse": nn.MSELoss(), "smooth_l1": nn.SmoothL1Loss()}
@@ -205,13 +205,13 @@ def test_gradients_of_the_encoder_are_those_of_the_written_out_loss(loss):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_fit_finds_the_weights_and_keeps_the_templates_of_the_means(tmp_path):
+def test_a_fit_reproduces_the_weights_from_the_latent_means(tmp_path):
     fit = module()
     fit.configure_model()
     start = min(fit.similarities().values())
     Trainer(max_epochs=150, accelerator="cpu", **QUIET).fit(fit)
     assert start < 0.5
-    assert min(fit.similarities().values()) > 0.985  # what the paper reached
+    assert min(fit.similarities().values()) > 0.985  # the similarity in the paper
     fit.decomposition().save(tmp_path / "d.safetensors")
     loaded = Decomposition.load(tmp_path / "d.safetensors")
     for bank, encoder, teacher in zip(loaded.banks, fit.sources, fit.teacher, strict=True):
@@ -224,9 +224,9 @@ def test_a_fit_finds_the_weights_and_keeps_the_templates_of_the_means(tmp_path):
         assert fit.similarities()[name] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_fewer_latent_numbers_lose_a_part_of_the_weights():
+def test_fewer_latent_variables_lose_a_part_of_the_weights():
     similarities = []
-    for latent in (None, 8):  # of 2·4² weights of a patch
+    for latent in (None, 8):  # for the 2·4² weights of a patch
         fit = module(latent=latent)
         Trainer(max_epochs=30, accelerator="cpu", **QUIET).fit(fit)
         similarities.append(sum(fit.similarities().values()) / len(fit.similarities()))
@@ -234,7 +234,7 @@ def test_fewer_latent_numbers_lose_a_part_of_the_weights():
 
 
 @pytest.mark.parametrize("setting", [{"patch": 0}, {"hidden": 0}, {"latent": 0}, {"kl_weight": -1.0}], ids=str)
-def test_settings_that_cannot_be_are_refused(setting):
+def test_a_setting_out_of_range_is_named(setting):
     ((name, value),) = setting.items()
     with pytest.raises(DecompositionError, match=re.escape(f"{name}={value}")):
         source(**setting)
@@ -263,7 +263,7 @@ def test_every_shipped_reconstruction_runs(name, tmp_path):
     assert len(Decomposition.load(tmp_path / "decomposition.safetensors").banks) == 2
 
 
-def test_the_config_that_a_fit_leaves_makes_the_same_bytes_again(tmp_path):
+def test_the_saved_config_of_a_fit_reproduces_its_bytes(tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     assert main(overlaid("vae_mse", first)) == 0
     assert main(["fit", "--config", str(first / "config.yaml"), "--run_dir", str(again)]) == 0

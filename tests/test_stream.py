@@ -1,4 +1,4 @@
-"""A stream from the command line: what it writes, how it goes on, and what it says again later."""
+"""A stream from the command line: what it writes, how it resumes, and how it is evaluated again."""
 
 import csv
 import io
@@ -32,10 +32,10 @@ from recast_pl.runs.metrics import (
 )
 from recast_pl.runs.stream import Stream
 
-# of all kinds, by what resuming them needs
+# methods of each kind of state that resuming needs
 ISOLATED = ("rosa", "recast_dora")
 SHARED = ("ewc", "gdumb", "derpp", "hat", "inflora")
-GATHERING = ("derpp", "inflora")  # of those whose training depends on all processes' images
+GATHERING = ("derpp", "inflora")  # shared methods whose training depends on the images of all processes
 TIMES = ("seconds", "wall_seconds")
 
 
@@ -59,7 +59,7 @@ def run(tiny_fit, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_folder_holds_what_was_promised(run):
+def test_a_run_folder_holds_the_documented_files(run):
     assert {"config.yaml", "decomposition.safetensors", "summary.json", "accuracy_matrix.csv"} <= {
         path.name for path in run.iterdir()
     }
@@ -79,7 +79,7 @@ def test_a_run_folder_holds_what_was_promised(run):
     assert (first["name"], first["classes"], second["classes"]) == ("first", 3, 2)
     assert first["task_parameters"] == 96  # vit.yaml: 24 weights, n 2, K 2
     assert first["head_parameters"] == 3 * (32 + 1)
-    assert (first["train_images"], first["test_images"]) == (3 * 6, 3)  # 15 % of 8 images is 1
+    assert (first["train_images"], first["test_images"]) == (3 * 6, 3)  # 15 % of 8 images are 1
     assert first["epochs"] == 3
     assert first["patch_bytes"] == len(patches(run)["00_first.safetensors"])
     patch = TaskPatch.load(run / "patches" / "00_first.safetensors")
@@ -146,7 +146,7 @@ def test_test_measures_again_and_finds_a_difference(run, capsys):
 
 
 def test_test_uses_the_stored_templates(run):
-    # the same network could be decomposed to other bits on another machine: only the file counts
+    # another machine may decompose the same network to other bits, so only the file counts
     path = run / "decomposition.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -165,15 +165,15 @@ def test_predict_writes_a_label_and_a_probability_for_each_image(run, tmp_path):
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
-def test_a_finished_run_resumes_to_itself(run, capsys):
+def test_resuming_a_finished_run_changes_nothing(run, capsys):
     before = (run / "summary.json").read_bytes(), patches(run)
     assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
     assert ((run / "summary.json").read_bytes(), patches(run)) == before
     assert "second" in capsys.readouterr().out
 
 
-def test_a_task_whose_patch_is_missing_is_learnt_again(run):
-    # the state in which a kill between the writing of results and of the patch leaves a run
+def test_a_task_whose_patch_is_missing_is_trained_again(run):
+    # a run is in this state if it is killed after it writes the record and before it writes the patch
     before = without_times(read_summary(run)), patches(run)
     (run / "patches" / "01_second.safetensors").unlink()
     assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
@@ -187,12 +187,12 @@ def sharing_run(tiny_fit, tmp_path):
     return run
 
 
-def test_what_tasks_share_lies_beside_the_patches_as_it_was_after_the_last(sharing_run, tmp_path, capsys):
+def test_shared_state_is_stored_beside_the_patches_as_it_was_after_the_last_task(sharing_run, tmp_path, capsys):
     run, summary = sharing_run, read_summary(sharing_run)
     (shared,) = (run / "shared").iterdir()
     assert shared.name == "01_second.safetensors"
     assert 0 < summary["shared_bytes"] <= shared.stat().st_size
-    assert main(["test", "--run_dir", str(run)]) == 0  # each task is as good as in the last row of the matrix
+    assert main(["test", "--run_dir", str(run)]) == 0  # the accuracies are those of the last row of the matrix
     assert capsys.readouterr().out.count("equal") == 2
     image = str(next((tmp_path / "first").rglob("*.png")))
     words = ["predict", "--run_dir", str(run), "--task", "first", "--images", image]
@@ -206,10 +206,8 @@ def test_what_tasks_share_lies_beside_the_patches_as_it_was_after_the_last(shari
     assert "01_second.safetensors does not exist" in capsys.readouterr().err
 
 
-def test_a_task_that_was_written_but_for_its_patch_is_learnt_again_from_what_was_shared_before(
-    sharing_run, tiny_fit, tmp_path
-):
-    # the state in which a kill between the writing of what is shared and of the patch leaves a run
+def test_a_task_without_a_patch_is_trained_again_from_the_shared_state_before_it(sharing_run, tiny_fit, tmp_path):
+    # a run is in this state if it is killed after it writes the shared state and before it writes the patch
     run = sharing_run
     first = tmp_path / "first_only"
     more = ("--config", "methods/derpp.yaml", "--trainer.max_epochs", "2")
@@ -239,8 +237,8 @@ def kill_and_resume(words, run):
 def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit, tmp_path):
     killed = tmp_path / "killed"
     moments = [
-        ("on_train_batch_start", "first", 1),  # in mid-epoch, with one checkpoint written
-        ("on_validation_end", "second", 1),  # the best epoch is taken, the checkpoint is not yet
+        ("on_train_batch_start", "first", 1),  # within an epoch, with one checkpoint written
+        ("on_validation_end", "second", 1),  # the best epoch is chosen, its checkpoint is not written
         ("on_train_end", "second", 3),  # all epochs done, the patch not written
     ]
     resume = []
@@ -272,7 +270,7 @@ def test_warm_starts_schedules_accumulation_and_clipping_survive_a_kill(tiny_fit
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ISOLATED + SHARED)
 def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
-    # tasks have 5 and 3 steps an epoch, so that RoSA is killed while it warms up
+    # tasks have 5 and 3 steps per epoch, so RoSA is killed during its warm-up
     more, task = ("--config", f"methods/{method}.yaml"), "first" if method in ISOLATED else "second"
     assert main(tiny_fit(*more, run_dir=tmp_path / "whole")) == 0
     callback = {
@@ -289,14 +287,14 @@ def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
 
 
 @pytest.mark.parametrize("method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in GATHERING)])
-def test_two_processes_learn_the_stream_together(method, tiny_fit, tmp_path):
+def test_two_processes_train_the_stream_together(method, tiny_fit, tmp_path):
     run = tmp_path / "ddp"
     more = () if method is None else ("--config", f"methods/{method}.yaml")
     words = tiny_fit(*more, "--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)
     process = subprocess.run([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, capture_output=True, timeout=600)
     assert process.returncode == 0, process.stderr.decode()[-2000:]
     assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
-    assert main(["test", "--run_dir", str(run)]) == 0  # one process and two measure the same
+    assert main(["test", "--run_dir", str(run)]) == 0  # one process measures what two have measured
     assert process.stdout.decode().count("average") == 1
 
 
@@ -307,7 +305,7 @@ def distributed(words, processes):
     assert process.returncode == 0, process.stderr.decode()[-2000:]
 
 
-def test_two_processes_learn_the_coefficients_of_one_with_the_same_global_batch(tiny_fit, tmp_path):
+def test_two_processes_train_the_coefficients_of_one_process_with_the_same_global_batch(tiny_fit, tmp_path):
     distributed(tiny_fit("--data.batch_size", "4", run_dir=tmp_path / "two"), 2)
     assert main(tiny_fit("--data.batch_size", "8", run_dir=tmp_path / "one")) == 0
     for name in ("00_first.safetensors", "01_second.safetensors"):
@@ -331,14 +329,17 @@ def test_torchrun_starts_the_processes_as_well(tiny_fit, tmp_path):
 
 
 def test_a_task_may_have_fewer_images_than_there_are_processes(image_folder, tiny_fit, tmp_path):
-    task = {"name": "few", "path": str(image_folder("few", 2, images=3))}  # 2 each for training, validation and test
+    task = {
+        "name": "few",
+        "path": str(image_folder("few", 2, images=3)),
+    }  # 2 images each for training, validation and test
     run = tmp_path / "run"
     distributed(tiny_fit("--data.tasks", json.dumps([task]), "--trainer.max_epochs", "2"), 3)
     assert read_summary(run)["tasks"][0]["accuracy"] in (0, 50, 100)
     assert main(["test", "--run_dir", str(run)]) == 0
 
 
-def test_early_stopping_and_callbacks_of_ones_own_start_anew_for_each_task(tiny_fit, tmp_path):
+def test_early_stopping_and_user_callbacks_start_afresh_for_each_task(tiny_fit, tmp_path):
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
     stopping["init_args"] = {"monitor": "val/accuracy", "mode": "max", "patience": 1, "min_delta": 2}
     run = tmp_path / "stopped"
@@ -356,6 +357,8 @@ def test_a_notebook_needs_no_command_line(image_folder, tmp_path):
     assert [task["task_parameters"] for task in summary["tasks"]] == [0, 0]
     assert "digits" in text.getvalue()
     assert not (tmp_path / "run" / "tensorboard").exists()
+    assert read_summary(tmp_path / "run") == summary
+    assert not list((tmp_path / "run").glob("accuracy_matrix.*"))  # only a presentation writes tables and pictures
 
 
 def test_the_users_own_logger_is_used(tiny_fit, tmp_path):
@@ -364,7 +367,7 @@ def test_the_users_own_logger_is_used(tiny_fit, tmp_path):
     assert list((tmp_path / "csv").rglob("metrics.csv"))
 
 
-def test_nothing_of_the_frozen_network_goes_into_checkpoints(tiny_fit, tmp_path):
+def test_checkpoints_hold_nothing_of_the_frozen_network(tiny_fit, tmp_path):
     callback = {
         "class_path": "crash_callbacks.KillAt",
         "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3},
@@ -381,17 +384,17 @@ def test_checkpoints_can_be_left_out(tiny_fit, tmp_path):
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-def test_another_methods_run_is_not_resumed(run, tiny_fit, capsys):
+def test_a_run_of_another_method_is_not_resumed(run, tiny_fit, capsys):
     words = tiny_fit("--resume", "true", "--model.pieces", '[{"class_path": "LinearProbe"}]')
     assert main(words) == 2
     assert "model differs" in capsys.readouterr().err
     assert Path(run / "summary.json").exists()
 
 
-# what stops a run
+# runs that are stopped
 
 
-def test_a_loss_that_becomes_nan_stops_the_task_and_another_rate_goes_on(tiny_fit, tmp_path, capsys):
+def test_a_loss_that_becomes_nan_stops_the_task_and_a_lower_rate_resumes_it(tiny_fit, tmp_path, capsys):
     callback = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "second", "epoch": 1}}
     run = tmp_path / "run"
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]))
@@ -407,11 +410,11 @@ def test_a_loss_that_becomes_nan_stops_the_task_and_another_rate_goes_on(tiny_fi
     assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
     rates = EventAccumulator(str(run / "tensorboard" / "01_second")).Reload().Scalars("lr-AdamW/head")
     assert rates[-1].value == pytest.approx(1e-4)
-    assert main(tiny_fit("--resume", "true", "--model.warm_start", "true")) == 2  # all else stays refused
+    assert main(tiny_fit("--resume", "true", "--model.warm_start", "true")) == 2  # other changes are refused
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_signal_ends_a_run_with_the_command_that_goes_on(number, run, tiny_fit, tmp_path):
+def test_a_signal_ends_a_run_and_prints_the_command_that_resumes_it(number, run, tiny_fit, tmp_path):
     stopped = tmp_path / "stopped"
     callback = {
         "class_path": "crash_callbacks.SignalAt",
@@ -423,14 +426,16 @@ def test_a_signal_ends_a_run_with_the_command_that_goes_on(number, run, tiny_fit
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 128 + number
     line = process.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"recast_pl: interrupted by {number.name}; what is learnt is kept. To go on: python -m")
+    assert line.startswith(
+        f"recast_pl: interrupted by {number.name}; everything trained so far is kept. To continue: python -m"
+    )
     assert "Traceback" not in process.stderr
     resume = shlex.split(line.partition("-m recast_pl ")[2])
     assert main([*resume, "--trainer.callbacks", "[]"]) == 0
     assert patches(stopped) == patches(run)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_task_begun_anew(run, tiny_fit, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_task_trained_from_its_start(run, tiny_fit, tmp_path, capsys):
     damaged = tmp_path / "damaged"
     callback = {
         "class_path": "crash_callbacks.KillAt",
@@ -457,7 +462,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path):
     directory = content.index(b"PK\1\2")
     for position in [*range(0, directory, 7), *range(directory, len(content))]:
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
-        if is_whole_checkpoint(path):  # a byte that decides nothing, such as of a time
+        if is_whole_checkpoint(path):  # a byte that does not matter, such as one of a time
             found = torch.load(path, weights_only=True)
             assert found["epoch"] == 3
             assert torch.equal(found["weights"], expected["weights"])

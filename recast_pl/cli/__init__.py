@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command is known, so that help is there at once."""
+"""The command line. It imports nothing heavy before a command is known, so that `--help` answers at once."""
 
 import argparse
 import importlib
@@ -9,17 +9,17 @@ import recast_pl
 from recast_pl.errors import RecastError
 
 COMMANDS = {
-    "fit": "Learn a stream of tasks, or fit templates by gradient.",
-    "test": "Evaluate every learnt task of a run again.",
-    "predict": "Classify images with a learnt task.",
-    "export": "Hand a learnt task out as a plain model: safetensors, ONNX or torch.export.",
-    "patch": "Show, compare, verify, average or quantize files of learnt tasks.",
-    "serve": "Answer over HTTP with learnt tasks, for programs and, on a page, for people.",
-    "compare": "Learn by several methods and seeds, into one table; the same command goes on.",
-    "analyze": "Measure a decomposition: diversity, similarity, numbers saved.",
-    "sweep": "Learn by a grid over options and seeds, into a table and a figure; the same command goes on.",
-    "imagenet": "Compare a pretrained classifier with itself, decomposed, on images.",
-    "report": "State runs as one page of tables and figures.",
+    "fit": "Train a stream of tasks, or fit templates by gradient.",
+    "test": "Evaluate every trained task of a run again.",
+    "predict": "Classify images with a trained task.",
+    "export": "Export a trained task as a plain model: safetensors, ONNX or torch.export.",
+    "patch": "Show, compare, verify, average or quantize patches, the files of trained tasks.",
+    "serve": "Serve trained tasks over HTTP: an API for programs, and a web page.",
+    "compare": "Train several methods with several seeds, into one table; run it again to continue.",
+    "analyze": "Analyse a decomposition: diversity and similarity of templates, parameters saved.",
+    "sweep": "Train over a grid of options and seeds, into a table and a figure; run it again to continue.",
+    "imagenet": "Compare a pretrained classifier before and after decomposition, on images.",
+    "report": "Write one page of tables and figures about runs.",
     "data": "List, download and verify data sets.",
 }
 
@@ -31,8 +31,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line; None for that of the process.
 
     Returns:
-        The exit status: 0, 1 if `test` finds a difference or `data verify` a fault, 2 if the user has something to
-        mend.
+        The exit status: 0; 1 if `test` finds a difference, `data verify` a fault, or a run on an engine fails; 2 after
+        an error that the user can fix.
     """
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] not in COMMANDS:
@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status: int = parser.run(argv)
     except (RecastError, ArgumentError, MisconfigurationException) as error:
         return _refuse(error)
-    except ValueError as error:  # jsonargparse's own, about what a constructor has raised
+    except ValueError as error:  # jsonargparse wraps the errors of constructors
         if not isinstance(error.__cause__, RecastError):
             raise
         return _refuse(error.__cause__)
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _no_command(argv: Sequence[str]) -> int:
-    """Shows the help, or says that there is no such command."""
+    """Shows the help or the version, or reports that the command is missing or unknown."""
     description = (recast_pl.__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser("recast_pl", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=recast_pl.__version__)

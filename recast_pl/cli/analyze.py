@@ -1,4 +1,4 @@
-"""`analyze`: what a decomposition looks like, in numbers and pictures."""
+"""The command `analyze`: measures and plots a decomposition."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from recast_pl.backbones.backbone import BackboneConfig
-from recast_pl.cli.parser import new_parser
-from recast_pl.config.run_config import read_run
+from recast_pl.config.run import read_run, til
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.images import FileDataset, find_images
 from recast_pl.decomposition.analysis import Analysis, analyze, displacements
@@ -22,7 +21,6 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.similarity import feature_similarity, weight_similarity
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
-from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.recast import load_decompositions
 from recast_pl.reporting.analysis_plots import (
     plot_coefficient_similarity,
@@ -35,14 +33,14 @@ from recast_pl.reporting.plots import write_figure
 from recast_pl.runs.evaluation import sample_images, trained_coefficients
 from recast_pl.runs.folder import RunFolder
 
-_IMAGES = 16  # of the first task, where none are named
+_IMAGES = 16  # test images of the first task, if none are given
 
-_BATCH = 4  # images whose features are held at once, of all layers
+_BATCH = 4  # images per batch, because the features of all layers are held at once
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is analysed, and what is known of it."""
+    """A decomposition to analyse, and what is known about it."""
 
     decomposition: Decomposition
     output: Path
@@ -55,29 +53,33 @@ class _Subject:
 
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--run_dir", type=str | None, help="Folder of a run, of tasks or of MimicryModule.")
-    parser.add_argument("--decomposition", type=str | None, help="Or a decomposition.safetensors by itself.")
-    parser.add_argument("--backbone", type=BackboneConfig | None, help="Of the file, to compare weights and features.")
-    parser.add_argument("--image_size", type=int, default=224, help="Of images for a file's backbone, in pixels.")
+    parser.add_argument("--run_dir", type=str | None, help="Folder of a run of tasks or of MimicryModule.")
+    parser.add_argument("--decomposition", type=str | None, help="Or a decomposition.safetensors.")
+    parser.add_argument(
+        "--backbone", type=BackboneConfig | None, help="Backbone of the file, to compare weights and features."
+    )
+    parser.add_argument("--image_size", type=int, default=224, help="Image size for --backbone, in pixels.")
     parser.add_argument(
         "--images",
         type=str,
         nargs="+",
         default=[],
-        help=f"Images, or folders of them, to compare features on (default: {_IMAGES} test images of the first task).",
+        help=f"Images or folders of images to compare features on (default: {_IMAGES} test images of the first task).",
     )
-    parser.add_argument("--output", type=str | None, help="Folder (default: DIR/analysis, or FILE's own/analysis).")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        help="Folder for the results (default: analysis/ in DIR or beside FILE).",
+    )
 
 
-def run(config: Namespace) -> int:
-    """Analyses a decomposition, prints tables, and writes `analysis.json`, `analysis.md`, and pictures."""
-    parser = new_parser("analyze")
-    declare(parser)
+def run(parser: ArgumentParser, config: Namespace) -> int:
+    """Analyses a decomposition, prints tables, and writes `analysis.json`, `analysis.md` and figures."""
     config = parser.instantiate(config)
     paths = find_images([Path(image) for image in config.images])
     subject = _of_file(config) if config.run_dir is None else _of_run(config)
     if paths and subject.backbone is None:
-        raise RunError("--images compares features, which needs the network; name it by --backbone")
+        raise RunError("--images compares features, which needs the network; give its --backbone")
     console = Console()
     images = _images(subject, paths, console)
     analysis = _analyze(subject, images)
@@ -93,7 +95,7 @@ def run(config: Namespace) -> int:
 
 def _of_file(config: Namespace) -> _Subject:
     if config.decomposition is None:
-        raise RunError("there is nothing to analyse; give --run_dir, or --decomposition and a file")
+        raise RunError("there is nothing to analyse; give --run_dir or --decomposition")
     path = Path(config.decomposition)
     output = path.parent / "analysis" if config.output is None else Path(config.output)
     return _Subject(Decomposition.load(path), output, config.backbone, config.image_size)
@@ -102,33 +104,33 @@ def _of_file(config: Namespace) -> _Subject:
 def _of_run(config: Namespace) -> _Subject:
     for option in ("decomposition", "backbone"):
         if config[option] is not None:
-            raise RunError(f"--{option} is not for --run_dir, which has its own; leave out either")
+            raise RunError(f"--{option} does not work with --run_dir, which has its own; leave out one of them")
     run_dir, init = read_run(config.run_dir)
     path = RunFolder(run_dir).decomposition
     if not path.is_file():
-        raise RunError(f"{run_dir} holds no decomposition; give a run whose method has Recast, or of MimicryModule")
+        raise RunError(f"{run_dir} holds no decomposition; give a run with a Recast piece, or one of MimicryModule")
     decomposition = load_decompositions(run_dir)
     output = RunFolder(run_dir).analysis if config.output is None else Path(config.output)
     model, seed = init.model, init.seed_everything
     if isinstance(model, MimicryModule):
         return _Subject(decomposition, output, model.backbone, model.image_size, seed)
-    assert isinstance(model, TILModule)
-    learnt = trained_coefficients(model, RunFolder(run_dir))
-    return _Subject(decomposition, output, model.backbone_config, init.data.image_size, seed, init.data, learnt)
+    model, folder = til(model), RunFolder(run_dir)
+    coefficients = trained_coefficients(model, folder)
+    return _Subject(decomposition, output, model.backbone_config, init.data.image_size, seed, init.data, coefficients)
 
 
 def _images(subject: _Subject, paths: Sequence[Path], console: Console) -> Tensor | None:
-    """Images (N, 3, S, S) to compare features on; None for none."""
+    """Returns images (N, 3, S, S) to compare features on, or None."""
     if paths:
         files = FileDataset(paths, subject.image_size)
         return torch.stack([files[index][0] for index in range(len(files))])
     if subject.data is None:
         return None
-    subject.data.tasks = subject.data.tasks[:1]  # the others' images need not be at hand
+    subject.data.tasks = subject.data.tasks[:1]  # images of the others are not needed
     try:
         return sample_images(subject.data, _IMAGES)
-    except DataError as error:  # not asked for: the rest is worth having
-        console.print(f"features are not compared, for want of images: {error}", soft_wrap=True)
+    except DataError as error:  # the user did not ask for features: go on without them
+        console.print(f"features are not compared, because there are no images: {error}", soft_wrap=True)
         return None
 
 
@@ -138,7 +140,7 @@ def _analyze(subject: _Subject, images: Tensor | None) -> Analysis:
     analysis = replace(analysis, displacements=moved)
     if subject.backbone is None:
         return analysis
-    seed_everything(subject.seed, verbose=False)  # random weights, if the run began with them, are found again
+    seed_everything(subject.seed, verbose=False)  # if the run began with random weights, this makes the same ones
     backbone = subject.backbone.build(subject.image_size)
     analysis = replace(analysis, targets=weight_similarity(subject.decomposition, backbone.net))
     if images is None:

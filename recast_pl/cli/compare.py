@@ -1,11 +1,10 @@
-"""`compare`: several methods and seeds, and one table."""
+"""The command `compare`: several methods and seeds, into one table."""
 
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.comparing import config_words, fit_options, run_comparison
-from recast_pl.cli.parser import new_parser
 from recast_pl.studies.comparison import Comparison, Point
 from recast_pl.studies.engines import Engine
 
@@ -13,22 +12,20 @@ from recast_pl.studies.engines import Engine
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs that all methods share.")
-    parser.add_argument("--configs", type=str, nargs="+", required=True, help="A config for each method.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Seeds to learn with.")
-    parser.add_argument("--output", type=str, required=True, help="Folder: METHOD/SEED for each run, and the table.")
+    parser.add_argument("--configs", type=str, nargs="+", required=True, help="One config for each method.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Seeds to train with.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for the table, and METHOD/SEED for each run.")
     parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
     parser.add_argument(
         "--alone",
         type=str | None,
-        help="Method whose runs say what each task reaches alone, such as finetune_each; adds forward transfer.",
+        help="Method whose runs train each task alone, such as finetune_each; adds forward transfer to the table.",
     )
-    parser.add_argument("--engine", type=Engine | None, help="Where to make the runs, one on each device.")
+    parser.add_argument("--engine", type=Engine | None, help="Where to train the runs, each on one device.")
 
 
-def run(config: Namespace) -> int:
+def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs `fit` for each method and seed, and prints the table."""
-    parser = new_parser("compare")
-    declare(parser)
     engine = parser.instantiate(config).engine
     points = [Point(Path(name).stem, config_words([*config.base, name])) for name in config.configs]
     options = fit_options(config.options, engine)

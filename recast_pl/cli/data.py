@@ -1,9 +1,9 @@
-"""`data`: data sets by name."""
+"""The command `data`: data sets by name."""
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recast_pl.config.run_config import STRICT
+from recast_pl.config.run import STRICT
 from recast_pl.data.catalogue import CATALOGUE, PAPER
 from recast_pl.data.datamodule import BadImagePolicy, SequentialTaskDataModule, data_root
 from recast_pl.data.sources import source_faults
@@ -15,13 +15,13 @@ def declare(parser: ArgumentParser) -> None:
     """Adds the actions of the command."""
     actions = parser.add_subcommands(dest="action")
     for name, text in (
-        ("list", "Show which data sets there are, and which are on disk."),
-        ("prepare", "Download data sets and decode their images; by default the paper's six."),
-        ("verify", "Count and decode every image of data sets; by default of those on disk."),
+        ("list", "List all data sets, and which of them are on disk."),
+        ("prepare", "Download data sets and decode their images (default: the paper's six)."),
+        ("verify", "Count and decode every image of data sets (default: those on disk)."),
     ):
         action = ArgumentParser(description=text, **STRICT)
         if name != "list":
-            action.add_argument("names", type=str, nargs="*", help="Names, as 'list' shows; or torchvision/CLASS.")
+            action.add_argument("names", type=str, nargs="*", help="Names that 'list' shows, or torchvision/CLASS.")
         action.add_argument("--root", type=str | None, help="Folder of data sets (default: $RECAST_PL_DATA or data).")
         if name == "prepare":
             action.add_argument("--image_size", type=int, default=224, help="Height and width to decode to, in pixels.")
@@ -29,7 +29,7 @@ def declare(parser: ArgumentParser) -> None:
         actions.add_subcommand(name, action, help=text)
 
 
-def run(config: Namespace) -> int:
+def run(parser: ArgumentParser, config: Namespace) -> int:
     """Lists, prepares or verifies data sets."""
     action = config.pop("action")
     return {"list": _list_data, "prepare": _prepare_data, "verify": _verify_data}[action](config[action])
@@ -52,12 +52,12 @@ def _prepare_data(options: Namespace) -> int:
 
 
 def _verify_data(options: Namespace) -> int:
-    """1 if a data set is not what its authors published, or has images that cannot be read."""
+    """Returns 1 if a data set differs from what its authors published, or has images that cannot be read."""
     root = data_root(options.root)
     names = options.names or [name for name, row in CATALOGUE.items() if row.is_present(root)]
-    good = True
+    status = 0
     for name in names:
         faults = source_faults(name, root)
-        good &= not faults
+        status |= bool(faults)
         Console().print(f"{name}: {'; '.join(faults) or 'whole'}", soft_wrap=True, highlight=False)
-    return int(not good)
+    return status

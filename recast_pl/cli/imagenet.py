@@ -1,4 +1,4 @@
-"""`imagenet`: a pretrained classifier, dense and decomposed, on images."""
+"""The command `imagenet`: compares a pretrained classifier before and after decomposition."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
 from recast_pl.backbones.backbone import BackboneConfig
-from recast_pl.cli.parser import new_parser
 from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import DecompositionError
@@ -19,30 +18,28 @@ from recast_pl.studies.imagenet import compare_classifiers
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
-    parser.add_argument("--backbone", type=BackboneConfig, required=True, help="The classifier.")
-    parser.add_argument("--layout", type=BankLayout | None, help="What is decomposed, in closed form.")
-    parser.add_argument("--decomposition", type=str | None, help="A decomposition.safetensors to use instead.")
-    parser.add_argument("--images", type=str, required=True, help="Folder of CLASS/IMAGE, or val/CLASS/IMAGE.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time.")
+    parser.add_argument("--backbone", type=BackboneConfig, required=True, help="The pretrained classifier.")
+    parser.add_argument("--layout", type=BankLayout | None, help="Weights to decompose in closed form.")
+    parser.add_argument("--decomposition", type=str | None, help="Or a decomposition.safetensors.")
+    parser.add_argument("--images", type=str, required=True, help="Folder with CLASS/IMAGE or val/CLASS/IMAGE.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Images per batch.")
     parser.add_argument("--num_workers", type=int, default=0, help="Processes that decode images; 0 for this one.")
-    parser.add_argument("--output", type=str, required=True, help="Folder: imagenet.json.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for imagenet.json.")
 
 
-def run(config: Namespace) -> int:
+def run(parser: ArgumentParser, config: Namespace) -> int:
     """Compares predictions and features, and writes `imagenet.json`."""
-    parser = new_parser("imagenet")
-    declare(parser)
     init = parser.instantiate(config)
     if (init.layout is None) == (init.decomposition is None):
         given = "neither" if init.layout is None else "both"
-        raise DecompositionError(f"{given} of --layout and --decomposition are given; give one")
-    classifier = init.backbone.build_classifier()
+        raise DecompositionError(f"{given} of --layout and --decomposition are given; give exactly one")
+    classifier = init.backbone.source.classifier()
     decomposition = (
         decompose(classifier.net, init.layout) if init.layout else Decomposition.load(Path(init.decomposition))
     )
     facts = compare_classifiers(classifier, decomposition, Path(init.images), init.batch_size, init.num_workers)
     path = RunFolder(init.output).imagenet
     write_atomic(path, json_text({"backbone": init.backbone.name, **facts}))
-    said = ["" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".") for value in facts.values()]
-    Console().print(terminal_table((list(facts), [said]), 0), f"written: {path}", soft_wrap=True)
+    row = ["" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".") for value in facts.values()]
+    Console().print(terminal_table((list(facts), [row]), 0), f"written: {path}", soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""Signals that end a run, heard so that what is learnt is kept."""
+"""Signals that end a run."""
 
 import os
 import signal
@@ -10,28 +10,28 @@ from dataclasses import dataclass
 
 @dataclass
 class Interruption:
-    """By which signal learning was interrupted; None if it was not."""
+    """The signal that ended a block; None if none did."""
 
     signal: int | None = None
 
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Ends what is within at Ctrl-C, SIGTERM and SIGHUP; the state after the last epoch has been kept by then."""
+    """Ends the block quietly at Ctrl-C, SIGTERM or SIGHUP; the state after the last epoch has been saved by then."""
     interruption = Interruption()
 
     def interrupt(number: int, frame: object) -> None:
         interruption.signal = interruption.signal or number
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    heard = [number for number in numbers if not (nohup and number == signal.SIGHUP)]
-    before = {number: signal.signal(number, interrupt) for number in heard}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    before = {number: signal.signal(number, interrupt) for number in numbers if in_main_thread}
     try:
         yield interruption
-    except BaseException:  # such as SystemExit, which the trainer makes of it, or that another process has gone
+    except BaseException:  # Lightning turns it into SystemExit, and other processes may fail because this one ends
         if interruption.signal is None:
             raise
     finally:
@@ -40,6 +40,10 @@ def interruptible() -> Iterator[Interruption]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first, by what torchrun (which sets all of them) or Lightning and srun say."""
+    """Returns whether this is the first process of a run, by the variables of torchrun, srun and Lightning.
+
+    Lightning's `rank_zero_only.rank` cannot tell before a trainer exists: it ignores NODE_RANK, so that the first
+    process of every node counts as the first of all.
+    """
     names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
     return all(int(os.environ.get(name, "0")) == 0 for name in names)

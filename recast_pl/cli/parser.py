@@ -1,15 +1,17 @@
-"""The commands, one in each module: `declare` says what it takes, `run` does it."""
+"""Runs one command. Each command is a module with `declare(parser)`, its options, and `run(parser, config)`."""
 
 import importlib
 import logging
 import threading
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.cli import COMMANDS
-from recast_pl.config.run_config import STRICT, with_config_paths, with_resumed_config
+from recast_pl.config.files import with_config_paths, with_resumed_config
+from recast_pl.config.run import STRICT
 from recast_pl.files import STORAGE_FAULTS
 
 
@@ -17,43 +19,40 @@ def run(argv: Sequence[str]) -> int:
     """Runs a command.
 
     Args:
-        argv: The command line, whose first word is one of `recast_pl.cli.COMMANDS`.
+        argv: The command line; its first word is one of `recast_pl.cli.COMMANDS`.
 
     Returns:
         The exit status.
 
     Raises:
-        RecastError: If the user has something to mend; so do jsonargparse's and Lightning's errors.
+        RecastError: If the command line or what it refers to is wrong; jsonargparse and Lightning raise their own.
     """
     _quieten_libraries()
-    name = argv[0]
-    config = command_parser(name).parse_args(with_resumed_config(with_config_paths(argv)))
-    status: int = importlib.import_module(f"recast_pl.cli.{name}").run(config[name])
+    name, *words = argv
+    parser = command_parser(name)
+    config = parser.parse_args(with_resumed_config(with_config_paths(words)))
+    status: int = _command(name).run(parser, config)
     return status
 
 
 def command_parser(name: str) -> LightningArgumentParser:
-    """The parser of a command line with one command.
+    """Creates the parser of a command, with its options declared.
 
     Args:
-        name: Of the command.
+        name: The command.
     """
-    parser = LightningArgumentParser(prog="recast_pl", **STRICT)
-    command = new_parser(name)
-    parser.add_subcommands(dest="command").add_subcommand(name, command)
-    importlib.import_module(f"recast_pl.cli.{name}").declare(command)  # jsonargparse wants the outer level first
+    parser = LightningArgumentParser(prog=f"recast_pl {name}", description=COMMANDS[name], **STRICT)
+    _command(name).declare(parser)
     return parser
 
 
-def _quieten_thread(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread hands a full disk to the main one, where it is said once."""
-    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in STORAGE_FAULTS):
-        threading.__excepthook__(failure)
+def _command(name: str) -> Any:
+    return importlib.import_module(f"recast_pl.cli.{name}")
 
 
 def _quieten_libraries() -> None:
-    """Silences what Lightning would say anew for each task, and Pillow for each image; what matters stays."""
-    threading.excepthook = _quieten_thread
+    """Silences what Lightning would repeat for each task, and Pillow for each image; real warnings stay."""
+    threading.excepthook = _hide_full_disk
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -65,13 +64,10 @@ def _quieten_libraries() -> None:
         ".*`Trainer.predict` .*",
     ):
         warnings.filterwarnings("ignore", message)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags; an image that cannot be read is reported
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # unusual tags; unreadable images raise errors
 
 
-def new_parser(command: str) -> LightningArgumentParser:
-    """A parser without options.
-
-    Args:
-        command: Name of the command it is for.
-    """
-    return LightningArgumentParser(description=COMMANDS[command], **STRICT)
+def _hide_full_disk(failure: threading.ExceptHookArgs) -> None:
+    """Prints no traceback if TensorBoard's thread cannot write: the main thread reports that error in one line."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in STORAGE_FAULTS):
+        threading.__excepthook__(failure)

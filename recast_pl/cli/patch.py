@@ -1,11 +1,12 @@
-"""`patch`: looks at files of learnt tasks, and makes others of them."""
+"""The command `patch`: shows, checks and converts patches, the files of trained tasks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recast_pl.config.run_config import STRICT, open_run
+from recast_pl.config.run import STRICT, open_run
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import write_atomic
 from recast_pl.learning.patch import TaskPatch
@@ -13,34 +14,36 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.evaluation import measure, open_task
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.patch_tools import average_patches, check_patch, compare_patches, quantize_patch, with_accuracies
+from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, check_patch, compare_patches, quantize_patch
 
 
 def declare(parser: ArgumentParser) -> None:
     """Adds the actions of the command."""
     actions = parser.add_subcommands(dest="action")
     for name, text in (
-        ("show", "Tell what patches are."),
-        ("diff", "Tell what differs between two patches."),
-        ("verify", "Make sure that patches are whole, and fit a run."),
-        ("average", "Average patches of one task, such as those of several seeds."),
+        ("show", "Show what is in patches."),
+        ("diff", "Show the differences between two patches."),
+        ("verify", "Check that patches are whole and fit a run."),
+        ("average", "Average patches of one task, for example from several seeds."),
         ("quantize", "Write a patch in half precision."),
     ):
         action = ArgumentParser(description=text, **STRICT)
         count = {"diff": 2, "quantize": 1}.get(name, "+")
-        action.add_argument("files", type=str, nargs=count, help="Files of patches.")
+        action.add_argument("files", type=str, nargs=count, help="Patch files.")
         if name in ("verify", "quantize"):
-            what = "they must fit" if name == "verify" else "measures it before and after (default: not measured)"
-            action.add_argument("--run_dir", type=str | None, help=f"Folder of a run, which {what}.")
+            use = "that the patches must fit" if name == "verify" else "to measure the accuracy (default: not measured)"
+            action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
         if name in ("average", "quantize"):
             action.add_argument("--output", type=str, required=True, help="File of the new patch.")
         if name == "average":
-            action.add_argument("--weights", type=float, nargs="+", default=[], help="How much each counts.")
+            action.add_argument(
+                "--weights", type=float, nargs="+", default=[], help="Weights of the patches (default: equal)."
+            )
         actions.add_subcommand(name, action, help=text)
 
 
-def run(config: Namespace) -> int:
-    """Does one of the actions."""
+def run(parser: ArgumentParser, config: Namespace) -> int:
+    """Runs one of the actions."""
     action = config.pop("action")
     actions = {"show": _show, "diff": _diff, "verify": _verify, "average": _average, "quantize": _quantize}
     options = config[action]
@@ -81,27 +84,27 @@ def _quantize(paths: list[Path], options: Namespace) -> None:
     patch = TaskPatch.load(paths[0])
     half = quantize_patch(patch)
     if options.run_dir is None:
-        _write(half, options.output, "its accuracy is not measured, which --run_dir would")
+        _write(half, options.output, "not measured; give --run_dir to measure its accuracy")
         return
     before, after = _measure([patch, half], options.run_dir)
     told = f"test accuracy {before:.2f} % before, {after:.2f} % after"
-    _write(with_accuracies(half, before, after), options.output, told)
+    _write(replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after}), options.output, told)
 
 
 def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
-    """Test accuracies in percent of patches of one task of a run."""
+    """Returns the test accuracies in percent of patches of one task of a run."""
     run_dir, init = open_run(folder)
     names = [task.name for task in init.data.tasks]
     task = patches[0].task
     if task not in names:
-        raise RunError(f"task {task!r} is none of {run_dir}, which has {', '.join(names)}; name the run of the patch")
+        raise RunError(f"{run_dir} has no task {task!r}, only {', '.join(names)}; give the run of the patch")
     init.data.prepare_data()
     evaluator = TrainerFactory(init.trainer).alone().for_evaluation()
     open_task(init.model, RunFolder(run_dir), patches[0])
     return [measure(init.model, init.data, names.index(task), patch, evaluator) for patch in patches]
 
 
-def _write(patch: TaskPatch, output: str, told: str) -> None:
+def _write(patch: TaskPatch, output: str, note: str) -> None:
     content = patch.to_bytes()
     write_atomic(output, content)
-    Console().print(f"written: {output} ({len(content):,} bytes); {told}", soft_wrap=True, highlight=False)
+    Console().print(f"written: {output} ({len(content):,} bytes); {note}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""`predict`: classifies images with a learnt task."""
+"""The command `predict`: classifies images with a trained task."""
 
 from pathlib import Path
 
@@ -15,26 +15,26 @@ from recast_pl.runs.folder import RunFolder
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
-    parser.add_argument("--task", type=str | None, help="Name of a learnt task.")
-    parser.add_argument("--patch", type=str | None, help="Or a file of one, as 'patch average' or 'quantize' write it.")
+    parser.add_argument("--task", type=str | None, help="Name of a trained task.")
+    parser.add_argument("--patch", type=str | None, help="Or a patch file, as 'patch average' and 'quantize' write.")
     parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
-    parser.add_argument("--output", type=str, required=True, help="CSV file: path,label,probability.")
+    parser.add_argument("--output", type=str, required=True, help="CSV file to write: path,label,probability.")
 
 
-def run(config: Namespace) -> int:
+def run(parser: ArgumentParser, config: Namespace) -> int:
     """Writes the most probable class of each image as CSV."""
     folder, task = RunFolder(config.run_dir), config.task
     check_choice(folder, task, config.patch)
     model = load(folder.path, tasks=[task or next(iter(folder.finished()))])
     if config.patch is not None:
         patch = TaskPatch.load(config.patch)
-        if patch.task in model.tasks:  # the file may be an average or a smaller version of it
+        if patch.task in model.tasks:  # the file may be an averaged or quantized version
             model.remove(patch.task)
         task = model.add_patch(patch)
     predictions = model.predict(config.images, task=task)
-    lines = (
-        [Path(image), found.label, f"{found.probability:.6f}"]
-        for image, found in zip(config.images, predictions, strict=True)
+    rows = (
+        [Path(image), prediction.label, f"{prediction.probability:.6f}"]
+        for image, prediction in zip(config.images, predictions, strict=True)
     )
-    write_atomic(Path(config.output), table_csv(["path", "label", "probability"], lines))
+    write_atomic(Path(config.output), table_csv(["path", "label", "probability"], rows))
     return 0

@@ -1,4 +1,4 @@
-"""`report`: runs as one page of tables and figures."""
+"""The command `report`: one page of tables and figures about runs."""
 
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from recast_pl.runs.collection import find_collections
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--runs", type=str, nargs="+", required=True, help="Run folders, or folders of them.")
-    parser.add_argument("--output", type=str, required=True, help="Folder: report.html, report.md and figures/.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for report.html, report.md and figures/.")
 
 
-def run(config: Namespace) -> int:
-    """Writes the page, the same as Markdown, and the figures for TensorBoard."""
+def run(parser: ArgumentParser, config: Namespace) -> int:
+    """Writes the page as HTML and Markdown, and its figures for TensorBoard."""
     folders, output = [Path(folder) for folder in config.runs], Path(config.output)
     collections = find_collections(folders)
     blocks = compose(collections, folders, output)
     write_document(blocks, output, "report")
     _log_pictures(blocks, output)
     unfinished = sum(len(collection.unfinished) for collection in collections)
-    missing = f" ({unfinished} runs are not finished, and named there)" if unfinished else ""
+    missing = f" ({unfinished} unfinished runs, which it names)" if unfinished else ""
     Console().print(f"report: {output}/report.html{missing}", soft_wrap=True, highlight=False)
     return 0
 

@@ -1,4 +1,4 @@
-"""`serve`: answers over HTTP with learnt tasks."""
+"""The command `serve`: serves trained tasks over HTTP."""
 
 import logging
 import math
@@ -19,37 +19,37 @@ from recast_pl.optional_imports import extra
 
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
-_IDLE = 5  # seconds that a connection stays open on which no request begins
+_IDLE = 5  # seconds until an idle connection is closed
 
 
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
-    parser.add_argument("--port", type=int, default=8000, help="Port to listen at; 0 for any that is free.")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+    parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 for any free one.")
     parser.add_argument(
         "--allowed_hosts",
         type=str,
         nargs="+",
         default=[],
-        help="Names by which requests may address the server, * for any (default: localhost if it listens there alone, "
-        "else any).",
+        help="Host names that requests may use, * for any (default: localhost if the server listens only there, else "
+        "any).",
     )
     parser.add_class_arguments(Limits)
 
 
-def run(config: Namespace) -> int:
-    """Serves until it is told to stop, and then answers what has been asked."""
+def run(parser: ArgumentParser, config: Namespace) -> int:
+    """Serves until it is told to stop, and answers the requests that have arrived by then."""
     for library in _LIBRARIES:
         extra(library, "serve")
     import uvicorn  # noqa: PLC0415
 
     from recast_pl.compat.uvicorn import BoundedProtocol  # noqa: PLC0415
     from recast_pl.inference.server.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
-    from recast_pl.inference.server.gate import LOCAL_HOSTS  # noqa: PLC0415
+    from recast_pl.inference.server.request_filter import LOCAL_HOSTS  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send wrongly they are told
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients are told about their mistakes
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
@@ -65,14 +65,14 @@ def run(config: Namespace) -> int:
             timeout_keep_alive=min(_IDLE, seconds),
             timeout_graceful_shutdown=seconds,
         )
-        Console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C ends it", soft_wrap=True)
-        uvicorn.Server(settings).run([listener])  # answers what has been asked, and raises the signal anew
+        Console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
+        uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
     return 0
 
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
-    """A socket, and its URL; taken before anything is loaded, so that what is wrong is known at once."""
+    """Opens a socket, and gives its URL; done before anything is loaded, so that errors show at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)

@@ -1,11 +1,10 @@
-"""`sweep`: a grid over options, with several seeds, into a table and a figure."""
+"""The command `sweep`: a grid over options with several seeds, into a table and a figure."""
 
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.comparing import fit_options, run_comparison
-from recast_pl.cli.parser import new_parser
 from recast_pl.studies.engines import Engine
 from recast_pl.studies.sweep import Sweep
 from recast_pl.studies.sweep_file import read_sweep
@@ -17,16 +16,16 @@ def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("-c", "--config", type=str, required=True, help="YAML file of the sweep; also in configs/.")
     parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs laid over the base of the sweep.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="Seeds to learn with (default: the sweep's).")
-    parser.add_argument("--output", type=str | None, help="POINT/SEED for each run, and tables (default: logs/SWEEP).")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="Seeds to train with (default: the sweep's).")
+    parser.add_argument(
+        "--output", type=str | None, help="Folder for the tables, and POINT/SEED for each run (default: logs/SWEEP)."
+    )
     parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
-    parser.add_argument("--engine", type=Engine | None, help="Where to make the runs, one on each device.")
+    parser.add_argument("--engine", type=Engine | None, help="Where to train the runs, each on one device.")
 
 
-def run(config: Namespace) -> int:
+def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs `fit` for each point and seed, writes tables and the figure, and prints the tables."""
-    parser = new_parser("sweep")
-    declare(parser)
     engine = parser.instantiate(config).engine
     path = Path(config.config)
     sweep = read_sweep(path)

@@ -1,9 +1,9 @@
-"""`test`: evaluates the learnt tasks of a run again."""
+"""The command `test`: evaluates the trained tasks of a run again."""
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recast_pl.config.run_config import open_run
+from recast_pl.config.run import open_run
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import evaluation_table
 from recast_pl.runs.evaluation import evaluate_run
@@ -15,8 +15,8 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
 
 
-def run(config: Namespace) -> int:
-    """Evaluates all learnt tasks from their patches; 1 if a number differs from the recorded one."""
+def run(parser: ArgumentParser, config: Namespace) -> int:
+    """Evaluates all trained tasks from their patches; returns 1 if an accuracy differs from the recorded one."""
     run_dir, init = open_run(config.run_dir)
     rows = evaluate_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer).alone())
     Console().print(evaluation_table(rows))

@@ -18,11 +18,7 @@ _SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val",
 
 
 def torchvision_class(name: str, args: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """Finds a data set's class and the names of the arguments it takes.
-
-    Args:
-        name: Name of the class in `torchvision.datasets`.
-        args: Arguments that the class must take.
+    """Finds a class in `torchvision.datasets` by name, and the names of the arguments it takes.
 
     Raises:
         DataError: If there is no such class, or it does not take the arguments.
@@ -77,8 +73,8 @@ def _open(name: str, root: Path, args: Mapping[str, Any], download: bool) -> Ima
     classes = _class_names(next(iter(parts.values())), 1 + max(int(part.max()) for part in labels))
     files = [_find_files(part) for part in parts.values()]
     images: Images
-    if all(found is not None for found in files):
-        images = ImageFiles([file for found in files for file in found or ()])
+    if all(files):
+        images = ImageFiles([file for found in files for file in found])
     else:
         every = list(parts.values())
         images = ImageItems(name, ConcatDataset(every), _native_side(every), lambda: _fingerprint(every, root))
@@ -142,12 +138,12 @@ def _agrees(dataset: Any, labels: Sequence[Any]) -> bool:
     return True
 
 
-def _find_files(dataset: Any) -> list[Path] | None:
-    """The image files of a data set; None if it keeps no list of them."""
+def _find_files(dataset: Any) -> list[Path]:
+    """The image files of a data set; empty if it keeps no list of them."""
     for values in _kept_lists(dataset, ("_image_files", "_images", "data"), 0):
         if isinstance(values[0], str | Path):
             return [Path(value) for value in values]
-    return None
+    return []
 
 
 def _class_names(dataset: Any, count: int) -> list[str]:

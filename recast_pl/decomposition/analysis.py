@@ -1,55 +1,31 @@
-"""What a decomposition looks like, in numbers: appendix A.3 and section 3.3 of the paper.
+"""Numbers that describe a decomposition: appendix A.3 and section 3.3 of the paper.
 
-The paper's groups gather all modules of a layer, such as both weights of an MLP; here each kind of weight has groups
-and banks of its own, and every number is of one such group.
+A group of the paper holds all modules of its layers, such as both weights of an MLP. Here each kind of weight has its
+own groups and banks, and every number describes one such group.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recast_pl.decomposition.bank import Bank, Decomposition
+from recast_pl.decomposition.bank import Bank, Decomposition, Scaling
 from recast_pl.decomposition.similarity import FeatureSimilarity, TargetSimilarity
 from recast_pl.decomposition.solve import gram
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The numbers that weights are made of, before and after (section 3.3).
-
-    Args:
-        dense: Numbers of the weights, L·M·d² with d² those of one weight.
-        templates: Numbers of the templates, G·n·d²·M.
-        coefficients: L·M·n·K, all of which a task trains.
-        kept: L·M·n, the means over the K sets, which a task keeps.
-        approximation: Σ d²·(L−n) over groups: the paper's d²·M·(L−G·n), which leaves the coefficients out.
-    """
-
-    dense: int
-    templates: int
-    coefficients: int
-    kept: int
-    approximation: int
-
-    @property
-    def saved(self) -> int:
-        """S = dense − (templates + coefficients)."""
-        return self.dense - self.templates - self.coefficients
+from recast_pl.errors import DecompositionError
 
 
 @dataclass(frozen=True)
 class PaperScaling:
-    """The paper's symbols, where one value of each holds for the whole network.
+    """The paper's symbols, for a network in which each has a single value.
 
     Args:
-        d2: d², the numbers of one weight.
-        modules: M, kinds of weights.
-        layers: L, weights of each kind.
-        groups: G, banks of each kind.
+        d2: d², the number of entries of one weight.
+        modules: M, the number of kinds of weights.
+        layers: L, the number of weights of each kind.
+        groups: G, the number of banks of each kind.
         templates: n.
         coefficient_sets: K.
     """
@@ -69,21 +45,21 @@ class PaperScaling:
 
 @dataclass(frozen=True)
 class GroupAnalysis:
-    """One group of layers that share a bank.
+    """The numbers of one group of layers that share a bank.
 
     Args:
-        name: Of the group, `KIND:NUMBER`.
+        name: Name of the group, `KIND:NUMBER`.
         targets: Names of its L weights.
-        shape: Of each weight.
+        shape: Shape of each weight.
         templates: n.
         coefficient_sets: K.
-        frobenius: Σ_{i<j} ‖T_i − T_j‖_F / (n(n−1)), as the paper prints it: half the mean over pairs. NaN for n = 1.
-        frobenius_mean: The mean over pairs. NaN for n = 1.
+        frobenius: Σ_{i<j} ‖T_i − T_j‖_F / (n(n−1)), as printed in the paper: half the mean over pairs. NaN for n = 1.
+        frobenius_mean: The mean over pairs of templates. NaN for n = 1.
         entropy: Mean over templates of the entropy of their singular values, in nats; NaN if a template is 0.
-        entropy_limit: The largest entropy that the shape allows, ln min(rows, columns), in nats.
-        similarity: Cosines of the coefficients of each two layers, (L, L).
-        similarity_mean: Their mean over pairs of different layers. NaN for L = 1.
-        scaling: Numbers saved.
+        entropy_limit: The largest possible entropy, ln min(rows, columns), in nats.
+        similarity: Cosine similarity of the coefficients of every two layers, (L, L).
+        similarity_mean: Its mean over pairs of different layers. NaN for L = 1.
+        scaling: Numbers that the group takes and saves.
     """
 
     name: str
@@ -106,21 +82,21 @@ class GroupAnalysis:
 
     @property
     def number(self) -> int:
-        """Of the group, within its kind."""
+        """The number of the group within its kind."""
         return int(self.name.rpartition(":")[2])
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that is known of a decomposition.
+    """The result of analysing a decomposition.
 
     Args:
-        groups: The groups.
-        scaling: Numbers saved, in all.
-        paper: The paper's symbols; None where groups differ in them.
-        targets: Weights compared; empty without the backbone.
-        features: Features compared, in the order in which they are computed; empty without images.
-        displacements: ‖ΔC‖ of each weight, by learnt task; empty without any.
+        groups: The numbers of each group.
+        scaling: Numbers that the decomposition takes and saves, in total.
+        paper: The paper's symbols; None if groups differ in them.
+        targets: Comparison of the weights; empty without the backbone.
+        features: Comparison of the features, in the order of computation; empty without images.
+        displacements: ‖ΔC‖ of each weight, for each trained task; empty without tasks.
     """
 
     groups: tuple[GroupAnalysis, ...]
@@ -131,36 +107,36 @@ class Analysis:
     displacements: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
-        """What `analysis.json` holds: NaN is null, and S stands beside what it is made of."""
+        """The content of `analysis.json`: with the savings S, and null for NaN and infinity."""
         content = asdict(self)
         for entry, group in zip(content["groups"], self.groups, strict=True):
             entry["scaling"]["saved"] = group.scaling.saved
         content["scaling"]["saved"] = self.scaling.saved
         if self.paper is not None:
             content["paper"]["approximation"] = self.paper.approximation
-        without_nan: dict[str, Any] = _without_nan(content)
-        return without_nan
+        finite: dict[str, Any] = _finite(content)
+        return finite
 
 
 def analyze(decomposition: Decomposition) -> Analysis:
-    """All that a decomposition tells by itself.
+    """Analyses a decomposition without its network.
 
     Args:
         decomposition: The decomposition.
     """
     groups = tuple(_analyze_group(bank) for bank in decomposition.banks)
-    return Analysis(groups, _scaling(decomposition.banks), _paper_scaling(decomposition))
+    return Analysis(groups, Scaling.of(decomposition.banks), _paper_scaling(decomposition))
 
 
 def frobenius_diversity(templates: Tensor) -> tuple[float, float]:
-    """How far the templates of a bank are from one another (appendix A.3).
+    """Measures how different the templates of a bank are (appendix A.3).
 
     Args:
         templates: (n, *shape).
 
     Returns:
         avg_frobenius = Σ_{i<j} ‖T_i − T_j‖_F / (n(n−1)), as printed, which is half the mean over the n(n−1)/2 pairs;
-        and that mean. NaN for n = 1, which has no pairs.
+        and that mean. Both are NaN for n = 1, which has no pairs.
     """
     flat = templates.flatten(1)  # (n, D)
     pairs = [float((a.double() - b.double()).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]]
@@ -169,32 +145,32 @@ def frobenius_diversity(templates: Tensor) -> tuple[float, float]:
 
 
 def singular_value_entropy(template: Tensor) -> float:
-    """How evenly a template uses its directions (appendix A.3).
+    """Measures how evenly a template uses its directions (appendix A.3).
 
-    The paper does not say how singular values become a distribution. Here p_i = σ_i / Σσ, and H = −Σ p_i ln p_i.
+    The paper does not say how to turn singular values into a distribution. Here p_i = σ_i / Σσ, and H = −Σ p_i ln p_i.
 
     Args:
-        template: (rows, ...), flattened to (rows, columns): a convolution's to (c_out, c_in·k·k).
+        template: (rows, ...), flattened to (rows, columns); for a convolution, (c_out, c_in·k·k).
 
     Returns:
         H in nats, between 0 and ln min(rows, columns); NaN if the template is 0.
     """
     matrix = template.flatten(1)
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # by the smaller Gram matrix in float64: what singular values below 1e-8 of the first lose, entropy does not show
+    # of the smaller Gram matrix, in float64: singular values below 1e-8 of the largest are inexact, and hardly count
     values = torch.linalg.eigvalsh(gram(short, short)).clamp_min(0).sqrt()
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum())
 
 
 def coefficient_similarity(coefficients: Tensor) -> Tensor:
-    """Whether layers of a group mix templates alike: the intra-group coefficient similarity (appendix A.3).
+    """Measures how similarly the layers of a group mix templates: the intra-group coefficient similarity (A.3).
 
     Args:
         coefficients: (L, K, n).
 
     Returns:
-        Cosines in float64 of all K·n coefficients of each two layers, (L, L); NaN where all of a layer's are 0.
+        Cosine similarity of all K·n coefficients of every two layers, (L, L) in float64; NaN if a layer has only 0.
     """
     flat = coefficients.detach().double().flatten(1)  # (L, K·n)
     unit: Tensor = flat / flat.norm(dim=1, keepdim=True)
@@ -202,22 +178,27 @@ def coefficient_similarity(coefficients: Tensor) -> Tensor:
 
 
 def displacements(decomposition: Decomposition, coefficients: Tensor) -> dict[str, float]:
-    """How far a task has moved the coefficients from the pretrained ones.
+    """Measures how far a task has moved the coefficients from the pretrained ones.
 
     Args:
-        decomposition: What the task started from.
-        coefficients: Its mean coefficients, weight after weight as in the decomposition (Σ n,).
+        decomposition: The decomposition that the task started from.
+        coefficients: The task's coefficients, averaged over sets, weight after weight as in the decomposition (Σ n,).
 
     Returns:
-        ‖ΔC‖ by weight, in the Euclidean norm over the n means.
+        ‖ΔC‖ of each weight by name, the Euclidean norm over its n mean coefficients.
+
+    Raises:
+        DecompositionError: If the number of coefficients is not that of the decomposition.
     """
-    found: dict[str, float] = {}
-    start = 0
-    for bank in decomposition.banks:
-        for name, means in zip(bank.group.targets, bank.coefficients.mean(1), strict=True):
-            found[name] = float((coefficients[start : start + len(means)] - means).double().norm())
-            start += len(means)
-    return found
+    means = {n: m for b in decomposition.banks for n, m in zip(b.group.targets, b.coefficients.mean(1), strict=True)}
+    counts = [len(mean) for mean in means.values()]
+    if coefficients.shape != (sum(counts),):
+        raise DecompositionError(
+            f"the task has coefficients of shape {tuple(coefficients.shape)}, the decomposition has {sum(counts)}; "
+            "give the decomposition of the task's run"
+        )
+    parts = zip(means.items(), coefficients.split(counts), strict=True)
+    return {name: float((part - mean).double().norm()) for (name, mean), part in parts}
 
 
 def _analyze_group(bank: Bank) -> GroupAnalysis:
@@ -238,36 +219,23 @@ def _analyze_group(bank: Bank) -> GroupAnalysis:
         entropy_limit=math.log(min(rows, columns)),
         similarity=tuple(map(tuple, similarity.tolist())),
         similarity_mean=float(similarity[*torch.triu_indices(layers, layers, offset=1)].mean()),
-        scaling=_scaling([bank]),
-    )
-
-
-def _scaling(banks: Sequence[Bank]) -> Scaling:
-    layers = [(len(bank.group.targets), bank.templates[0].numel(), len(bank.templates)) for bank in banks]
-    return Scaling(
-        dense=sum(count * size for count, size, _ in layers),
-        templates=sum(n * size for _, size, n in layers),
-        coefficients=sum(bank.coefficients.numel() for bank in banks),
-        kept=sum(count * n for count, _, n in layers),
-        approximation=sum(size * (count - n) for count, size, n in layers),
+        scaling=Scaling.of([bank]),
     )
 
 
 def _paper_scaling(decomposition: Decomposition) -> PaperScaling | None:
-    banks: dict[str, list[Bank]] = {}
-    for bank in decomposition.banks:
-        banks.setdefault(bank.group.kind, []).append(bank)
+    kinds = decomposition.kinds
     sizes = {(b.templates[0].numel(), *b.coefficients.shape[1:]) for b in decomposition.banks}
-    counts = {(sum(len(b.group.targets) for b in of_kind), len(of_kind)) for of_kind in banks.values()}
+    counts = {(sum(len(b.group.targets) for b in banks), len(banks)) for banks in kinds.values()}
     if len(sizes) != 1 or len(counts) != 1:
         return None
     ((d2, sets, templates),), ((layers, groups),) = sizes, counts
-    return PaperScaling(d2, len(banks), layers, groups, templates, sets)
+    return PaperScaling(d2, len(kinds), layers, groups, templates, sets)
 
 
-def _without_nan(content: Any) -> Any:
+def _finite(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
+        return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,4 +1,4 @@
-"""Where the templates of a gradient fit come from: numbers of their own, or an encoder that reads the weights."""
+"""Sources of the templates of a gradient fit: free parameters, or an autoencoder of the weights."""
 
 from abc import ABC, abstractmethod
 
@@ -6,36 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recast_pl.errors import DecompositionError
+from recast_pl.decomposition.targets import check_least
 
 
 class TemplateSource(nn.Module, ABC):
-    """What a gradient fit trains to have the templates of a group; the coefficients are learnt beside it.
+    """A module that produces the templates of a group; a gradient fit trains it together with the coefficients.
 
-    `Trainer` and optimizer see its parameters alone; what is kept at the end are the templates of `forward`.
+    After the fit, only the templates that `forward` returns are kept.
     """
 
     @abstractmethod
     def forward(self, dense: Tensor) -> Tensor:
-        """The templates (n, *shape) as they stand, for the weights (L, *shape) of the group."""
+        """The current templates (n, *shape), for the weights (L, *shape) of the group."""
 
     @abstractmethod
     def draw(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """The templates (n, *shape) of a step of training, noise and all, and the source's own term of the loss."""
+        """The templates (n, *shape) for one training step, with noise, and the source's own term of the loss."""
 
     def receive(self, templates: Tensor, term: Tensor, gradient: Tensor) -> None:
         """Sets the gradients of the parameters.
 
         Args:
-            templates: As drawn (n, *shape).
-            term: As drawn, a scalar.
-            gradient: That of the rest of the loss with respect to the templates (n, *shape).
+            templates: The templates (n, *shape) that `draw` returned.
+            term: The term of the loss that `draw` returned, a scalar.
+            gradient: Gradient (n, *shape) of the rest of the loss with respect to the templates.
         """
         torch.autograd.backward([templates, term], [gradient, None])
 
 
 class FreeTemplates(TemplateSource):
-    """Templates that are parameters and start Kaiming normal: algorithm 2 as it is printed.
+    """Templates that are parameters, initialised by Kaiming's normal distribution: algorithm 2 of the paper.
 
     Args:
         dense: The weights (L, *shape) of the group.
@@ -58,30 +58,31 @@ class FreeTemplates(TemplateSource):
         return self.templates, self.templates.new_zeros(())
 
     def receive(self, templates: Tensor, term: Tensor, gradient: Tensor) -> None:
-        """Takes the gradient (n, *shape) as it is, without a copy."""
+        """Uses the gradient (n, *shape) without a copy."""
         self.templates.grad = gradient
 
 
 class TemplateAutoencoder(TemplateSource):
-    """A variational autoencoder from the weights of a group to its templates (figure 5, where VAEs do worst).
+    """A variational autoencoder from the weights of a group to its templates (figure 5). Experimental.
 
-    The paper does not say how its autoencoder is built. Here the weights are an image (rows by columns, one channel for
-    each layer; a convolution's kernel is flattened), which convolutions turn patch by patch into mean and log-variance
-    of latent numbers, and these into the patches of n templates. Encoder and decoder are a hidden layer beside a linear
-    map, without which Adam takes several times the epochs. In training the latent numbers are drawn, z = μ + σ·ε, and
-    the loss has a term β·KL(N(μ, σ²) ‖ N(0, 1)) (Kingma and Welling, 2014); the templates that are kept are those of μ.
+    It is the worst of the sources in the paper, which does not say how it is built. Here the weights are an image: rows
+    by columns (a convolution kernel is flattened), with one channel for each layer. Convolutions map each patch to the
+    mean and log-variance of latent variables, and these to the same patch of n templates. Encoder and decoder are a
+    hidden layer plus a linear map; without it, Adam takes several times as many epochs. Training samples the latent
+    variables, z = μ + σ·ε, and adds β·KL(N(μ, σ²) ‖ N(0, 1)) to the loss (Kingma and Welling, 2014). The final
+    templates are those of μ.
 
     Args:
         dense: The weights (L, *shape) of the group.
         count: n, the number of templates.
-        patch: Height and width of a patch, in weights; what does not fill the last one counts as zeros.
+        patch: Height and width of a patch, in weights; the last patches are padded with zeros.
         hidden: Width of the hidden layers.
-        latent: Latent numbers of a patch; None for as many as it has weights, L·patch². Trained weights are close to
-            noise: fewer latent numbers lose about that part of them.
-        kl_weight: β of the mean over latent numbers, in units of the mean square of the weights; 0 for no such term.
+        latent: Number of latent variables of a patch; None for as many as it has weights, L·patch². Fewer lose about
+            that part of the weights, because trained weights are close to noise.
+        kl_weight: β, for the mean over latent variables, relative to the mean square of the weights; 0 for none.
 
     Raises:
-        DecompositionError: If patch, hidden or latent are below 1, or the weight of the term is below 0.
+        DecompositionError: If `patch`, `hidden` or `latent` is below 1, or `kl_weight` is below 0.
     """
 
     def __init__(
@@ -96,11 +97,8 @@ class TemplateAutoencoder(TemplateSource):
         super().__init__()
         layers = len(dense)
         latent = layers * patch**2 if latent is None else latent
-        for name, value in (("patch", patch), ("hidden", hidden), ("latent", latent)):
-            if value < 1:
-                raise DecompositionError(f"TemplateAutoencoder: {name}={value} must be at least 1")
-        if kl_weight < 0:
-            raise DecompositionError(f"TemplateAutoencoder: kl_weight={kl_weight} must be at least 0")
+        check_least(1, patch=patch, hidden=hidden, latent=latent)
+        check_least(0, kl_weight=kl_weight)
         self.patch, self.count = patch, count
         self.scale = float(dense.square().mean().sqrt()) or 1.0
         self.kl_weight = kl_weight * self.scale**2  # the loss is in units of squared weights
@@ -116,19 +114,19 @@ class TemplateAutoencoder(TemplateSource):
         )
 
     def forward(self, dense: Tensor) -> Tensor:
-        """The templates (n, *shape) of the latent means."""
+        """The templates (n, *shape) of the latent means μ."""
         mean, _ = self._encode(dense)
         return self._decode(mean, dense)
 
     def draw(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """The templates (n, *shape) of drawn latent numbers, and β·KL."""
+        """The templates (n, *shape) of sampled latent variables, and β·KL."""
         mean, log_variance = self._encode(dense)
         latent = mean + (log_variance / 2).exp() * torch.randn_like(mean)
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
         return self._decode(latent, dense), self.kl_weight * divergence
 
     def _encode(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log-variances of the latent numbers, (1, latent, H, W) of H×W patches."""
+        """Means and log-variances of the latent variables, (1, latent, H, W) for H×W patches."""
         image = dense.flatten(2)[None] / self.scale  # (1, L, rows, columns)
         rows, columns = (-size % self.patch for size in image.shape[2:])
         mean, log_variance = self.encoder(F.pad(image, (0, columns, 0, rows))).chunk(2, dim=1)
@@ -141,7 +139,7 @@ class TemplateAutoencoder(TemplateSource):
 
 
 class _WithLinear(nn.Module):
-    """A layer with a hidden one, plus a linear map."""
+    """Two layers with a GELU between them, plus a linear map."""
 
     def __init__(self, first: nn.Module, second: nn.Module, linear: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Template banks, and the decomposition of a network as a value: solved, saved, loaded, inspected."""
+"""Template banks, and the decomposition of a network as a value that can be solved, saved, loaded and inspected."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from recast_pl.decomposition.solve import solve_group
-from recast_pl.decomposition.targets import BankLayout, Group, find_targets, group_targets
+from recast_pl.decomposition.targets import BankLayout, Group, check_values, find_targets, group_targets
 from recast_pl.errors import DecompositionError
 from recast_pl.files import fingerprint, pack_tensors, read_tensors, write_atomic
 
@@ -33,28 +33,28 @@ class TemplateBank(nn.Module):
         self.templates = nn.Parameter(templates, requires_grad=False)
 
     def mix(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-        """The weight of equations 1 and 2, or those of several layers, reading every template once.
+        """Mixes the templates into a weight by equations 1 and 2, or into the weights of several layers at once.
 
         Args:
             coefficients: K sets of n coefficients (K, n), or those of L layers (L, K, n).
-            out: Where to write, without gradients; None for memory of its own.
+            out: Memory for the result, which then has no gradients; None for new memory.
 
         Returns:
             The weight (*shape), or weights (L, *shape): Σ_i mean_k(C_ki)·T_i, which equals mean_k Σ_i C_ki·T_i.
         """
-        # in half precision a weight would lose what its coefficients can express
+        # in half precision, a weight would lose the small changes that its coefficients can express
         with torch.autocast(coefficients.device.type, enabled=False):
             mean, templates = coefficients.mean(-2).to(self.templates), self.templates.flatten(1)  # (…, n), (n, D)
             if out is None:
                 flat = mean @ templates  # (…, D)
-            else:  # as a matrix, because torch would resize what a vector is to be written to
+            else:  # as matrices, because torch would resize a vector that it writes to
                 flat = torch.mm(mean.view(-1, mean.shape[-1]), templates, out=out.view(-1, templates.shape[1]))
         return flat.view(*mean.shape[:-1], *self.templates.shape[1:])
 
 
 @dataclass(frozen=True)
 class Bank:
-    """One group's templates and the coefficients of its layers.
+    """The templates of one group and the coefficients of its layers.
 
     Args:
         group: The layers.
@@ -73,6 +73,42 @@ class Bank:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How many numbers a decomposition takes and saves (section 3.3).
+
+    Args:
+        dense: Numbers of the weights, L·M·d² with d² those of one weight.
+        templates: Numbers of the templates, G·n·d²·M.
+        coefficients: L·M·n·K, all of which a task trains.
+        kept: L·M·n, the means over the K sets, which a task keeps.
+        approximation: Σ d²·(L−n) over groups: the paper's d²·M·(L−G·n), which leaves out the coefficients.
+    """
+
+    dense: int
+    templates: int
+    coefficients: int
+    kept: int
+    approximation: int
+
+    @property
+    def saved(self) -> int:
+        """S = dense − (templates + coefficients)."""
+        return self.dense - self.templates - self.coefficients
+
+    @classmethod
+    def of(cls, banks: Sequence[Bank]) -> "Scaling":
+        """Counts the numbers of some groups."""
+        layers = [(len(bank.group.targets), bank.templates[0].numel(), len(bank.templates)) for bank in banks]
+        return cls(
+            dense=sum(count * size for count, size, _ in layers),
+            templates=sum(n * size for _, size, n in layers),
+            coefficients=sum(bank.coefficients.numel() for bank in banks),
+            kept=sum(count * n for count, _, n in layers),
+            approximation=sum(size * (count - n) for count, size, n in layers),
+        )
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """Template banks and coefficients that stand for some weights of a network.
 
@@ -87,22 +123,17 @@ class Decomposition:
         """SHA-256 over names, templates and coefficients."""
         return fingerprint(self._tensors())
 
+    @property
+    def kinds(self) -> dict[str, list[Bank]]:
+        """The banks of each kind of weight."""
+        kinds: dict[str, list[Bank]] = {}
+        for bank in self.banks:
+            kinds.setdefault(bank.group.kind, []).append(bank)
+        return kinds
+
     def reconstruct(self) -> dict[str, Tensor]:
         """The dense weight of each target by name."""
         return {name: weight for bank in self.banks for name, weight in bank.reconstruct().items()}
-
-    @torch.no_grad()
-    def relative_errors(self, model: nn.Module) -> dict[str, float]:
-        """How far the decomposition is from a network's weights.
-
-        Args:
-            model: The network, not decomposed.
-
-        Returns:
-            ‖W* − W‖ / ‖W‖ in the Frobenius norm, by target.
-        """
-        dense = {name: model.get_parameter(name) for name in self.reconstruct()}
-        return {name: float((w - dense[name]).norm() / dense[name].norm()) for name, w in self.reconstruct().items()}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
@@ -112,10 +143,10 @@ class Decomposition:
 
     @classmethod
     def load(cls, path: str | Path) -> "Decomposition":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            DecompositionError: If the file is missing, damaged or of another kind.
+            DecompositionError: If the file is missing, damaged, or not a decomposition.
         """
         tensors, metadata = read_tensors(path, DecompositionError)
         if metadata.get("kind") != "decomposition" or metadata.get("format") != _FORMAT:
@@ -125,23 +156,20 @@ class Decomposition:
                 "give the decomposition.safetensors of a run"
             )
         try:
-            decomposition = cls(tuple(_bank_from(entry, tensors) for entry in metadata["groups"]))
+            decomposition = cls(tuple(_read_bank(entry, tensors) for entry in metadata["groups"]))
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
-            raise DecompositionError(f"{path} is incomplete ({cause}); decompose the backbone anew") from cause
-        if tensors.keys() != decomposition._tensors().keys():
-            raise DecompositionError(f"{path} holds more than its groups name; decompose the backbone anew")
+            raise DecompositionError(f"{path} is incomplete ({cause}); decompose the backbone again") from cause
+        if not decomposition.banks or tensors.keys() != decomposition._tensors().keys():
+            raise DecompositionError(f"{path} does not hold the tensors of its groups; decompose the backbone again")
         return decomposition
 
     def table(self) -> Table:
-        """Kinds of layers, their groups, templates, coefficients and numbers saved, for the terminal."""
+        """A table for the terminal: for each kind of weight its layers, groups, templates, coefficients and savings."""
         table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left", padding=0)
         table.add_column("weights", no_wrap=True)
         for column in ("shape", "layers", "groups", "templates", "coeffs", "saved"):
             table.add_column(column, justify="right", no_wrap=True)
-        kinds: dict[str, list[Bank]] = {}
-        for bank in self.banks:
-            kinds.setdefault(bank.group.kind, []).append(bank)
-        for kind, banks in kinds.items():
+        for kind, banks in self.kinds.items():
             shapes = {"×".join(map(str, bank.group.shape)) for bank in banks}
             table.add_row(kind, shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes", *_counts(banks))
         table.add_section()
@@ -161,29 +189,31 @@ def decompose(model: nn.Module, layout: BankLayout) -> Decomposition:
         layout: Which weights, and how they share templates.
 
     Returns:
-        The decomposition. With K > 1 all sets start equal, so that their mean is the optimum.
+        The decomposition. For K > 1, all sets start equal, so that their mean is the optimum.
 
     Raises:
-        DecompositionError: If the layout does not fit the model.
+        DecompositionError: If the layout does not fit the model, or the weights of a group have no finite values or
+            differ in type or device.
     """
     targets = find_targets(model, layout.targets)
     groups = group_targets({name: tuple(w.shape) for name, w in targets.items()}, layout)
     return Decomposition(tuple(_solve(group, targets, layout) for group in groups))
 
 
-def _solve(group: Group, weights: Mapping[str, Tensor], layout: BankLayout) -> Bank:
-    dense, seed = [weights[name] for name in group.targets], zlib.crc32(group.name.encode())
-    templates, coefficients = solve_group(dense, group.templates, layout.basis, seed)
+def _solve(group: Group, targets: Mapping[str, Tensor], layout: BankLayout) -> Bank:
+    weights = {name: targets[name] for name in group.targets}
+    check_values(weights)
+    seed = zlib.crc32(group.name.encode())
+    templates, coefficients = solve_group(list(weights.values()), group.templates, layout.basis, seed)
     return Bank(group, templates, coefficients[:, None].repeat(1, layout.coefficient_sets, 1))  # (L, K, n)
 
 
-def _bank_from(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
+def _read_bank(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
     group = Group(entry["name"], tuple(entry["targets"]), tuple(entry["shape"]), entry["templates"])
     templates, coefficients = (tensors[f"{group.name}/{part}"] for part in ("templates", "coefficients"))
-    if templates.shape != (group.templates, *group.shape) or coefficients.shape[::2] != (
-        len(group.targets),
-        group.templates,
-    ):
+    layers, sets, count = coefficients.shape
+    expected = (len(group.targets), group.templates, (group.templates, *group.shape))
+    if (layers, count, tuple(templates.shape)) != expected or sets < 1:
         raise ValueError(f"templates or coefficients of group {group.name} have a wrong shape")
     if not (templates.isfinite().all() and coefficients.isfinite().all()):
         raise ValueError(f"templates or coefficients of group {group.name} are NaN or infinite")
@@ -191,10 +221,8 @@ def _bank_from(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
 
 
 def _counts(banks: Sequence[Bank]) -> list[str]:
-    """Cells of the table; the last is S of section 3.3, dense numbers less those of banks and coefficients."""
-    layers = [len(bank.group.targets) for bank in banks]
-    dense = sum(count * bank.templates[0].numel() for count, bank in zip(layers, banks, strict=True))
+    """Cells of the table."""
+    scaling = Scaling.of(banks)
+    layers = sum(len(bank.group.targets) for bank in banks)
     templates = sum(len(bank.templates) for bank in banks)
-    coefficients = sum(bank.coefficients.numel() for bank in banks)
-    saved = dense - sum(bank.templates.numel() for bank in banks) - coefficients
-    return [f"{n:,}" for n in (sum(layers), len(banks), templates, coefficients, saved)]
+    return [f"{n:,}" for n in (layers, len(banks), templates, scaling.coefficients, scaling.saved)]

@@ -1,4 +1,4 @@
-"""Neural Mimicry: templates and coefficients fitted to a teacher's weights by gradient (algorithm 2)."""
+"""Neural Mimicry: templates and coefficients fitted by gradient to the weights of a teacher (algorithm 2)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -16,38 +16,38 @@ from torch.utils.data import DataLoader
 from recast_pl.backbones.backbone import BackboneConfig
 from recast_pl.decomposition.autoencoder import FreeTemplates, TemplateSource
 from recast_pl.decomposition.bank import Bank, Decomposition
-from recast_pl.decomposition.targets import BankLayout, Group, find_targets, group_targets
+from recast_pl.decomposition.targets import BankLayout, Group, check_least, check_values, find_targets, group_targets
 from recast_pl.errors import DecompositionError
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
 
-_BLOCK = 1 << 17  # columns whose loss is differentiated at a time, so that they stay in the cache
+_BLOCK = 1 << 17  # columns to differentiate at a time, so that they stay in the processor's cache
 
 
 class MimicryModule(LightningModule):
     """Fits template banks and coefficients to the weights of a pretrained network (equation 3).
 
-    Train it with a plain `Trainer.fit(module)`: an epoch is one update of every group, since there is no data.
-    The groups are independent problems, each with an optimizer of its own, so that the gradients of one at a
-    time are in memory. The closed form (`recast_pl.decompose`) is better and faster; this is the paper's way.
+    Train it with a plain `Trainer.fit(module)`. An epoch is one update of every group, since there is no data. The
+    groups are independent problems with an optimizer each, so that only the gradients of one group at a time are in
+    memory. This is the paper's way; the closed form (`recast_pl.decompose`) is better and faster.
 
     Args:
         backbone: The teacher.
-        layout: Which of its weights, and how they share templates.
-        image_size: Height and width in pixels for which the teacher is built; weights do not depend on it.
-        source: Makes, from the weights (L, *shape) of a group and n, where its templates come from: `FreeTemplates`, or
+        layout: Which of its weights to fit, and how they share templates.
+        image_size: Height and width in pixels for which to build the teacher; the weights do not depend on it.
+        source: Creates the source of a group's templates from its weights (L, *shape) and n: `FreeTemplates` or
             `TemplateAutoencoder`.
-        loss: `smooth_l1`, or `mse`. As weights are far below 1, the first is half the second, but for the clipping.
-        loss_scale: Factor of the loss, which is a mean over the numbers of a layer, summed over layers.
+        loss: `smooth_l1` or `mse`. Weights are far below 1, where the first is half the second.
+        loss_scale: Factor of the loss, which is a mean over the entries of a weight, summed over layers.
         noise_std: σ of the Gaussian noise added to the coefficients in training only; 0 for none.
-        gradient_clip: Largest norm of a group's gradient; 0 for no limit.
-        optimizer: Makes an optimizer from parameters.
-        lr_scheduler: Makes a schedule, stepped at every epoch, from an optimizer.
-        similarity_every: Epochs between two records of the similarity of each layer, and of all.
+        gradient_clip: Largest norm of the gradient of a group; 0 for no limit.
+        optimizer: Creates an optimizer from parameters.
+        lr_scheduler: Creates a schedule, stepped at every epoch, from an optimizer.
+        similarity_every: Log the similarities every so many epochs, and after the last.
 
     Raises:
-        DecompositionError: If the layout does not fit the teacher, or asks for a basis, of which only the closed form
-            has a choice (when training starts).
+        DecompositionError: If a setting is out of range; when training starts, if the layout does not fit the teacher
+            or sets `basis`, which is a choice of the closed form.
     """
 
     def __init__(
@@ -65,6 +65,10 @@ class MimicryModule(LightningModule):
         similarity_every: int = 10,
     ) -> None:
         super().__init__()
+        if loss not in _LOSSES:
+            raise DecompositionError(f"loss={loss!r} is unknown; choose one of {', '.join(_LOSSES)}")
+        check_least(0, noise_std=noise_std, gradient_clip=gradient_clip)
+        check_least(1, similarity_every=similarity_every)
         self.backbone, self.layout, self.image_size = backbone, layout, image_size
         self.source = source
         self.loss, self.loss_scale, self.noise_std = _LOSSES[loss], loss_scale, noise_std
@@ -72,22 +76,23 @@ class MimicryModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.automatic_optimization = False
         self.groups: list[Group] = []
-        self._scratch = torch.empty(0)  # the gradient of one group's templates at a time
-        self.teacher, self.coefficients = nn.ParameterList(), nn.ParameterList()  # of each group
+        self._scratch = torch.empty(0)  # memory for the gradient of the templates, one group at a time
+        self.teacher, self.coefficients = nn.ParameterList(), nn.ParameterList()  # (L, *shape), (L, K, n) of each group
         self.sources = nn.ModuleList()
 
     def configure_model(self) -> None:
-        """Loads the teacher and draws the start: templates as their source says, coefficients orthogonal."""
+        """Loads the teacher and initialises templates by their source, and coefficients as orthogonal matrices."""
         if self.groups:
             return
         if self.layout.basis != "svd":
             raise DecompositionError(
-                f"basis={self.layout.basis!r} is a choice of the closed form; leave it out, as MimicryModule fits "
-                "templates of its own"
+                f"basis={self.layout.basis!r} is a choice of the closed form, MimicryModule fits its own templates; "
+                "leave it out"
             )
         weights = find_targets(self.backbone.build(self.image_size).net, self.layout.targets)
         self.groups = group_targets({name: tuple(w.shape) for name, w in weights.items()}, self.layout)
         for group in self.groups:
+            check_values({name: weights[name] for name in group.targets})
             dense = torch.stack([weights[name].detach() for name in group.targets])  # (L, *shape)
             self.teacher.append(nn.Parameter(dense, requires_grad=False))
             self.sources.append(self.source(dense, group.templates))
@@ -95,16 +100,16 @@ class MimicryModule(LightningModule):
             self.coefficients.append(nn.Parameter(torch.stack([nn.init.orthogonal_(s) for s in sets])))
 
     def configure_optimizers(self) -> Any:
-        """One optimizer and one schedule for each group."""
+        """Creates one optimizer and one schedule for each group."""
         optimizers = [self.optimizer(self._trained(i)) for i in range(len(self.groups))]
         return optimizers, [self.lr_scheduler(o) for o in optimizers]
 
     def train_dataloader(self) -> DataLoader[int]:
-        """One batch an epoch, of nothing: the weights are the data."""
+        """One dummy batch per epoch: the weights are the data."""
         return DataLoader(range(1))  # type: ignore[arg-type]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """One update of every group."""
+        """Updates every group once."""
         optimizers = self.optimizers()
         total = torch.zeros((), device=self.device)
         for i, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
@@ -115,7 +120,7 @@ class MimicryModule(LightningModule):
         self.log("mimicry/loss", total, on_step=False, on_epoch=True, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
-        """Steps the schedules; now and then records how similar each layer has become."""
+        """Steps the schedules and logs the similarities when they are due."""
         schedulers = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()  # type: ignore[union-attr]
@@ -125,12 +130,12 @@ class MimicryModule(LightningModule):
 
     @property
     def templates(self) -> list[Tensor]:
-        """The templates (n, *shape) of each group as they stand."""
+        """The current templates (n, *shape) of each group."""
         return [source(dense) for source, dense in zip(self.sources, self.teacher, strict=True)]
 
     @torch.no_grad()
     def decomposition(self) -> Decomposition:
-        """The fit as it stands.
+        """The current templates and coefficients.
 
         Raises:
             DecompositionError: If the module has not been trained.
@@ -142,7 +147,7 @@ class MimicryModule(LightningModule):
 
     @torch.no_grad()
     def similarities(self) -> dict[str, float]:
-        """Cosine similarity of each reconstructed weight to the teacher's, by target."""
+        """Cosine similarity of each generated weight to the teacher's, by the name of the weight."""
         result: dict[str, float] = {}
         parts = zip(self.groups, self.teacher, self.templates, self.coefficients, strict=True)
         for group, teacher, templates, coefficients in parts:
@@ -152,49 +157,59 @@ class MimicryModule(LightningModule):
         return result
 
     def set_gradients(self, index: int) -> Tensor:
-        """Sets the gradients of a group, block by block of columns: no dense weight is ever held whole.
-
-        The gradient of the coefficients sums over blocks, that of the templates is laid out in them.
+        """Computes the gradients of one group by hand, so that a dense weight is never held as a whole.
 
         Args:
             index: Position of the group.
 
         Returns:
-            The group's term of equation 3, and what the source of its templates adds, a scalar.
+            The group's term of equation 3 plus the source's own term of the loss, a scalar.
         """
-        source, coefficients, dense = self._source(index), self.coefficients[index], self.teacher[index]
+        source, coefficients, dense = self.sources[index], self.coefficients[index], self.teacher[index]
+        assert isinstance(source, TemplateSource)  # the type checker forgets this
         noise = self.noise_std * torch.randn_like(coefficients)
-        mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, of equation 3's noisy sets
+        mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, with the noise of equation 3
         templates, term = source.draw(dense)  # (n, *shape)
-        flat, teacher, leaf = templates.detach().flatten(1), dense.flatten(1), mixed.detach()
         if self._scratch.numel() < templates.numel() or self._scratch.device != templates.device:
             self._scratch = torch.empty_like(templates).flatten()
-        whole = self._scratch[: templates.numel()].view_as(templates)
-        gradient, leaf_gradient = whole.flatten(1), torch.zeros_like(leaf)
-        total = torch.zeros((), device=self.device)
+        gradient = self._scratch[: templates.numel()].view_as(templates)
+        loss, mixed_gradient = self._differentiate(mixed.detach(), templates.detach(), dense, gradient)
+        mixed.backward(mixed_gradient)
+        source.receive(templates, term, gradient)
+        return loss + term.detach()
+
+    def _differentiate(
+        self, mixed: Tensor, templates: Tensor, dense: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the loss of a group block by block of columns.
+
+        Args:
+            mixed: Coefficients (L, n).
+            templates: (n, *shape).
+            dense: The weights of the teacher (L, *shape).
+            gradient: Receives the gradient of the templates (n, *shape), which is laid out in blocks.
+
+        Returns:
+            The loss, a scalar, and the gradient of the coefficients (L, n), which sums over blocks.
+        """
+        flat, teacher, flat_gradient = templates.flatten(1), dense.flatten(1), gradient.flatten(1)
+        total, mixed_gradient = torch.zeros((), device=mixed.device), torch.zeros_like(mixed)
         for start in range(0, flat.shape[1], _BLOCK):
             columns = slice(start, start + _BLOCK)
-            weights = (leaf @ flat[:, columns]).requires_grad_()  # (L, columns)
+            weights = (mixed @ flat[:, columns]).requires_grad_()  # (L, columns)
             loss = self.loss(weights, teacher[:, columns], reduction="sum") * (self.loss_scale / flat.shape[1])
             (slope,) = torch.autograd.grad(loss, weights)
-            torch.mm(leaf.T, slope, out=gradient[:, columns])
-            leaf_gradient += slope @ flat[:, columns].T
+            torch.mm(mixed.T, slope, out=flat_gradient[:, columns])
+            mixed_gradient += slope @ flat[:, columns].T
             total += loss.detach()
-        mixed.backward(leaf_gradient)
-        source.receive(templates, term, whole)
-        return total + term.detach()
+        return total, mixed_gradient
 
     def limit_gradients(self, index: int) -> None:
-        """Scales the gradients of a group down to the largest norm; where they are below, reads them only once."""
+        """Scales the gradients of a group down to `gradient_clip`. Gradients below it are read only once."""
         trained = self._trained(index)
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         if 0 < self.gradient_clip < norm:
             clip_grads_with_norm_(trained, self.gradient_clip, norm)
-
-    def _source(self, index: int) -> TemplateSource:
-        source = self.sources[index]
-        assert isinstance(source, TemplateSource)
-        return source
 
     def _trained(self, index: int) -> list[nn.Parameter]:
         return [*self.sources[index].parameters(), self.coefficients[index]]

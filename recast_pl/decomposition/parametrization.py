@@ -1,4 +1,4 @@
-"""Puts a decomposition into a network: its weights are generated from coefficients at every use."""
+"""Installs a decomposition in a network: its weights are generated from coefficients at every use."""
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +8,25 @@ from torch.nn.utils import parametrize
 from recast_pl.compat.torch import convolve
 from recast_pl.decomposition.bank import Decomposition, TemplateBank
 from recast_pl.decomposition.solve import project
+from recast_pl.decomposition.targets import check_values
 from recast_pl.errors import DecompositionError
 
 
 class Inputs:
-    """What a layer is given, as rows that its weight multiplies.
+    """The input of a layer, as rows that the weight of the layer multiplies.
 
     Args:
-        layer: With a weight (rows, *columns), whose columns are flattened here.
+        layer: A layer with a weight (rows, *columns), whose columns are flattened here.
         x: Its input (B, …), of B samples.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
         self.layer, self.x = layer, x
         self.size: tuple[int, ...] | None = None
-        """Height and width of the output of a convolution, once it is known."""
+        """Height and width of the output of a convolution; None until `times` has computed them."""
 
     def rows(self) -> Tensor:
-        """The N rows of each sample (B, N, columns): its tokens, or the patches under a kernel."""
+        """The N rows of each sample (B, N, columns): its tokens, or the patches under the kernel."""
         layer, x = self.layer, self.x
         if isinstance(layer, nn.Linear):
             return x.reshape(len(x), -1, x.shape[-1])  # (B, …, columns) to (B, N, columns)
@@ -41,7 +42,7 @@ class Inputs:
         return maps.flatten(2).mT  # (B, N, m)
 
     def output(self, y: Tensor) -> Tensor:
-        """Products (B, N, rows) in the shape of the layer's output."""
+        """Reshapes products (B, N, rows) to the output of the layer."""
         return y.view(*self.x.shape[:-1], -1) if self.size is None else y.mT.unflatten(2, self.size)
 
 
@@ -49,15 +50,15 @@ class Mixture(nn.Module):
     """The parametrization of one weight: equations 1 and 2, from coefficients (K, n) to a weight (*shape).
 
     Args:
-        bank: The group's templates.
+        bank: The templates of the group.
         coefficient_sets: K.
-        owner: Whether the bank is registered here. One layer of each group owns it and the others refer to it, so
-            that it appears once in the module tree and the state dict, and no container gets a child it would call.
+        owner: Whether to register the bank here. One layer of each group owns the bank and the others only refer to
+            it, so that it appears once in the module tree and in the state dict.
     """
 
     bank: TemplateBank
     room: Tensor | None = None
-    """Memory (*shape) for the weight, where nothing is trained and no other weight needs it; None for new memory."""
+    """Memory (*shape) for the generated weight, if nothing is trained and nothing else uses it; None for new memory."""
 
     def __init__(self, bank: TemplateBank, coefficient_sets: int, owner: bool) -> None:
         super().__init__()
@@ -68,14 +69,14 @@ class Mixture(nn.Module):
             self.__dict__["bank"] = bank
 
     def forward(self, coefficients: Tensor) -> Tensor:
-        """The weight (*shape) that coefficients (K, n) stand for."""
+        """The weight (*shape) of coefficients (K, n)."""
         return self.bank.mix(coefficients, self.room)
 
-    def product(self, inputs: "Inputs", coefficients: Tensor) -> Tensor:
-        """What becomes of samples, each multiplied by the weight of its own coefficients, which is not generated.
+    def product(self, inputs: Inputs, coefficients: Tensor) -> Tensor:
+        """Multiplies each sample by the weight of its own coefficients, without generating these weights.
 
         Args:
-            inputs: Of B samples.
+            inputs: B samples.
             coefficients: (B, K, n).
 
         Returns:
@@ -89,9 +90,9 @@ class Mixture(nn.Module):
         return y
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
-        """The coefficients (K, n) nearest to a dense weight, in all sets the same.
+        """The coefficients (K, n) nearest to a dense weight, equal in all sets.
 
-        They come as a 1-tuple: a bare tensor would be written into the pretrained parameter in place.
+        They are a 1-tuple because torch would write a bare tensor into the pretrained parameter in place.
         """
         coefficients = project(weight, self.bank.templates)
         return (coefficients.repeat(self.coefficient_sets, 1),)
@@ -101,19 +102,22 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
     """Replaces weights of a network by templates and coefficients, in place.
 
     Args:
-        model: The network the decomposition was made of, not yet decomposed.
-        decomposition: Its templates and coefficients.
+        model: The network that was decomposed, still with its dense weights. The templates take over the type and
+            device of these weights.
+        decomposition: Templates and coefficients.
 
     Returns:
-        The coefficients (K, n) of each target by name. They alone are to be trained; templates are frozen.
+        The coefficients (K, n) of each target by name. Only they can be trained; templates are frozen.
 
     Raises:
-        DecompositionError: If a target is missing, of another shape, or decomposed already.
+        DecompositionError: If a target is missing, of another shape, or decomposed already, or if the weights of a
+            group have no finite values or differ in type or device.
     """
     check_fits(model, decomposition)
     installed: dict[str, nn.Parameter] = {}
     for bank in decomposition.banks:
-        templates = TemplateBank(bank.templates.clone())
+        weight = model.get_parameter(bank.group.targets[0])
+        templates = TemplateBank(bank.templates.to(weight, copy=True))
         for name, values in zip(bank.group.targets, bank.coefficients, strict=True):
             mixture = Mixture(templates, len(values), owner=name == bank.group.targets[0])
             installed[name] = _parametrize(model, name, mixture, values)
@@ -121,21 +125,21 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
 
 
 def check_fits(model: nn.Module, decomposition: Decomposition) -> None:
-    """Makes sure that a network has, as parameters, the weights that a decomposition stands for.
+    """Checks that a network has, as parameters, the weights that a decomposition stands for.
 
     Args:
         model: The network.
         decomposition: The decomposition.
 
     Raises:
-        DecompositionError: If a target is missing, of another shape, or decomposed already.
+        DecompositionError: If a target is missing, of another shape, or decomposed already, or if the weights of a
+            group have no finite values or differ in type or device.
     """
     for bank in decomposition.banks:
-        for name in bank.group.targets:
-            _check_target(model, name, bank.group.shape)
+        check_values({name: _find_weight(model, name, bank.group.shape) for name in bank.group.targets})
 
 
-def _check_target(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+def _find_weight(model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
     path, _, attribute = name.rpartition(".")
     try:
         parameter = dict(model.get_submodule(path).named_parameters(recurse=False)).get(attribute)
@@ -147,6 +151,7 @@ def _check_target(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
             f"the decomposition has {name} of shape {shape}, the backbone has {found}; "
             "use the backbone that was decomposed, and decompose each weight once"
         )
+    return parameter
 
 
 def _parametrize(model: nn.Module, name: str, mixture: Mixture, values: Tensor) -> nn.Parameter:
@@ -156,6 +161,6 @@ def _parametrize(model: nn.Module, name: str, mixture: Mixture, values: Tensor) 
     original = getattr(module.parametrizations, attribute).original0
     assert isinstance(original, nn.Parameter)
     with torch.no_grad():
-        original.copy_(values)  # the decomposition's own values, where the projection agrees only to rounding
+        original.copy_(values)  # exactly those of the decomposition, which the projection gives only up to rounding
     original.requires_grad_()
     return original

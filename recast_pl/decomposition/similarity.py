@@ -1,4 +1,4 @@
-"""How near a decomposed network is to the dense one: in its weights, and in what its layers give."""
+"""How similar a decomposed network is to the dense one: in its weights, and in the outputs of its layers."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -18,12 +18,12 @@ from recast_pl.decomposition.parametrization import check_fits
 
 @dataclass(frozen=True)
 class TargetSimilarity:
-    """How near a generated weight is to the pretrained one.
+    """Comparison of a generated weight W* with the pretrained weight W.
 
     Args:
-        name: Of the weight.
-        cosine: Of the two, flattened.
-        relative_error: ‖W* − W‖ / ‖W‖.
+        name: Name of the weight.
+        cosine: Cosine similarity of the two flattened weights.
+        relative_error: ‖W* − W‖ / ‖W‖ in the Frobenius norm.
     """
 
     name: str
@@ -33,14 +33,14 @@ class TargetSimilarity:
 
 @dataclass(frozen=True)
 class FeatureSimilarity:
-    """How near the features of the decomposed network are to those of the dense one.
+    """Comparison of the outputs of one module in the decomposed and in the dense network.
 
     Args:
-        name: Of the module whose output is compared; `features` for what the network returns.
+        name: Name of the module; `features` for the output of the network.
         kind: `layer` for a module with a generated weight, `block` for the repeated part of the network around it, or
             `features`.
-        mean: Cosine of the flattened outputs for an image, mean over images.
-        lowest: Its lowest value.
+        mean: Cosine similarity of the flattened outputs for one image, mean over images.
+        lowest: The lowest of these similarities.
     """
 
     name: str
@@ -55,17 +55,18 @@ def weight_similarity(decomposition: Decomposition, network: nn.Module) -> tuple
 
     Args:
         decomposition: The decomposition.
-        network: With dense weights.
+        network: The network with its dense weights.
 
     Raises:
-        DecompositionError: If the network has no such weights.
+        DecompositionError: If the decomposition does not fit the network.
     """
     check_fits(network, decomposition)
     found = []
     for name, weight in decomposition.reconstruct().items():
-        ours, theirs = weight.double().flatten(), network.get_parameter(name).double().flatten()
-        cosine = float(F.cosine_similarity(ours, theirs, dim=0))
-        found.append(TargetSimilarity(name, cosine, float((ours - theirs).norm() / theirs.norm())))
+        dense = network.get_parameter(name).double().flatten()
+        generated = weight.to(dense).flatten()
+        cosine = float(F.cosine_similarity(generated, dense, dim=0))
+        found.append(TargetSimilarity(name, cosine, float((generated - dense).norm() / dense.norm())))
     return tuple(found)
 
 
@@ -73,47 +74,51 @@ def weight_similarity(decomposition: Decomposition, network: nn.Module) -> tuple
 def feature_similarity(
     decomposition: Decomposition, backbone: Backbone, batches: Iterable[Tensor]
 ) -> tuple[FeatureSimilarity, ...]:
-    """Compares the features of the decomposed network with those of the dense one, module by module (section 3.2).
+    """Compares the outputs of modules in the decomposed and in the dense network (section 3.2).
 
     Args:
         decomposition: The decomposition.
-        backbone: With dense weights; it is not changed.
-        batches: Images (B, 3, S, S) in [0, 1]. All outputs of a batch are held at once.
+        backbone: The backbone with its dense weights; it is not changed.
+        batches: Images (B, 3, S, S) in [0, 1], on its device. All outputs for one batch are held at once.
 
     Returns:
-        Of each module with a generated weight, of each block around one, and of the network, in order of computation.
+        Similarities of each module with a generated weight, of each block around one, and of the network's features,
+        in the order of computation.
 
     Raises:
-        DecompositionError: If the backbone has no such weights.
+        DecompositionError: If the decomposition does not fit the backbone.
     """
     check_fits(backbone.net, decomposition)
-    generated = {f"net.{name}": weight for name, weight in decomposition.reconstruct().items()}
-    sites = _sites(backbone.net, decomposition)
+    generated = {
+        f"net.{name}": weight.to(backbone.net.get_parameter(name))
+        for name, weight in decomposition.reconstruct().items()
+    }
+    kinds = _compared_modules(backbone.net, decomposition)
     found: dict[str, list[Tensor]] = {}
     for images in batches:
-        dense, decomposed = (_outputs(backbone, sites, weights, images) for weights in ({}, generated))
+        dense, decomposed = (_outputs(backbone, kinds, weights, images) for weights in ({}, generated))
         for name, output in dense.items():
             found.setdefault(name, []).append(cosines(output, decomposed[name]))  # (B,)
     joined = {name: torch.cat(parts) for name, parts in found.items()}
-    kinds = sites | {"features": "features"}
+    kinds["features"] = "features"
     return tuple(FeatureSimilarity(n, kinds[n], float(c.mean()), float(c.min())) for n, c in joined.items())
 
 
 @contextmanager
 def recorded(network: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """A context that keeps what modules give.
+    """A context that records the outputs of modules.
 
     Args:
         network: The network.
         modules: Names of modules in it.
 
     Yields:
-        The last output of each by name, in the order in which they are computed; of one that gives several things, such
-        as attention and its weights, the first.
+        The last output of each module by name, in the order of computation. Of a module with several outputs, such as
+        attention with its weights, it is the first.
     """
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             outputs[name] = (output if isinstance(output, Tensor) else next(iter(output))).detach()
 
@@ -121,31 +126,35 @@ def recorded(network: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, T
 
     with ExitStack() as hooks:
         for name in modules:
-            hooks.callback(network.get_submodule(name).register_forward_hook(keep(name)).remove)
+            hooks.callback(network.get_submodule(name).register_forward_hook(record(name)).remove)
         yield outputs
 
 
 def cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Cosines (B,) in float64 of each image's flattened outputs, (B, ...) and (B, ...)."""
+    """Cosine similarity (B,) in float64 of the flattened outputs for each image, (B, ...) and (B, ...)."""
     return F.cosine_similarity(left.flatten(1).double(), right.flatten(1).double(), dim=1)
 
 
-def _sites(network: nn.Module, decomposition: Decomposition) -> dict[str, str]:
-    """Modules whose outputs are compared, with their kinds."""
-    lists = {path for path, module in network.named_modules() if isinstance(module, nn.Sequential | nn.ModuleList)}
-    sites: dict[str, str] = {}
+def _compared_modules(network: nn.Module, decomposition: Decomposition) -> dict[str, str]:
+    """The kinds, `layer` or `block`, of the modules whose outputs are compared, by name."""
+    modules = dict(network.named_modules())
+    lists = {path for path, module in modules.items() if isinstance(module, nn.Sequential | nn.ModuleList)}
+    kinds: dict[str, str] = {}
     for bank in decomposition.banks:
         for target in bank.group.targets:
             layer = target.rpartition(".")[0]
-            sites[layer] = "layer"
+            parent = layer.rpartition(".")[0]
+            if isinstance(modules[parent], nn.MultiheadAttention):
+                layer = parent  # attention never calls its output projection, but reads the weight of it
+            kinds[layer] = "layer"
             parts = [layer[: match.start()] for match in re.finditer(r"\.|$", layer)]
             inside = (part for part in parts if part.rpartition(".")[0] in lists)  # the outermost first
-            sites.setdefault(next(inside, layer), "block")
-    return sites
+            kinds.setdefault(next(inside, layer), "block")
+    return kinds
 
 
-def _outputs(backbone: Backbone, sites: Iterable[str], weights: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-    """Outputs of modules, and the features, with some weights exchanged."""
-    with recorded(backbone.net, sites) as outputs:
+def _outputs(backbone: Backbone, names: Iterable[str], weights: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    """Outputs of the named modules and of the backbone, computed with some other weights."""
+    with recorded(backbone.net, names) as outputs:
         features = functional_call(backbone, weights, (images,))
     return outputs | {"features": features.detach()}

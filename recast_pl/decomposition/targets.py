@@ -1,11 +1,13 @@
 """Which weights are decomposed, and which of them share a template bank."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from recast_pl.decomposition.solve import Basis
 from recast_pl.errors import DecompositionError
@@ -17,23 +19,23 @@ _DECOMPOSABLE = {nn.Linear: "weight", nn.Conv2d: "weight", nn.MultiheadAttention
 
 @dataclass(frozen=True)
 class BankLayout:
-    r"""How weights share template banks (section 3.1 and 3.3 of the paper).
+    r"""How weights share template banks (sections 3.1 and 3.3 of the paper).
 
-    Layers of one kind (names equal but for their numbers, shapes equal) are divided, in order of depth, into
-    groups of consecutive layers; each group has a template bank of its own.
+    Weights of one kind have equal shapes and names, except for parts of a name that are numbers, as in `blocks.3`. In
+    order of depth, they are divided into groups of consecutive layers, and each group has its own template bank.
 
     Args:
         targets: Regular expressions, searched in the names of weights of `nn.Linear`, `nn.Conv2d` and
             `nn.MultiheadAttention` (`in_proj_weight`), such as `mlp\.fc[12]\.weight`.
         groups: G, the number of groups of each kind; it must divide the number of layers. None, with no
-            `layers_per_group` either, is one group.
-        layers_per_group: Layers that share a bank, instead of G; the last group holds the rest.
-        templates: n, the templates of each bank. None for as many as the group has layers, which is exact.
-        coefficient_sets: K. Sets are averaged, so that K > 1 is algebraically redundant (equation 2); it is
-            kept for comparison with the paper.
-        basis: Which templates, of those that the closed form may choose from with equal error: `svd`, the leading
-            singular directions of the group; `layers`, the weights of the layers themselves, with a coefficient of 1
-            each, which needs n = L; `random`, a rotation of `svd` drawn anew, but always the same, for each group.
+            `layers_per_group` either, means one group.
+        layers_per_group: Number of layers that share a bank, instead of G; the last group takes the rest.
+        templates: n, the number of templates of each bank. None for as many as the group has layers, which is exact.
+        coefficient_sets: K. The sets are averaged, so K > 1 is algebraically redundant (equation 2); it is kept for
+            comparison with the paper.
+        basis: Which of the equally good templates the closed form returns: `svd`, the leading singular directions of
+            the group; `layers`, the weights of the layers themselves, with coefficients 0 and 1, which needs n = L;
+            `random`, a random rotation of `svd`, fixed for each group.
     """
 
     targets: Sequence[str]
@@ -49,10 +51,10 @@ class Group:
     """Layers that share one template bank.
 
     Args:
-        name: The kind of layer, with its numbers as `*`, and the number of the group: `mlp.*.fc1.weight:0`.
+        name: The kind of weight, with `*` for its numbers, and the number of the group: `mlp.*.fc1.weight:0`.
         targets: The names of the weights, in order of depth.
         shape: The shape of each weight.
-        templates: n, the templates of the bank.
+        templates: n, the number of templates of the bank.
     """
 
     name: str
@@ -66,31 +68,84 @@ class Group:
         return self.name.rpartition(":")[0]
 
 
-def find_targets(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Finds the weights whose names match.
+def weight_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Finds the weights of linear, convolution and attention layers, both parameters and generated weights.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        For the name of each weight, the layer that owns it and the layer's attribute, in the order of the model.
+    """
+    owners: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for kind, attribute in _DECOMPOSABLE.items():
+            if isinstance(module, kind) and getattr(module, attribute) is not None:
+                assert isinstance(module, nn.Module)  # the type checker forgets this
+                owners[f"{path}.{attribute}".lstrip(".")] = (module, attribute)
+    return owners
+
+
+def find_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Finds the weights whose names match a pattern.
 
     Args:
         model: Any module.
         patterns: Regular expressions, see `BankLayout.targets`.
 
     Returns:
-        Weights by name, in the order in which the model lists them.
+        Weights by name, in the order of the model.
 
     Raises:
-        DecompositionError: If a pattern is invalid or matches nothing.
+        DecompositionError: If there are no patterns, if one is invalid or matches nothing, or if a weight is tied to
+            another or not initialised.
     """
-    candidates = _candidates(model)
-    matched = set()
-    for pattern in patterns:
-        found = {name for name in candidates if _compile(pattern).search(name)}
-        if not found:
-            examples = ", ".join(list(candidates)[:3]) or "none"
+    if isinstance(patterns, str) or not patterns:
+        raise DecompositionError(f"targets={patterns!r} must be a list of regular expressions; give at least one")
+    owners = weight_owners(model)
+    parameters = {
+        name: dict(module.named_parameters(recurse=False)).get(attribute)
+        for name, (module, attribute) in owners.items()
+    }
+    candidates = {name: p for name, p in parameters.items() if p is not None}  # the others are generated already
+    others = [*owners, *(name for name, _ in model.named_parameters())]
+    matched = {name for pattern in patterns for name in _search(pattern, list(candidates), others)}
+    targets = {name: weight for name, weight in candidates.items() if name in matched}
+    _check_parameters(model, targets)
+    return targets
+
+
+def check_values(weights: Mapping[str, Tensor]) -> None:
+    """Checks that weights can share a bank: finite real numbers of one type on one device.
+
+    Args:
+        weights: The weights of a group by name.
+
+    Raises:
+        DecompositionError: If one has no values, or other values, or they differ in type or device.
+    """
+    for name, weight in weights.items():
+        if weight.is_meta or not weight.is_floating_point() or not weight.isfinite().all():
+            found = "is on the meta device" if weight.is_meta else f"({weight.dtype}) is not all finite real numbers"
+            raise DecompositionError(f"weight {name} {found}; load the backbone's weights before decomposing it")
+    (first, reference), *others = weights.items()
+    for name, weight in others:
+        if (weight.dtype, weight.device) != (reference.dtype, reference.device):
             raise DecompositionError(
-                f"target {pattern!r} matches none of the {len(candidates)} weights that can be decomposed "
-                f"(such as {examples}); correct the pattern"
+                f"{first} is {reference.dtype} on {reference.device} but {name} is {weight.dtype} on {weight.device}; "
+                "weights that share a bank need one type and device: convert the backbone, or change the layout"
             )
-        matched |= found
-    return {name: weight for name, weight in candidates.items() if name in matched}
+
+
+def check_least(least: float, **settings: float | None) -> None:
+    """Checks that settings are None or not below a number.
+
+    Raises:
+        DecompositionError: If one is below it.
+    """
+    for name, value in settings.items():
+        if value is not None and value < least:
+            raise DecompositionError(f"{name}={value} must be at least {least}")
 
 
 def group_targets(shapes: Mapping[str, Shape], layout: BankLayout) -> list[Group]:
@@ -101,7 +156,7 @@ def group_targets(shapes: Mapping[str, Shape], layout: BankLayout) -> list[Group
         layout: How to share.
 
     Returns:
-        The groups, in order of depth of their first layer within each kind.
+        The groups, kind by kind, in order of depth within each kind.
 
     Raises:
         DecompositionError: If the layout does not fit the layers.
@@ -116,43 +171,42 @@ def group_targets(shapes: Mapping[str, Shape], layout: BankLayout) -> list[Group
         for start in range(0, len(names), size):
             members = tuple(names[start : start + size])
             name = f"{kind}:{sum(g.kind == kind for g in groups)}"
-            groups.append(Group(name, members, shape, _templates(name, members, layout)))
+            groups.append(Group(name, members, shape, _template_count(name, len(members), layout)))
     return groups
 
 
-def weight_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The weights of linear, convolution and attention layers, whether they are parameters or generated.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        For the name of each weight its layer and the layer's attribute, in the order in which the model lists them.
-    """
-    sites: dict[str, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        for kind, attribute in _DECOMPOSABLE.items():
-            if isinstance(module, kind) and getattr(module, attribute) is not None:
-                assert isinstance(module, nn.Module)  # which the type checker forgets
-                sites[f"{path}.{attribute}".lstrip(".")] = (module, attribute)
-    return sites
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All weights that can be decomposed; those generated already are no parameters of their layer any more."""
-    found = {}
-    for name, (module, attribute) in weight_sites(model).items():
-        parameter = dict(module.named_parameters(recurse=False)).get(attribute)
-        if parameter is not None:
-            found[name] = parameter
+def _search(pattern: str, candidates: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The candidates that match a pattern. If there are none, another match may help to correct the pattern."""
+    try:
+        search = re.compile(pattern).search
+    except re.error as cause:
+        raise DecompositionError(f"target {pattern!r} is not a regular expression ({cause}); correct it") from cause
+    found = [name for name in candidates if search(name)]
+    if not found:
+        examples = ", ".join(candidates[:3]) or "none"
+        other = next((name for name in others if search(name)), None)
+        hint = f", only {other}, which is generated already or not of a linear, convolution or attention layer"
+        raise DecompositionError(
+            f"target {pattern!r} matches none of the {len(candidates)} weights that can be decomposed "
+            f"(such as {examples}){hint if other else ''}; correct the pattern"
+        )
     return found
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as cause:
-        raise DecompositionError(f"target {pattern!r} is no regular expression ({cause}); correct it") from cause
+def _check_parameters(model: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
+    """Refuses weights without a shape, and tied weights, which would get coefficients of their own."""
+    users: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            users[parameter].append(f"{path}.{attribute}".lstrip("."))
+    for name, weight in targets.items():
+        if is_lazy(weight):
+            raise DecompositionError(f"weight {name} has no shape yet; call the network once before decomposing it")
+        if len(users[weight]) > 1:
+            raise DecompositionError(
+                f"{' and '.join(users[weight])} are one tied weight, which a decomposition would separate; "
+                "leave it out of the targets"
+            )
 
 
 def _check_layout(layout: BankLayout) -> None:
@@ -160,12 +214,10 @@ def _check_layout(layout: BankLayout) -> None:
         raise DecompositionError(
             f"groups={layout.groups} and layers_per_group={layout.layers_per_group} exclude each other; give one"
         )
-    for name in ("groups", "layers_per_group", "templates", "coefficient_sets"):
-        value = getattr(layout, name)
-        if value is not None and value < 1:
-            raise DecompositionError(f"{name}={value} must be at least 1")
+    names = ("groups", "layers_per_group", "templates", "coefficient_sets")
+    check_least(1, **{name: getattr(layout, name) for name in names})
     if layout.basis not in get_args(Basis):
-        raise DecompositionError(f"basis={layout.basis!r} is none of {', '.join(get_args(Basis))}; choose one")
+        raise DecompositionError(f"basis={layout.basis!r} is unknown; choose one of {', '.join(get_args(Basis))}")
 
 
 def _group_size(kind: str, layers: int, layout: BankLayout) -> int:
@@ -181,16 +233,16 @@ def _group_size(kind: str, layers: int, layout: BankLayout) -> int:
     return layers // groups
 
 
-def _templates(name: str, members: Sequence[str], layout: BankLayout) -> int:
-    wanted = layout.templates or len(members)
-    if wanted > len(members):
+def _template_count(name: str, layers: int, layout: BankLayout) -> int:
+    wanted = layout.templates or layers
+    if wanted > layers:
         raise DecompositionError(
-            f"templates={wanted} is more than the {len(members)} layers of group {name}, which "
-            f"{len(members)} templates represent exactly; lower templates, or leave it out"
+            f"templates={wanted} is more than the {layers} layers of group {name}, which {layers} templates represent "
+            "exactly; lower templates, or leave it out"
         )
-    if layout.basis == "layers" and wanted < len(members):
+    if layout.basis == "layers" and wanted < layers:
         raise DecompositionError(
-            f"basis='layers' takes each of the {len(members)} layers of group {name} as a template, templates={wanted} "
-            "has room for fewer; leave templates out, or choose basis='svd'"
+            f"basis='layers' takes each of the {layers} layers of group {name} as a template, but templates={wanted}; "
+            "leave templates out, or choose basis='svd'"
         )
     return wanted

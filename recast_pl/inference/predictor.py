@@ -1,8 +1,8 @@
-"""What was learnt, in use: any task of a run, for images of any kind, from many threads."""
+"""Predictions by the tasks of a run, for images of any kind, from any number of threads."""
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError, PatchError, RunError
-from recast_pl.inference.mixed import MixedTasks
-from recast_pl.inference.states import TaskStates
+from recast_pl.inference.mixed_batch import MixedBatch, PackedState
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
@@ -31,12 +30,12 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
-_lock = threading.Lock()  # generated weights are cached by torch for the whole process
+_lock = threading.Lock()  # torch caches generated weights for the whole process
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a task says of an image.
+    """How a task classifies an image.
 
     Args:
         task: Name of the task.
@@ -57,7 +56,7 @@ def load(
     device: str | torch.device | None = None,
     tasks: Sequence[str] | None = None,
 ) -> "Predictor":
-    """Makes what a run has learnt ready for use.
+    """Loads the tasks of a run for prediction.
 
     Args:
         run_dir: The run folder.
@@ -67,55 +66,53 @@ def load(
         tasks: Names of the tasks to read, at least one; None for all.
 
     Returns:
-        The run's tasks.
+        The predictor with all tasks of the run.
 
     Raises:
-        RunError: If the folder holds no learnt task, or jsonargparse is missing.
-        PatchError: If a patch is damaged, or is not of this backbone and method.
+        RunError: If the folder holds no trained task, or jsonargparse is missing.
+        PatchError: If a patch is damaged, or belongs to another backbone or method.
     """
     precision = Precision()
-    with isolate_rng():  # random weights, if the run began with them, are found again; the caller's draws stay
+    with isolate_rng():  # restores random weights, if the run began with them, and leaves the caller's generators alone
         if module is None:
             module, precision, place = _from_config(run_dir)
             device = place if device is None else device
         folder = RunFolder(run_dir)
-        patches = [folder.load_patch(task) for task in (folder.finished() if tasks is None else tasks)]
+        patches = list(folder.load_patches(tasks).values())
         restore(module, folder, patches[-1].image_size)
-    predictor = Predictor(precision.convert_module(module.to(device or module.device)), precision, len(patches))  # type: ignore[arg-type]
+    predictor = Predictor(precision.convert_module(module.to(device or module.device)), precision)  # type: ignore[arg-type]
     for patch in patches:
         predictor._add(patch)
     return predictor
 
 
 class Predictor:
-    """Classifies images with learnt tasks; `recast_pl.load` makes it of a run.
+    """Classifies images by trained tasks; `recast_pl.load` makes it from a run.
 
-    Many threads may predict by different tasks, and add and remove tasks, at the same time.
+    Any number of threads may predict, and add and remove tasks, at the same time.
 
     Args:
-        module: Built, with what its tasks share; from now on the predictor's own.
-        precision: In which it computes; None for that of its weights.
-        room: Tasks to have room for at first.
+        module: The built module, with what its tasks share. Only the predictor may use it from now on.
+        precision: The precision to compute in; None for that of the module's weights.
 
     Raises:
         RunError: If the module is not built.
     """
 
-    def __init__(self, module: TILModule, precision: Precision | None = None, room: int = 0) -> None:
+    def __init__(self, module: TILModule, precision: Precision | None = None) -> None:
         if module.backbone is None:
             raise RunError("TILModule has no backbone yet; call build(image_size) first")
         self._module, self._precision = module.eval(), precision or Precision()
-        self._states = TaskStates(len(module.pieces), room)
-        self._network = MixedTasks(module.backbone, module.pieces, self._states)
+        self._network = MixedBatch(module.backbone, module.pieces)
         self._tasks: dict[str, _Task] = {}
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks, in the order in which they were learnt or added."""
+        """Names of the tasks, in the order in which they were trained or added."""
         return list(self._tasks)
 
     def classes(self, task: str) -> list[str]:
-        """Class names of a task, in order of label.
+        """Class names of a task; the index of each is its label.
 
         Raises:
             RunError: If there is no such task.
@@ -123,7 +120,7 @@ class Predictor:
         return list(self._find(task).classes)
 
     def image_size(self, task: str) -> int:
-        """Height and width in pixels to which a task's images are brought.
+        """Height and width in pixels to which a task's images are resized.
 
         Raises:
             RunError: If there is no such task.
@@ -136,99 +133,127 @@ class Predictor:
         task: str | None = None,
         tasks: Sequence[str] | None = None,
     ) -> list[Prediction]:
-        """Classifies images, each by a task of its own or all by the same, preprocessed as in training.
+        """Classifies images, preprocessed as in training, all by the same task or each by its own.
 
         Args:
             images: One image or a sequence of them: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of
-                any size; or a batch (N, H, W, 3) or (N, 3, H, W). Numbers are uint8, or floating point in [0, 1],
-                which are rounded to the 256 values that files have.
-            task: The task for all; None where `tasks` is given.
+                any size; or a batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating point in [0, 1], which
+                are rounded to the 256 values that files have.
+            task: The task for all images; None where `tasks` is given.
             tasks: The task of each image; None where `task` is given.
 
         Returns:
-            A prediction for each image, in their order.
+            A prediction for each image, in the order of the images.
 
         Raises:
             RunError: If there is no such task.
-            DataError: If an image cannot be read, or not just one of `task` and `tasks` fits.
+            DataError: If an image cannot be read, or if not exactly one of `task` and `tasks` is given.
         """
-        items = _listed(images)
-        names = _names(len(items), task, tasks)
-        known = {name: self._find(name) for name in dict.fromkeys(names)}
+        items = _as_list(images)
+        names = _task_of_each(len(items), task, tasks)
+        sizes = {name: self.image_size(name) for name in dict.fromkeys(names)}
         found: dict[int, Prediction] = {}
-        # by size, because those of a batch are of one; by task, so that batches are of few
-        order = sorted(range(len(items)), key=lambda i: (known[names[i]].image_size, known[names[i]].row))
-        for size in sorted({entry.image_size for entry in known.values()}):
-            alike = [i for i in order if known[names[i]].image_size == size]
-            for chunk in (alike[start : start + _BATCH] for start in range(0, len(alike), _BATCH)):
-                pixels = torch.stack([decode_any(items[i], size) for i in chunk])  # (B, 3, S, S)
-                found |= zip(chunk, self._classify(pixels, [(names[i], known[names[i]]) for i in chunk]), strict=True)
+        for chunk in _chunks(sorted(range(len(items)), key=names.__getitem__)):  # by task: fewer tasks in a batch
+            pixels = [decode_any(items[i], sizes[names[i]]) for i in chunk]
+            found |= zip(chunk, self.predict_tensors(pixels, [names[i] for i in chunk]), strict=True)
         return [found[i] for i in range(len(items))]
 
-    def add_patch(self, patch: str | Path | TaskPatch) -> str:
-        """Takes in a task that was learnt elsewhere, on the same base by the same method.
+    def predict_tensors(self, images: Tensor | Sequence[Tensor], tasks: Sequence[str]) -> list[Prediction]:
+        """Classifies images that are decoded already, each by its own task.
 
         Args:
-            patch: A file of `patches/`, or what it holds.
+            images: uint8 (N, 3, S, S), S being the image size of the tasks; or N tensors (3, S, S), each of the size
+                of its task.
+            tasks: The task of each image (N,).
+
+        Returns:
+            A prediction for each image, in the order of the images.
+
+        Raises:
+            RunError: If there is no such task.
+            DataError: If an image does not have the type or shape above, or if the numbers of images and tasks differ.
+        """
+        if len(images) != len(tasks):
+            raise DataError(f"{len(images)} images and {len(tasks)} tasks are given; name one task for each image")
+        entries = {name: self._find(name) for name in dict.fromkeys(tasks)}
+        for image, name in zip(images, tasks, strict=True):
+            size = entries[name].image_size
+            if image.dtype != torch.uint8 or image.shape != (3, size, size):
+                raise DataError(
+                    f"an image is {image.dtype} {tuple(image.shape)}; task {name!r} needs uint8 {(3, size, size)}"
+                )
+        found: dict[int, Prediction] = {}
+        by_task = sorted(range(len(tasks)), key=tasks.__getitem__)
+        for size in {entry.image_size for entry in entries.values()}:
+            for chunk in _chunks([i for i in by_task if entries[tasks[i]].image_size == size]):
+                batch = torch.stack([images[i] for i in chunk])  # (B, 3, S, S)
+                found |= zip(chunk, self._classify(batch, [(tasks[i], entries[tasks[i]]) for i in chunk]), strict=True)
+        return [found[i] for i in range(len(tasks))]
+
+    def add_patch(self, patch: str | Path | TaskPatch) -> str:
+        """Adds a task that was trained elsewhere, on the same base by the same method.
+
+        Args:
+            patch: A file of `patches/`, or its content.
 
         Returns:
             Name of the task.
 
         Raises:
-            PatchError: If the patch is damaged or does not belong here, or a task has its name; nothing has changed
-                then.
+            PatchError: If the patch is damaged or does not belong here, or if a task has its name. The predictor is
+                unchanged then.
         """
         patch = patch if isinstance(patch, TaskPatch) else TaskPatch.load(patch)
         if not self._module.isolated:
             raise PatchError(
                 f"tasks of {self._module.method} share weights, which the patch of {patch.task!r} does not hold; "
-                "load the run that it was learnt in"
+                "load the run that it was trained in"
             )
         self._add(patch)
         return patch.task
 
     def remove(self, task: str) -> None:
-        """Forgets a task; its name is free again.
+        """Removes a task. Its name can be used again.
 
         Raises:
             RunError: If there is no such task.
         """
         with _lock:
-            self._states.remove(self._find(task).row)
+            self._find(task)
             del self._tasks[task]
 
     def _add(self, patch: TaskPatch) -> None:
+        patch = patch.widened()
         with _lock:
             if patch.task in self._tasks:
                 raise PatchError(f"there is a task {patch.task!r} already; remove it first, or rename the new one")
             self._module.check_patch(patch)
             for piece, state in zip(self._module.pieces, patch.pieces, strict=True):
-                piece.load_task_state(state)  # which refuses what is not its own
-            head = {name: tensor.to(self._module.device) for name, tensor in self._module.head_of(patch).items()}
-            self._tasks[patch.task] = _Task(self._states.add(patch.pieces), patch.classes, head, patch.image_size)
+                piece.load_task_state(state)  # refuses a state that does not fit
+            head = self._module.head_of(patch)
+            weight, bias = (head[name].to(self._module.device) for name in ("weight", "bias"))
+            packed = self._network.pack(patch.pieces)
+            self._tasks[patch.task] = _Task(packed, patch.classes, weight, bias, patch.image_size)
 
     def _find(self, name: str) -> "_Task":
         task = self._tasks.get(name)
         if task is None:
-            raise RunError(f"task {name!r} is not learnt; learnt are {', '.join(self.tasks)}")
+            raise RunError(f"there is no task {name!r}; the tasks are {', '.join(self.tasks)}")
         return task
 
     @torch.no_grad()
     def _classify(self, pixels: Tensor, tasks: Sequence[tuple[str, "_Task"]]) -> list[Prediction]:
-        """What each image's task says of uint8 images (B, 3, S, S); those of a task follow one another."""
+        """Predictions for uint8 images (B, 3, S, S) that are sorted by task."""
         groups = [(name, task, len(list(same))) for (name, task), same in itertools.groupby(tasks)]
         with _lock, self._precision.forward_context():
             for name, task, _ in groups:
                 if self._tasks.get(name) is not task:
-                    raise RunError(f"task {name!r} was removed while it was to predict; predict again")
+                    raise RunError(f"task {name!r} was removed before its images were classified; predict again")
             images = tv.to_dtype(pixels.to(self._module.device), torch.float32, scale=True)
-            rows, counts = [task.row for _, task, _ in groups], [count for *_, count in groups]
-            features = self._network.features(self._precision.convert_input(images), rows, counts)  # (B, D)
+            states, counts = [task.state for _, task, _ in groups], [count for *_, count in groups]
+            features = self._network.features(self._precision.convert_input(images), states, counts)  # (B, D)
             parts = [
-                F.linear(part, *(task.head[name].to(part.dtype) for name in ("weight", "bias")))
-                .softmax(1)
-                .float()
-                .cpu()
+                F.linear(part, task.weight.to(part.dtype), task.bias.to(part.dtype)).softmax(1).float().cpu()
                 for (_, task, _), part in zip(groups, features.split(counts), strict=True)
             ]
         return [
@@ -240,43 +265,48 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
-    """Where a task's states are, and what it has beside them."""
+    """What the predictor keeps of a task: the states of the pieces, and the head's weight and bias."""
 
-    row: int
+    state: PackedState
     classes: Sequence[str]
-    head: Mapping[str, Tensor]
+    weight: Tensor
+    bias: Tensor
     image_size: int
 
 
 def _from_config(run_dir: str | Path) -> tuple[TILModule, Precision, torch.device]:
-    """The module of a run, and with what precision and where its trainer would evaluate."""
+    """The module of a run, and the precision and device that its trainer would evaluate with."""
     try:
-        from recast_pl.config.run_config import open_run  # noqa: PLC0415
+        from recast_pl.config.run import open_run  # noqa: PLC0415
     except ModuleNotFoundError as cause:
         raise RunError(
             f"reading {run_dir}/config.yaml needs {cause.name}; install it (pip install 'jsonargparse[signatures]'), "
-            "or give load the module=TILModule(...) of the run's backbone and method"
+            "or call load with module=TILModule(...) of the run's backbone and method"
         ) from cause
     _, init = open_run(str(run_dir))
     trainer = TrainerFactory(init.trainer).alone().for_evaluation()
     return init.model, trainer.precision_plugin, trainer.strategy.root_device
 
 
-def _listed(images: Any) -> list[Any]:
+def _as_list(images: Any) -> list[Any]:
     """The images of a sequence or batch, or the one image."""
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
     return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
-def _names(count: int, task: str | None, tasks: Sequence[str] | None) -> list[str]:
-    """The task of each of so many images."""
+def _task_of_each(count: int, task: str | None, tasks: Sequence[str] | None) -> list[str]:
+    """The task of each of `count` images."""
     if (task is None) == (tasks is None):
         raise DataError("predict takes either task=NAME for all images, or tasks=[NAME, ...] with one for each")
     names = [task] * count if task is not None else list(tasks or ())
     if len(names) != count or isinstance(tasks, str):
         raise DataError(f"tasks={tasks!r} names {len(names)} tasks for {count} images; name one for each image")
     return names
+
+
+def _chunks(indices: Sequence[int]) -> list[Sequence[int]]:
+    return [indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH)]
 
 
 def _prediction(task: str, classes: Sequence[str], probabilities: list[float]) -> Prediction:

@@ -193,12 +193,11 @@ class FiniteLoss(Callback):
     def _check(self, trainer: Trainer) -> None:
         finite = self.finite is None or bool(self.finite)
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):  # all stop, or none
-            kept = (
-                f"as it was after epoch {trainer.current_epoch}" if trainer.current_epoch else "before the first epoch"
-            )
+            epoch = trainer.current_epoch
+            kept = f"as it was after epoch {epoch}" if epoch else "before the first epoch"
             raise RunError(
-                f"the loss of task {self.task!r} has become NaN or infinite in epoch {trainer.current_epoch + 1}; its "
-                f"state {kept} is kept. Resume with a lower learning rate, such as --resume true "
+                f"the loss of task {self.task!r} has become NaN or infinite in epoch {epoch + 1}; its state {kept} is "
+                "kept. Resume with a lower learning rate, such as --resume true "
                 "--model.optimizer.init_args.lr 1e-4, or with --trainer.gradient_clip_val 1"
             )
 

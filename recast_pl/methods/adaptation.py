@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from recast_pl.decomposition.parametrization import Inputs
-from recast_pl.decomposition.targets import weight_sites
+from recast_pl.decomposition.targets import weight_owners
 from recast_pl.methods.piece import ADDED, Piece, check_state, select
 
 # names of weights in timm's and torchvision's vision transformers and residual networks
@@ -119,7 +119,7 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         Raises:
             MethodError: If no weight matches.
         """
-        sites = {name: site for name, site in weight_sites(network).items() if f".{ADDED}." not in name}
+        sites = {name: site for name, site in weight_owners(network).items() if f".{ADDED}." not in name}
         self._sites = {name: sites[name] for name in select(type(self).__name__, sites, self.targets)}
         for name, (module, attribute) in self._sites.items():
             adaptation = self.adapt(name, getattr(module, attribute).detach())

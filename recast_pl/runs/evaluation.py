@@ -73,7 +73,7 @@ def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskP
         PatchError: If the patch is damaged.
     """
     check_choice(folder, task, file)
-    return folder.load_patch(task) if task is not None else TaskPatch.load(str(file))
+    return folder.load_patches([task])[task] if task is not None else TaskPatch.load(str(file))
 
 
 def open_task(module: TILModule, folder: RunFolder, patch: TaskPatch) -> None:

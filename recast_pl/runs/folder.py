@@ -1,12 +1,13 @@
 """A run folder: where each file of a run lies, and how its trained tasks are read."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
+from uuid import uuid4
 
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import read_json, read_sealed_json, sha256
+from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
 
 
@@ -54,9 +55,11 @@ class Summary(TypedDict):
     wall_seconds: float
 
 
-@dataclass(frozen=True)
 class TaskFiles:
-    """The files of one task of a run.
+    """The files of one task of a run, whether or not they exist.
+
+    The task is finished when `patch` exists. `shared` holds what all tasks share, as it was after this one, and is
+    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained.
 
     Args:
         run: The run folder.
@@ -64,42 +67,19 @@ class TaskFiles:
         task: Its name.
     """
 
-    run: Path
-    position: int
-    task: str
-
-    @property
-    def name(self) -> str:
-        """The name that all files of the task share, without an ending."""
-        return f"{self.position:02d}_{self.task}"
-
-    @property
-    def patch(self) -> Path:
-        """The trained task; the task is finished when this file exists."""
-        return self.run / "patches" / f"{self.name}.safetensors"
-
-    @property
-    def record(self) -> Path:
-        """The task's `Record`."""
-        return self.run / "tasks" / f"{self.name}.json"
-
-    @property
-    def shared(self) -> Path:
-        """What all tasks share, as it was after this one; absent if the method keeps tasks apart."""
-        return self.run / "shared" / f"{self.name}.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints while the task is trained."""
-        return self.run / "checkpoints" / self.name
+    def __init__(self, run: Path, position: int, task: str) -> None:
+        self.position, self.task, self.name = position, task, f"{position:02d}_{task}"
+        self.patch = run / "patches" / f"{self.name}.safetensors"
+        self.record = run / "tasks" / f"{self.name}.json"
+        self.shared = run / "shared" / f"{self.name}.safetensors"
+        self.checkpoints = run / "checkpoints" / self.name
 
     def load_record(self) -> Record:
-        """Reads the record.
-
-        Raises:
-            RunError: If the file is missing or damaged.
-        """
-        return cast(Record, read_sealed_json(self.record, RunError))
+        """Reads the record; raises RunError if it is missing or damaged, or belongs to another task."""
+        record = cast(Record, read_sealed_json(self.record, RunError))
+        if record["task"]["name"] != self.task:
+            raise RunError(f"{self.record} is the record of task {record['task']['name']!r}; restore the original one")
+        return record
 
     def load(self) -> tuple[TaskPatch, Record]:
         """Reads the patch and the record.
@@ -160,28 +140,33 @@ class RunFolder:
                 f"run folder {self.path} exists; add --resume true to continue it, or name another --run_dir"
             )
 
-    def read_summary(self) -> Summary:
-        """Reads `summary.json`.
+    def add_files(self, write: Callable[[Path], None]) -> bool:
+        """Adds files to the run safely beside other processes that add files of the same names.
 
-        Raises:
-            RunError: If the file is missing or damaged.
+        Args:
+            write: Writes the files into a folder.
+
+        Returns:
+            Whether the run has just these files now; False if another process has written others before.
         """
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
+            return all(same)
+
+    def read_summary(self) -> Summary:
+        """Reads `summary.json`; raises RunError if it is missing or damaged."""
         entries = {"seed": int, "tasks": list, "accuracy_matrix": list, "method": str, "backbone": str}
         return cast(Summary, read_json(self.summary, RunError, **entries))
 
     def files(self, position: int, task: str) -> TaskFiles:
-        """The files of a task, whether or not they exist.
-
-        Args:
-            position: Position of the task in the stream, from 0.
-            task: Its name.
-        """
+        """The files of the task at a position of the stream, from 0."""
         return TaskFiles(self.path, position, task)
 
     @property
     def is_trained(self) -> bool:
         """Whether at least one task is finished."""
-        return any(self._patch_paths())
+        return any(self._patches())
 
     def finished(self) -> dict[str, TaskFiles]:
         """The files of all finished tasks by name, in the order of the stream.
@@ -190,7 +175,7 @@ class RunFolder:
             RunError: If no task is finished, or a patch has no position in its name.
         """
         found = []
-        for path in self._patch_paths():
+        for path in self._patches():
             position, _, task = path.stem.partition("_")
             if not (position.isdecimal() and task):
                 raise RunError(f"{path} is not named POSITION_TASK.safetensors, as 'fit' names patches; move it away")
@@ -200,29 +185,47 @@ class RunFolder:
         found.sort(key=lambda files: files.position)  # as numbers: as text, 99_a would follow 100_b
         return {files.task: files for files in found}
 
-    def load_patch(self, task: str) -> TaskPatch:
-        """Reads the patch of one finished task.
+    def load_patches(self, tasks: Iterable[str] | None = None) -> dict[str, TaskPatch]:
+        """Reads the patches of finished tasks, by name.
 
         Args:
-            task: Its name.
+            tasks: Names of the tasks; None for all, in the order of the stream.
 
         Raises:
-            RunError: If the task is not finished.
-            PatchError: If its patch is damaged.
-        """
-        finished = self.finished()
-        if task not in finished:
-            raise RunError(f"task {task!r} is not trained in {self.path}; trained are {', '.join(finished)}")
-        return finished[task].load()[0]
-
-    def load_patches(self) -> dict[str, TaskPatch]:
-        """Reads the patches of all finished tasks, by name, in the order of the stream.
-
-        Raises:
-            RunError: If no task is finished.
+            RunError: If a task, or every task, is not finished.
             PatchError: If a patch is damaged.
         """
-        return {task: files.load()[0] for task, files in self.finished().items()}
+        finished, patches = self.finished(), {}
+        for task in finished if tasks is None else tasks:
+            if task not in finished:
+                raise RunError(f"task {task!r} is not trained in {self.path}; trained are {', '.join(finished)}")
+            patches[task], _ = finished[task].load()
+        return patches
 
-    def _patch_paths(self) -> Iterable[Path]:
+    def _patches(self) -> Iterable[Path]:
         return (self.path / "patches").glob("*.safetensors")
+
+
+def write_once(path: Path, content: bytes) -> bool:
+    """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
+
+    Args:
+        path: The file; its folder is created.
+        content: Its bytes.
+
+    Returns:
+        Whether the file has this content now.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
+    write_atomic(draft, content)
+    with writing(path):
+        try:
+            path.hardlink_to(draft)  # unlike a rename, it fails if the path exists
+        except OSError:
+            if not path.exists():  # the file system has no hard links
+                draft.replace(path)
+        draft.unlink(missing_ok=True)
+    return path.read_bytes() == content

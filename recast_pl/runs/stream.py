@@ -1,5 +1,6 @@
 """Trains a stream of tasks: one Trainer per task, a run folder that holds every result, and resume."""
 
+import copy
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
 from recast_pl.runs.evaluation import measure, percent
-from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult
+from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
 from recast_pl.runs.metrics import (
     accuracy_matrix,
     average_accuracy,
@@ -53,7 +54,8 @@ class Stream:
         run_dir: The run folder.
         trainers: Makes a trainer for each task.
         seed: Decides all randomness, together with task, epoch and process.
-        config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
+        config: Content of `config.yaml`, which the command line needs to open the run; None to write none. With `only`,
+            a file that exists stays.
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
     """
@@ -118,7 +120,7 @@ class Stream:
             self.check_isolated("--only")
         wanted = [index for index, name in enumerate(self._names) if name in only or not only]
         self.data.prepare_data()
-        self._build()
+        self._build(beside_others=bool(only))
         self._read_finished(wanted)
         return [self._names[index] for index in wanted if index not in self.records]
 
@@ -144,18 +146,40 @@ class Stream:
                 f"train them in order, without {option}"
             )
 
-    def _build(self) -> None:
+    def _build(self, beside_others: bool) -> None:
+        """Builds the module on the base in the run folder; writes the base and the config if they are missing.
+
+        Machines of other kinds solve the same decomposition to other bits, and a patch fits only the bits that it was
+        trained on. So the first process that writes its base decides, and all others take that one.
+
+        Args:
+            beside_others: Whether other processes may be doing the same at this moment.
+        """
+        unattached = copy.deepcopy(self.module.pieces) if beside_others else []
+        self._build_on_base()
+        if not self.evaluator.is_global_zero:
+            return
+        if self.config is not None:
+            write = write_once if beside_others else write_atomic
+            write(self.folder.config, self.config.encode())
+        if not beside_others:
+            self._save_base(self.folder.path)
+        elif not self.folder.add_files(self._save_base):
+            self.module.pieces, self.module.backbone = unattached, None
+            self._build_on_base()
+        for piece in self.module.pieces:
+            for part in piece.describe():
+                self.console.print(part)
+
+    def _build_on_base(self) -> None:
         for piece in self.module.pieces:
             piece.load_base(self.folder.path)
         seed_everything(self.seed, verbose=False)  # random weights, if configured, must be the same in every session
         self.module.build(self.data.image_size)
-        if self.evaluator.is_global_zero:
-            if self.config is not None:
-                write_atomic(self.folder.config, self.config)
-            for piece in self.module.pieces:
-                piece.save_base(self.folder.path)
-                for part in piece.describe():
-                    self.console.print(part)
+
+    def _save_base(self, folder: Path) -> None:
+        for piece in self.module.pieces:
+            piece.save_base(folder)
 
     def _read_finished(self, indices: Iterable[int]) -> None:
         """Reads the patches and records of finished tasks, and what tasks share; checks that all fit the module."""
