@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
@@ -21,12 +20,7 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.similarity import feature_similarity, weight_similarity
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
-from recast_pl.reporting.analysis_plots import (
-    plot_coefficient_similarity,
-    plot_displacements,
-    plot_feature_similarity,
-    plot_template_diversity,
-)
+from recast_pl.reporting.analysis_plots import analysis_figures
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
 from recast_pl.runs.evaluation import sample_images, trained_coefficients
@@ -56,9 +50,8 @@ def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--run_dir", type=str | None, help="Folder of a run of tasks or of MimicryModule.")
     parser.add_argument("--decomposition", type=str | None, help="Or a decomposition.safetensors.")
-    parser.add_argument(
-        "--backbone", type=BackboneConfig | None, help="Backbone of the file, to compare weights and features."
-    )
+    backbone = "Backbone of the file, to compare weights and features."
+    parser.add_argument("--backbone", type=BackboneConfig | None, help=backbone)
     size = f"Image size for --backbone, in pixels (default: {_IMAGE_SIZE})."
     parser.add_argument("--image_size", type=int | None, help=size)
     images = f"Images or folders of images to compare features on (default: {_IMAGES} test images of the first task)."
@@ -80,7 +73,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     sheets = analysis_sheets(analysis)
     console.print(*(sheet.printed() for sheet in sheets))
     write_atomic(subject.output / "analysis.md", "\n".join(sheet.markdown() for sheet in sheets))
-    for name, figure in _figures(analysis).items():
+    for name, figure in analysis_figures(analysis).items():
         write_figure(figure, subject.output / name)
     write_atomic(subject.output / RunFolder.ANALYSIS, json_text(analysis.content()))
     console.print(f"analysis: {subject.output}", soft_wrap=True)
@@ -140,15 +133,3 @@ def _analyze(subject: _Subject, images: Tensor | None) -> Analysis:
     if images is None:
         return analysis
     return replace(analysis, features=feature_similarity(decomposition, backbone, images.split(_BATCH)))
-
-
-def _figures(analysis: Analysis) -> dict[str, Figure]:
-    figures = {
-        "template_diversity": plot_template_diversity(analysis.groups),
-        "coefficient_similarity": plot_coefficient_similarity(analysis.groups),
-    }
-    if analysis.features:
-        figures["feature_similarity"] = plot_feature_similarity(analysis.features)
-    if analysis.displacements:
-        figures["coefficient_displacement"] = plot_displacements(analysis.displacements)
-    return figures

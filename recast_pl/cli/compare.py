@@ -14,11 +14,8 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--configs", type=str, nargs="+", required=True, help="One config for each method.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[*DEFAULT_SEEDS], help="Seeds to train with.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the table, and METHOD/SEED for each run.")
-    parser.add_argument(
-        "--alone",
-        type=str | None,
-        help="Method whose runs train each task alone, such as finetune_each; adds forward transfer to the table.",
-    )
+    alone = "Method whose runs train each task alone, such as finetune_each; adds forward transfer to the table."
+    parser.add_argument("--alone", type=str | None, help=alone)
     declare_fit_options(parser)
 
 

@@ -3,8 +3,8 @@
 import os
 import shlex
 import signal
+import statistics
 import sys
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -80,16 +80,10 @@ def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) 
     fitted, cosines = fit_mimicry(init.model, RunFolder(run_dir), trainers, init.seed_everything, text)
     if is_main_process():
         console.print(fitted.table())
-        console.print(_quality(cosines), soft_wrap=True)
-
-
-def _quality(cosines: Mapping[str, float]) -> str:
-    """Describes how close fitted weights are to the pretrained ones, and what to do if they are too far."""
-    name, lowest = min(cosines.items(), key=lambda item: item[1])
-    mean = sum(cosines.values()) / len(cosines)
-    text = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {lowest:.4f} ({name})"
-    remedy = "; such weights harm the tasks: fit with mimicry/vae_mse.yaml, or use the closed form"
-    return text + (remedy if lowest < _GOOD_COSINE else "")
+        mean, name = statistics.mean(cosines.values()), min(cosines, key=lambda weight: cosines[weight])
+        quality = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {cosines[name]:.4f} ({name})"
+        remedy = "; such weights harm the tasks: fit with mimicry/vae_mse.yaml, or use the closed form"
+        console.print(quality + (remedy if cosines[name] < _GOOD_COSINE else ""), soft_wrap=True)
 
 
 def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:

@@ -80,12 +80,12 @@ def _average(paths: list[Path], options: Namespace) -> None:
 def _quantize(paths: list[Path], options: Namespace) -> None:
     patch = TaskPatch.load(paths[0])
     half = quantize_patch(patch)
-    if options.run_dir is None:
-        _write(half, options.output, "not measured; give --run_dir to measure its accuracy")
-        return
-    before, after = _measure([patch, half], options.run_dir)
-    half = replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after})
-    _write(half, options.output, f"test accuracy {before:.2f} % before, {after:.2f} % after")
+    note = "not measured; give --run_dir to measure its accuracy"
+    if options.run_dir is not None:
+        before, after = _measure([patch, half], options.run_dir)
+        half = replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after})
+        note = f"test accuracy {before:.2f} % before, {after:.2f} % after"
+    _write(half, options.output, note)
 
 
 def _measure(patches: list[TaskPatch], folder: str) -> list[float]:

@@ -27,14 +27,8 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 for any free one.")
-    parser.add_argument(
-        "--allowed_hosts",
-        type=str,
-        nargs="+",
-        default=[],
-        help="Host names that requests may use, * for any (default: localhost if the server listens only there, else "
-        "any).",
-    )
+    hosts = "Host names that requests may use, * for any (default: any, or localhost if the server listens only there)."
+    parser.add_argument("--allowed_hosts", type=str, nargs="+", default=[], help=hosts)
     parser.add_class_arguments(Limits)
 
 

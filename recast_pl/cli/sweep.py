@@ -14,9 +14,8 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("-c", "--config", type=str, required=True, help="YAML file of the sweep; also in configs/.")
     parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs laid over the base of the sweep.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="Seeds to train with (default: the sweep's).")
-    parser.add_argument(
-        "--output", type=str | None, help="Folder for the tables, and POINT/SEED for each run (default: logs/SWEEP)."
-    )
+    output = "Folder for the tables, and POINT/SEED for each run (default: logs/SWEEP)."
+    parser.add_argument("--output", type=str | None, help=output)
     declare_fit_options(parser)
 
 
