@@ -74,7 +74,7 @@ class Comparison:
         if twice:
             raise RunError(f"two {self.HEADING}s are named {twice[0]!r}; rename one, which names the folder")
         if self.alone is not None and self.alone not in names:
-            raise RunError(f"no {self.HEADING} is named --alone {self.alone!r}; choose one of {', '.join(names)}")
+            raise RunError(f"--alone {self.alone!r} is not one of the {self.HEADING}s; choose from {', '.join(names)}")
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
         """Trains the runs that are not finished, and writes the table after every run.
@@ -152,7 +152,7 @@ class Comparison:
 
     def _measures(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
         runs = finished[name]
-        cells = measures(list(runs.values()))
+        cells = list(measures(list(runs.values())).values())
         if self.alone is not None:
             alone = finished.get(self.alone, {})
             gains = [
