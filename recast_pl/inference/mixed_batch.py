@@ -363,12 +363,12 @@ def _sharing(buffers: dict[Any, Tensor], layer: nn.Module) -> Iterator[None]:
     mixtures = [part for part in layer.modules() if isinstance(part, Mixture)]
     for number, mixture in enumerate(mixtures):
         like = mixture.bank.templates[0]
-        mixture.room = buffers.setdefault((number, like.shape, like.dtype, like.device), torch.empty_like(like))
+        mixture.workspace = buffers.setdefault((number, like.shape, like.dtype, like.device), torch.empty_like(like))
     try:
         yield
     finally:
         for mixture in mixtures:
-            mixture.room = None
+            mixture.workspace = None
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
