@@ -128,7 +128,7 @@ def test_what_is_missing_is_named_and_in_no_table(compared, tmp_path, capsys):
     assert f"{folder}/recast_melo/42: not begun" in page.text
     assert f"{folder}/begun/3: no task is trained" in page.text
     assert "99.00" not in page.text
-    assert "3 runs are not finished" in capsys.readouterr().out
+    assert "3 unfinished runs" in capsys.readouterr().out
     assert "begun" not in {row["run"] for rows in page.tables.values() for row in rows}
 
 

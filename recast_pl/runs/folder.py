@@ -75,8 +75,11 @@ class TaskFiles:
         self.checkpoints = run / "checkpoints" / self.name
 
     def load_record(self) -> Record:
-        """Reads the record; raises RunError if it is missing or damaged."""
-        return cast(Record, read_sealed_json(self.record, RunError))
+        """Reads the record; raises RunError if it is missing or damaged, or belongs to another task."""
+        record = cast(Record, read_sealed_json(self.record, RunError))
+        if record["task"]["name"] != self.task:
+            raise RunError(f"{self.record} is the record of task {record['task']['name']!r}; restore the original one")
+        return record
 
     def load(self) -> tuple[TaskPatch, Record]:
         """Reads the patch and the record.
