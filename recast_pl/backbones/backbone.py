@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recast_pl.backbones.builders import Source, Statistics, find_source
-from recast_pl.backbones.weights import one_line
-from recast_pl.errors import BackboneError
+from recast_pl.errors import BackboneError, one_line
 
 
 @dataclass(frozen=True)

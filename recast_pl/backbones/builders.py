@@ -17,9 +17,9 @@ from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from recast_pl.backbones.weights import find_file, one_line, read_file
+from recast_pl.backbones.weights import find_file, read_file
 from recast_pl.compat.timm import MissingKeys
-from recast_pl.errors import BackboneError
+from recast_pl.errors import BackboneError, one_line
 
 Statistics = tuple[float, ...]
 """One number for each of the three channels."""

@@ -23,9 +23,3 @@ def read_file(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state)  # type: ignore[return-value]
-
-
-def one_line(cause: Exception) -> str:
-    """The text of an exception on one line, cut after 300 characters."""
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -117,17 +117,15 @@ def _open_birds(root: Path) -> ImageSource:
 
 def _open_scenes(root: Path) -> ImageSource:
     """MIT Indoor-67: folders of classes, and two lists that name 80 training and 20 test images of each class."""
-    folder = root / "indoor-67"
-    found = open_folder(folder / "Images")
+    lists, folder = root / "indoor-67", root / "indoor-67" / "Images"
+    found = open_folder(folder)
     assert isinstance(found.images, ImageFiles)
-    names = {path.relative_to(folder / "Images").as_posix(): i for i, path in enumerate(found.images.paths)}
+    names = {path.relative_to(folder).as_posix(): i for i, path in enumerate(found.images.paths)}
     splits = [""] * len(names)
     for split, file in (("train", "TrainImages.txt"), ("test", "TestImages.txt")):
-        for line in _read_lines(folder / file):
+        for line in _read_lines(lists / file):
             if line not in names:
-                raise DataError(
-                    f"{folder / file} names {line!r}, which is not in {folder / 'Images'}; prepare it again"
-                )
+                raise DataError(f"{lists / file} names {line!r}, which is not in {folder}; prepare it again")
             splits[names[line]] = split
     return replace(found, classes=[name.replace("_", " ") for name in found.classes], splits=splits)
 

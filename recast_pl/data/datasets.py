@@ -114,10 +114,7 @@ def _make_source(kind: str, path: Path, classes: Sequence[str], rows: Sequence[_
 
 
 def _find_split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders.
-
-    Raises DataError if it is unclear which folders are splits and which are classes.
-    """
+    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders."""
     names = _subfolders(root)
     found = {name: split for name in names if (split := find_split(name))}
     if not found:

@@ -147,7 +147,7 @@ def _append(url: str, part: Path, advance: _Advance) -> None:
         headers["Range"] = f"bytes={start}-"
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            start = 0  # the server sends the whole file
+            start = 0  # the server sends the file from its beginning
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         part.parent.mkdir(parents=True, exist_ok=True)

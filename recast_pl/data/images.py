@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from recast_pl.errors import DataError
+from recast_pl.errors import DataError, one_line
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
@@ -79,9 +79,8 @@ class ImageItems:
         try:
             return _to_pixels(self.items[index][0], side)
         except Exception as cause:
-            raise DataError(
-                f"cannot read image {index} of {self.name} ({_reason(cause)}); remove the data set and prepare it again"
-            ) from cause
+            text = f"cannot read image {index} of {self.name} ({one_line(cause)})"
+            raise DataError(f"{text}; remove the data set and prepare it again") from cause
 
 
 class FileDataset(Dataset[tuple[Tensor, str]]):
@@ -208,11 +207,7 @@ def _reading(image: object) -> Iterator[None]:
     try:
         yield
     except Exception as cause:  # decoders raise many types of errors on damaged files
-        raise DataError(f"cannot read image {str(image)!r} ({_reason(cause)}); repair or remove it") from cause
-
-
-def _reason(cause: Exception) -> str:
-    return " ".join(str(cause).split()) or type(cause).__name__
+        raise DataError(f"cannot read image {str(image)!r} ({one_line(cause)}); repair or remove it") from cause
 
 
 def _to_pixels(image: Image.Image, size: int) -> Tensor:

@@ -119,7 +119,7 @@ def _count_faults(data_set: DataSet, source: ImageSource, what: Sequence[str]) -
 
 
 def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
-    """Downloads into a separate folder first, so that an interrupted download is not taken for the whole data set."""
+    """Downloads into a separate folder first, so that an interrupted download is not taken for a complete data set."""
     cls = name.removeprefix(_TORCHVISION)
     if _opens(cls, root, args):
         return
@@ -148,10 +148,8 @@ def _opens(cls: str, root: Path, args: Mapping[str, Any]) -> bool:
 def _download(name: str, data_set: DataSet, root: Path) -> None:
     """Downloads the missing files of a data set; removes them again if the counts are wrong."""
     if not data_set.files and not data_set.is_present(root):
-        raise DataError(
-            f"data set {name!r} cannot be downloaded: {data_set.note}; its files are expected in "
-            f"{root / data_set.present}"
-        )
+        place = root / data_set.present
+        raise DataError(f"data set {name!r} cannot be downloaded: {data_set.note}; its files are expected in {place}")
     missing = [file for file in data_set.files if not (root / file.provides).exists()]
     placed = [path for file in missing for path in _place(file, root)]
     try:

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 
 from recast_pl.data.datasets import ImageSource
 from recast_pl.data.images import ImageFiles, ImageItems, Images, stat_digest
-from recast_pl.errors import DataError
+from recast_pl.errors import DataError, one_line
 
 _SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
 
@@ -58,10 +58,9 @@ def open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: b
     except DataError:
         raise
     except Exception as cause:  # torchvision's classes raise many types of errors on damaged lists
-        text = " ".join(str(cause).split()) or type(cause).__name__
         raise DataError(
-            f"torchvision's {name} cannot be opened in {str(root)!r} ({text}); get it with 'python -m recast_pl data "
-            f"prepare torchvision/{name}', or remove it first if it is there and damaged"
+            f"torchvision's {name} cannot be opened in {str(root)!r} ({one_line(cause)}); get it with 'python -m "
+            f"recast_pl data prepare torchvision/{name}', or remove it first if it is there and damaged"
         ) from cause
 
 

@@ -364,12 +364,12 @@ def _sharing(buffers: dict[Any, Tensor], layer: nn.Module) -> Iterator[None]:
     for number, mixture in enumerate(mixtures):
         like = mixture.bank.templates[0]
         key = (number, like.shape, like.dtype, like.device)
-        buffers[key] = mixture.room = buffers[key] if key in buffers else torch.empty_like(like)
+        buffers[key] = mixture.workspace = buffers[key] if key in buffers else torch.empty_like(like)
     try:
         yield
     finally:
         for mixture in mixtures:
-            mixture.room = None
+            mixture.workspace = None
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
