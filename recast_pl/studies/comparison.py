@@ -12,7 +12,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.measures import MEASURES, measures
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
-from recast_pl.runs.collection import PLAN, Label, is_whole
+from recast_pl.runs.collection import PLAN, Label, is_complete
 from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
@@ -131,7 +131,7 @@ class Comparison:
             runs[point.name] = {run["seed"]: run for run in found}
         tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
         whole = {  # all runs have the same tasks
-            name: {seed: run for seed, run in seeds.items() if is_whole(run) and len(run["tasks"]) == tasks}
+            name: {seed: run for seed, run in seeds.items() if is_complete(run) and len(run["tasks"]) == tasks}
             for name, seeds in runs.items()
         }
         return {name: seeds for name, seeds in whole.items() if seeds}
