@@ -70,6 +70,15 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture
+def data(image_folder):
+    """Two tasks, of three and of two classes."""
+    from recast_pl import SequentialTaskDataModule, TaskConfig
+
+    tasks = [TaskConfig(n, str(image_folder(n, c, seed=c))) for n, c in (("first", 3), ("second", 2))]
+    return SequentialTaskDataModule(tasks, image_size=32, batch_size=4)
+
+
+@pytest.fixture
 def tiny_fit(image_folder, tmp_path):
     """Makes the command line of `fit` for two small tasks on a tiny ViT; further options override."""
     folders = {name: image_folder(name, classes, seed=classes) for name, classes in (("first", 3), ("second", 2))}

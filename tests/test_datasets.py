@@ -87,8 +87,8 @@ def test_hidden_folders_do_not_count(image_folder):
     ("spoil", "named"),
     [
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "does not exist"),
-        (lambda folder: [c.rename(folder.parent / c.name) for c in list(folder.iterdir())], "has 0 class folders"),
-        (lambda folder: (folder / "class0").rename(folder.parent / "class0"), "has 1 class folders"),
+        (lambda folder: [c.rename(folder.parent / c.name) for c in list(folder.iterdir())], "has 0 classes"),
+        (lambda folder: (folder / "class0").rename(folder.parent / "class0"), "has 1 classes"),
         (lambda folder: (folder / "void").mkdir(), "void"),
         (lambda folder: (folder / "class1" / "009.jpg").write_text("text"), "009.jpg"),
         (lambda folder: os.truncate(folder / "class1" / "001.png", 100), "001.png"),
@@ -140,7 +140,7 @@ def test_fit_trains_on_capital_split_folders(split_folders, tmp_path, tiny_fit):
         (["Test"], "(Test) but no folder 'train'"),
         (["train", "test", "apples"], "(test, train) beside other folders of images, such as 'apples'"),
         (["Test", "Control"], "(Test) beside other folders of images, such as 'Control'"),
-        (["training", "train", "test"], "(test, train, training) of which two name the same split"),
+        (["training", "train", "test"], "(test, train, training) and two of them name the same split"),
     ],
 )
 def test_unclear_split_folders_are_refused(split_folders, folders, named, tiny_fit, capsys):
@@ -167,7 +167,7 @@ def test_split_folders_inside_class_folders_are_refused(split_folders):
     assert "give its path" in str(error.value)
     (folder / "Test").rename(folder / "broken")
     shutil.rmtree(folder.parent / "cables" / "Test")
-    assert open_folder(folder.parent).classes == ["bottles", "cables"]  # one such name may be that of a kind
+    assert open_folder(folder.parent).classes == ["bottles", "cables"]  # a single such name may be a kind of object
 
 
 def test_class_folders_that_differ_in_case_between_splits_are_named(split_folders):
@@ -250,13 +250,13 @@ def test_a_manifest_without_splits_is_divided(image_folder):
     [
         ([("a.png", "x", "train")], ("file", "label", "split"), "needs one column 'path' and has 0"),
         ([("a.png", "x", "train")], ("path", "class", "split"), "needs one column 'label' and has 0"),
-        ([], ("path", "label", "split"), "0 different labels"),
-        ([("a.png", "x", ""), ("b.png", "x", "")], ("path", "label", "split"), "1 different labels"),
+        ([], ("path", "label", "split"), "has 0 classes"),
+        ([("a.png", "x", ""), ("b.png", "x", "")], ("path", "label", "split"), "has 1 classes"),
         ([("a.png", "x", "train"), ("b.png", "", "test")], ("path", "label", "split"), "row 2: .*label ''"),
         ([("a.png", "x", "train"), ("", "y", "test")], ("path", "label", "split"), "row 2: path ''"),
         ([("a.png", "x", "train"), ("b.png", "y", "dev")], ("path", "label", "split"), "row 2: .*split 'dev'"),
         ([("a.png", "x", "train"), ("b.png", "y", "")], ("path", "label", "split"), "row 2 has no split"),
-        ([("a.png", "x", "train"), ("a.png", "x", "test")], ("path", "label", "split"), "'a.png' more than once"),
+        ([("a.png", "x", "train"), ("a.png", "x", "test")], ("path", "label", "split"), "a.png' more than once"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -298,7 +298,7 @@ def test_of_two_columns_that_differ_in_case_the_usual_name_is_used(tmp_path, suf
 )
 def test_a_class_of_a_manifest_without_training_images_is_named(tmp_path, labels, named):
     rows = [(f"{i}.png", label, ("train", "train", "test")[i]) for i, label in enumerate(labels)]
-    with pytest.raises(DataError, match=rf"manifest .*list\.csv: {named}"):
+    with pytest.raises(DataError, match=rf"manifest '.*list\.csv': {named}"):
         open_manifest(write_manifest(tmp_path / "list.csv", rows))
 
 

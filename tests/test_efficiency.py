@@ -17,7 +17,7 @@ from recast_pl.compat.torch import has_forward_hooks
 from recast_pl.decomposition.bank import TemplateBank
 from recast_pl.errors import MethodError
 from recast_pl.learning.acceleration import skip_unread_tokens
-from recast_pl.methods.recast import sample_gradients
+from recast_pl.methods.gradient_sampling import sample_gradients
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 0}
 
@@ -232,7 +232,7 @@ def test_refuses_a_fraction_of_tokens_outside_of_0_to_1(fraction):
 
 def test_refuses_to_sample_tokens_of_convolutions():
     module = TILModule(BackboneConfig("resnet10t", "random"), (Recast(BankLayout(["conv"]), gradient_tokens=0.5),))
-    with pytest.raises(MethodError, match=r"needs weights of nn\.Linear, conv1.* is none"):
+    with pytest.raises(MethodError, match=r"needs weights of nn\.Linear, which conv1.* is not"):
         module.build(32)
 
 

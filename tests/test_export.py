@@ -1,4 +1,4 @@
-"""A learnt task in the hands of other programs: timm, torchvision, ONNX Runtime, torch.export."""
+"""Exported tasks in other programs: timm, torchvision, ONNX Runtime, torch.export."""
 
 import json
 
@@ -18,7 +18,7 @@ from recast_pl import TILModule
 from recast_pl.cli import main
 from recast_pl.config.run import open_run
 from recast_pl.data.images import FileDataset
-from recast_pl.runs.evaluation import open_task
+from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
 PICTURES = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:5]
@@ -29,11 +29,13 @@ def export(run, *words):
 
 
 def expected(run, task, size=32):
-    """Real images (5, 3, S, S), and what the run itself makes of them."""
+    """Real images (5, 3, S, S), and the run's own logits for them."""
     files = FileDataset(PICTURES, size)
     images = torch.stack([files[index][0] for index in range(len(files))])
     module = open_run(str(run))[1].model
-    open_task(module, RunFolder(run), RunFolder(run).load_patches()[task])
+    patch = RunFolder(run).load_patches()[task]
+    restore(module, RunFolder(run), patch.image_size)
+    module.activate(patch)
     with torch.no_grad():
         return images, module.eval()(images)
 
@@ -49,7 +51,7 @@ def normalised(images, facts):
 
 
 def check_plain(run, task, plain, size=32):
-    """A plain model takes a file strictly, and says what the run does."""
+    """A plain model loads a file strictly, and computes the same logits as the run."""
     file = run / "export" / f"{task}.safetensors"
     facts = facts_of(file)
     assert facts["classes"] == sorted(path.name for path in (ROOT / "data/clipart" / task).iterdir() if path.is_dir())
@@ -61,7 +63,7 @@ def check_plain(run, task, plain, size=32):
 
 
 def check_onnx(run, file, task, size=32, **feed):
-    """ONNX Runtime says of any number of images what the run does."""
+    """ONNX Runtime computes the same logits as the run, for any number of images."""
     session = onnxruntime.InferenceSession(file)
     images, logits = expected(run, task, size)
     for count in (1, 5):
@@ -71,7 +73,7 @@ def check_onnx(run, file, task, size=32, **feed):
 
 
 def check_program(run, file, task, size=32):
-    """An exported program says of any number of images what the run does."""
+    """An exported program computes the same logits as the run, for any number of images."""
     told = {"recast_pl.json": ""}
     program = torch.export.load(file, extra_files=told)
     images, logits = expected(run, task, size)
@@ -81,7 +83,7 @@ def check_program(run, file, task, size=32):
 
 
 def check_bank(run, file, size=32):
-    """Two tasks by one file."""
+    """One file serves two tasks."""
     sizes = []
     for task, classes in (("signs", 5), ("people", 4)):
         feed = file.with_suffix(f".{task}.safetensors")
@@ -103,7 +105,7 @@ def test_torchvision_loads_the_weights_strictly(run, capsys):
     assert "torchvision.models.get_model(name='resnet18', num_classes=4)" in capsys.readouterr().out
 
 
-def test_timm_loads_weights_that_several_pieces_change(tmp_path):
+def test_timm_loads_weights_that_several_pieces_have_changed(tmp_path):
     tiny = json.dumps(TINY_VIT)
     vit = ["--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.args", tiny, *RANDOM]
     run = learn(["--config", "vit.yaml", "--config", "methods/recast_dora.yaml", *vit], tmp_path / "run")
@@ -112,7 +114,7 @@ def test_timm_loads_weights_that_several_pieces_change(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_torch_export_takes_any_number_of_images(run):
+def test_an_exported_program_takes_any_number_of_images(run):
     assert export(run, "--task", "people", "--format", "torch_export") == 0
     file = run / "export" / "people.pt2"
     check_program(run, file, "people")
@@ -121,7 +123,7 @@ def test_a_torch_export_takes_any_number_of_images(run):
 
 
 @pytest.mark.slow
-def test_onnx_runtime_says_what_pytorch_does(run, tmp_path):
+def test_onnx_runtime_computes_the_same_as_pytorch(run, tmp_path):
     file = tmp_path / "signs.onnx"
     assert export(run, "--task", "signs", "--format", "onnx", "--output", str(file)) == 0
     told = check_onnx(run, file, "signs")
@@ -130,11 +132,11 @@ def test_onnx_runtime_says_what_pytorch_does(run, tmp_path):
     onnx.checker.check_model(onnx.load(file), full_check=True)
 
 
-def test_tasks_are_swapped_in_one_onnx_file(run, tmp_path):
+def test_one_onnx_file_serves_all_tasks(run, tmp_path):
     file = tmp_path / "all.onnx"
     assert export(run, "--format", "onnx_bank", "--output", str(file)) == 0
     trained = json.loads((run / "summary.json").read_text())["tasks"][0]["task_parameters"]
-    assert check_bank(run, file) == [4 * trained / 2] * 2  # two sets are trained, and their mean is fed
+    assert check_bank(run, file) == [4 * trained / 2] * 2  # two sets are trained; the graph takes their mean
 
 
 @pytest.mark.parametrize(
@@ -143,24 +145,26 @@ def test_tasks_are_swapped_in_one_onnx_file(run, tmp_path):
         (["--format", "onnx"], ["neither of --task", "signs, people"]),
         (["--task", "dogs", "--format", "onnx"], ["'dogs'", "signs, people"]),
         (["--task", "signs", "--format", "gguf"], ["gguf"]),
+        (["--task", "signs", "--format", "onnx_bank"], ["leave out --task and --patch, or choose onnx"]),
+        (["--patch", "p.safetensors", "--format", "onnx_bank"], ["leave out --task and --patch, or choose onnx"]),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(words, named, run, capsys):
+def test_an_impossible_export_is_refused_in_one_line(words, named, run, capsys):
     assert export(run, *words) == 2
     error = capsys.readouterr().err
     assert all(name in error for name in named), error
 
 
-def test_what_changes_activations_has_no_plain_model(tmp_path, capsys):
+def test_a_method_that_changes_activations_has_no_plain_model(tmp_path, capsys):
     run = learn([*RESNET, "--config", "methods/clr.yaml"], tmp_path / "run")
     assert export(run, "--task", "signs", "--format", "safetensors") == 2
     assert "changes more than weights" in capsys.readouterr().err
-    assert export(run, "--task", "signs", "--format", "onnx_bank") == 2
+    assert export(run, "--format", "onnx_bank") == 2
     assert "those of CLR are not" in capsys.readouterr().err
     assert not (run / "export").exists()
 
 
-def test_a_hook_of_ones_own_is_found_by_what_it_does(run, monkeypatch, capsys):
+def test_a_custom_hook_is_found_by_comparing_logits(run, monkeypatch, capsys):
     build = TILModule.build
 
     def hooked(module, size):
@@ -178,7 +182,8 @@ def test_a_real_vit_in_every_format(vit_weights, tmp_path):
     vit = ["--model.backbone.name", "vit_small_patch14_dinov2", "--model.backbone.weights", vit_weights]
     run = learn(["--config", "vit.yaml", *vit], tmp_path / "run", 70)
     for name in ("safetensors", "onnx", "torch_export", "onnx_bank"):
-        assert export(run, "--task", "signs", "--format", name) == 0
+        task = () if name == "onnx_bank" else ("--task", "signs")
+        assert export(run, *task, "--format", name) == 0
     folder = run / "export"
     check_plain(run, "signs", timm.create_model("vit_small_patch14_dinov2", num_classes=5, img_size=70), 70)
     check_onnx(run, folder / "signs.onnx", "signs", 70)
@@ -188,7 +193,7 @@ def test_a_real_vit_in_every_format(vit_weights, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["hat", "recast_adaptformer"])
-def test_a_method_that_changes_activations_as_a_graph(method, tiny_fit, tmp_path):
+def test_a_method_that_changes_activations_is_exported_as_a_graph(method, tiny_fit, tmp_path):
     run = tmp_path / "run"
     assert main(tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")) == 0
     assert export(run, "--task", "second", "--format", "safetensors") == 2

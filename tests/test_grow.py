@@ -1,4 +1,4 @@
-"""A bank that grows: later tasks mix what the first have left, and no earlier task changes."""
+"""Growth: later tasks mix the templates that the first have left, and no earlier task changes."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_later_tasks_mix_what_the_first_have_left(run):
+def test_later_tasks_mix_the_templates_of_the_first(run):
     summary = json.loads((run / "summary.json").read_text())
     mixed = TARGETS * 2
     grown = [TARGETS * TEMPLATE, TARGETS * (TEMPLATE + 1), TARGETS * 2]
@@ -82,7 +82,7 @@ def test_a_weight_is_what_the_formula_says(run):
             torch.testing.assert_close(module.backbone.net.get_submodule(path).weight, weight, atol=1e-6, rtol=1e-5)
 
 
-def test_old_tasks_say_the_same_bit_by_bit_however_the_bank_has_grown(run):
+def test_logits_of_old_tasks_stay_the_same_bit_by_bit_as_the_bank_grows(run):
     images = torch.rand(3, 3, 32, 32)
     module, first = open_run(str(run))[1].model, RunFolder(run).load_patches()["signs"]
     restore(module, RunFolder(run), 32)
@@ -124,7 +124,7 @@ def test_a_patch_of_another_run_is_refused(run, tmp_path, capsys):
     assert "needs 1 grown templates" in capsys.readouterr().err
 
 
-def test_a_growing_bank_is_learnt_in_order(tmp_path, capsys):
+def test_tasks_of_a_growing_bank_are_trained_in_order(tmp_path, capsys):
     assert main(words(tmp_path / "run", "--only", "food")) == 2
     assert "they share what Growth trains; train them in order" in capsys.readouterr().err
     assert main(words(tmp_path / "run", "--engine", "Processes")) == 2
@@ -132,7 +132,7 @@ def test_a_growing_bank_is_learnt_in_order(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("key", "value"), [("tasks", 0), ("rank", 0)])
-def test_settings_that_make_no_sense_are_one_line(key, value, tmp_path, capsys):
+def test_an_invalid_setting_is_one_line(key, value, tmp_path, capsys):
     assert main(words(tmp_path / "run", **{key: value})) == 2
     error = capsys.readouterr().err
     assert f"{key}={value}" in error
@@ -140,7 +140,7 @@ def test_settings_that_make_no_sense_are_one_line(key, value, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_killed_runs_grow_the_same_bytes(tmp_path):
+def test_killed_runs_end_with_the_same_bytes(tmp_path):
     assert main(words(tmp_path / "whole", "--trainer.max_epochs", 2)) == 0
     killed, resume = tmp_path / "killed", []
     moments = (("on_train_end", "people", 2), ("on_train_batch_start", "food", 1))

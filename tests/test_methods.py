@@ -49,7 +49,7 @@ def gradients(output, upstream, parameters):
 
 @pytest.mark.parametrize("convolution", [False, True])
 @pytest.mark.parametrize("magnitudes", [False, True])
-def test_lora_and_dora_are_those_of_peft(convolution, magnitudes):
+def test_lora_and_dora_compute_what_peft_does(convolution, magnitudes):
     torch.manual_seed(0)
     plain = Small()
     target, shape = ("conv", (2, 3, 5, 5)) if convolution else ("layer", (5, 6))
@@ -82,7 +82,7 @@ def test_lora_and_dora_are_those_of_peft(convolution, magnitudes):
 
 
 @pytest.mark.parametrize("cls", [LoRA, DoRA])
-def test_parts_of_a_fused_weight_are_those_of_three_weights(cls):
+def test_parts_of_a_fused_weight_are_adapted_like_separate_weights(cls):
     class Fused(nn.Module):
         def __init__(self):
             super().__init__()
@@ -165,7 +165,7 @@ def test_rosa_chooses_the_entries_of_the_largest_mean_squared_gradient():
     assert torch.allclose(change[state["indices"].long()], torch.arange(1.0, 5.0), atol=1e-6)
 
 
-def test_rosa_goes_on_with_the_same_entries_when_interrupted_while_it_warms_up():
+def test_rosa_chooses_the_same_entries_when_interrupted_during_warm_up():
     def run(interrupted):
         torch.manual_seed(3)
         network = Small()
@@ -196,7 +196,7 @@ def test_rosa_goes_on_with_the_same_entries_when_interrupted_while_it_warms_up()
         assert torch.equal(run(interrupted), wanted)
 
 
-def test_rosa_leaves_out_a_step_that_overflows():
+def test_rosa_ignores_a_step_that_overflows():
     torch.manual_seed(3)
     network = Small()
     piece = attached(RoSA(density=0.1, warm_up=3, targets=[r"layer\.weight"]), network)
@@ -215,7 +215,7 @@ def test_rosa_leaves_out_a_step_that_overflows():
 # masks
 
 
-def test_piggyback_masks_weights_and_hands_gradients_straight_through():
+def test_piggyback_masks_weights_and_passes_gradients_straight_through():
     network = Small().double()
     weight = network.layer.weight.detach().clone()
     piece = attached(Piggyback(targets=[r"layer\.weight"]), network)
@@ -354,7 +354,7 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
     assert sum(p.numel() for p in piece.parameters.values()) == sum(p.numel() for p in resnet34.parameters())
 
 
-# what cannot be
+# refusals and combinations
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: RoSA(warm_up=0), "warm_up at least 1|warm_up=0"),
         (lambda: Piggyback(start=0.001), "start=0.001"),
         (lambda: LoRA(targets=["nothing"]), "match none of 2 names"),
-        (lambda: LoRA(targets=["("]), "no regular expressions"),
+        (lambda: LoRA(targets=["("]), "not regular expressions"),
         (lambda: LoRA(parts=()), "parts"),
         (lambda: Spectral(rank=6, targets=["layer"]), "Spectral: rank=6 must be from 1 to 5"),
         (lambda: LoRAXS(rank=0, targets=["layer"]), "LoRAXS: rank=0"),
@@ -376,7 +376,7 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: CLR(targets=["layer"]), "CLR fits none of the 1 modules"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(piece, named):
+def test_an_invalid_setting_is_named(piece, named):
     with pytest.raises(MethodError, match=named):
         attached(piece(), Small())
 
@@ -395,7 +395,7 @@ def test_pieces_on_one_weight_work_in_the_order_of_their_list():
     assert parametrize.is_parametrized(network.layer, "weight")
 
 
-def test_what_one_piece_adds_is_no_target_of_another():
+def test_a_piece_does_not_target_what_another_adds():
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=1, num_classes=0)
     weights = len(attached(Piggyback(), copy.deepcopy(network)).adaptations)
     for piece in (AdaptFormer(), CLR()):

@@ -1,4 +1,4 @@
-"""The server in this process: answers, batches, limits, tasks that are added, and what it says of what it refuses."""
+"""The server within the test process: answers, batches, limits, added tasks, and errors."""
 
 import asyncio
 import dataclasses
@@ -36,7 +36,7 @@ def learnt(run):  # noqa: F811
 
 @pytest.fixture
 def model(learnt):
-    """Without the tasks that a test has added."""
+    """The predictor; tasks that a test adds are removed after it."""
     before = learnt.tasks
     yield learnt
     for task in set(learnt.tasks) - set(before):
@@ -45,7 +45,7 @@ def model(learnt):
 
 @pytest.fixture
 def serve(model):
-    """Makes clients of servers."""
+    """Starts servers and returns clients of them."""
     clients = []
 
     def make(token=None, hosts=("localhost",), **limits):
@@ -75,17 +75,17 @@ def until(condition):
 
 
 class Held:
-    """Holds up a predictor, and records its batches."""
+    """Blocks a predictor until `go` is set, and records its batches."""
 
     def __init__(self, model, monkeypatch):
-        self.batches, self.go, predict = [], threading.Event(), model.predict
+        self.batches, self.go, predict = [], threading.Event(), model.predict_tensors
 
-        def held(images, task=None, tasks=None):
+        def held(images, tasks):
             self.batches.append(list(tasks))
             assert self.go.wait(20)
-            return predict(images, task, tasks)
+            return predict(images, tasks)
 
-        monkeypatch.setattr(model, "predict", held)
+        monkeypatch.setattr(model, "predict_tensors", held)
 
 
 def test_answers_are_those_of_the_library(serve, model):
@@ -106,7 +106,7 @@ def test_answers_are_those_of_the_library(serve, model):
     assert client.get("/health").json() == {"status": "ok", "tasks": 2, "waiting": 0}
 
 
-def test_requests_that_gather_are_classified_together_whatever_their_tasks(serve, model, monkeypatch):
+def test_waiting_requests_are_classified_together_whatever_their_tasks(serve, model, monkeypatch):
     paths = [
         ("food", FOOD[0]),
         *zip(("food", "signs") * 3, (FOOD[1], SIGNS[0], FOOD[2], SIGNS[1], FOOD[0], SIGNS[2]), strict=True),
@@ -115,11 +115,11 @@ def test_requests_that_gather_are_classified_together_whatever_their_tasks(serve
     held, client = Held(model, monkeypatch), serve(batch_size=4)
     with ThreadPoolExecutor(len(paths)) as pool:
         asked = []
-        for number, (task, path) in enumerate(paths, 1):  # in their order
+        for number, (task, path) in enumerate(paths, 1):  # one after the other
             asked.append(pool.submit(ask, client, path.read_bytes(), task))
             until(lambda number=number: client.get("/health").json()["waiting"] == number)
         until(lambda: len(held.batches) == 1)
-        time.sleep(0.2)  # until the last is decoded, too
+        time.sleep(0.2)  # until the last one is decoded, too
         assert metrics(client)["recast_pl_waiting_images",] == 7
         held.go.set()
         answers = [future.result().json() for future in asked]
@@ -136,20 +136,20 @@ def test_requests_that_gather_are_classified_together_whatever_their_tasks(serve
     assert (found["recast_pl_tasks",], found["recast_pl_waiting_images",]) == (2, 0)
 
 
-def test_a_full_queue_says_when_to_come_back(serve, model, monkeypatch):
+def test_a_full_queue_says_when_to_try_again(serve, model, monkeypatch):
     held, client = Held(model, monkeypatch), serve(queue_size=2)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(ask, client) for _ in range(2)]
         until(lambda: client.get("/health").json()["waiting"] == 2)
         refused = ask(client)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json() == {"error": "2 images are waiting; come back"}
+        assert refused.json() == {"error": "2 images are waiting; try again later"}
         held.go.set()
         assert [future.result().status_code for future in asked] == [200, 200]
     assert ask(client).status_code == 200
 
 
-def test_what_takes_too_long_is_given_up_and_not_computed(serve, model, monkeypatch):
+def test_a_request_that_times_out_is_not_computed(serve, model, monkeypatch):
     held, client = Held(model, monkeypatch), serve(timeout=0.5)
     for _ in range(3):
         answer = ask(client)
@@ -160,19 +160,19 @@ def test_what_takes_too_long_is_given_up_and_not_computed(serve, model, monkeypa
     assert held.batches == [["food"], ["signs"]]
 
 
-def test_a_fault_of_the_program_is_no_concern_of_clients_and_passes(serve, model, monkeypatch, caplog):
+def test_a_failure_shows_no_details_and_does_not_stop_the_server(serve, model, monkeypatch, caplog):
     client = serve()
     with monkeypatch.context() as patch:
-        patch.setattr(model, "predict", lambda *_: 1 / 0)
+        patch.setattr(model, "predict_tensors", lambda *_: 1 / 0)
         answer = ask(client)
     assert answer.status_code == 500
-    assert answer.json() == {"error": "the server failed at this request; its log says why"}
+    assert answer.json() == {"error": "the server failed at this request; see its log"}
     assert ask(client).status_code == 200
     assert metrics(client)["recast_pl_requests_total", "/predict", "500"] == 1
 
 
 def png(width, height):
-    """A picture that is large in its header alone."""
+    """An image that is large according to its header only."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -182,21 +182,21 @@ def png(width, height):
 
 
 def gif(width, height):
-    """A small screen, and a frame on it that is larger."""
+    """A small screen with a larger frame."""
     frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
     return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + frame
 
 
 FILE = ("image.jpg", IMAGE)
-REFUSED = {  # what is sent, status, part of what is said
-    "unknown task": ({"data": {"task": "fool"}, "files": {"image": FILE}}, 404, "learnt are food, signs"),
+REFUSED = {  # request, status, part of the error
+    "unknown task": ({"data": {"task": "fool"}, "files": {"image": FILE}}, 404, "the tasks are food, signs"),
     "path as task": (
         {"data": {"task": "../../etc/passwd"}, "files": {"image": FILE}},
         404,
-        "'../../etc/passwd' is not",
+        "no task '../../etc/passwd'",
     ),
-    "no task": ({"files": {"image": FILE}}, 422, "0 fields 'task'; send one, with a text"),
-    "task as file": ({"files": {"image": FILE, "task": FILE}}, 422, "fields 'task'; send one, with a text"),
+    "no task": ({"files": {"image": FILE}}, 422, "0 fields 'task'; send one, with text"),
+    "task as file": ({"files": {"image": FILE, "task": FILE}}, 422, "fields 'task'; send one, with text"),
     "image as text": (
         {"data": {"task": "food", "image": "text"}, "files": {"x": FILE}},
         422,
@@ -206,14 +206,14 @@ REFUSED = {  # what is sent, status, part of what is said
     "many images": ({"data": {"task": "food"}, "files": [("image", FILE)] * 5}, 400, "Too many files"),
     "long task": ({"data": {"task": "x" * 5000}, "files": {"image": FILE}}, 400, "exceeded maximum size"),
     "no form": ({"json": {"task": "food"}}, 415, "application/json; send it with Content-Type: multipart/form-data"),
-    "nothing": ({}, 415, "the body is of no type"),
+    "nothing": ({}, 415, "the body has no content type"),
     "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "Missing boundary"),
     "torn form": (
         {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
         *(400, "Invalid multipart"),
     ),
     "empty": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", b"")}}, 422, "the image cannot be read"),
-    "text": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", b"hello")}}, 422, "of no known format); send a"),
+    "text": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", b"hello")}}, 422, "of an unknown format); send a"),
     "torn": ({"data": {"task": "food"}, "files": {"image": ("a.jpg", IMAGE[:2000])}}, 422, "(image file is truncated"),
     "postscript": (
         {
@@ -221,12 +221,12 @@ REFUSED = {  # what is sent, status, part of what is said
             "files": {"image": ("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")},
         },
         422,
-        "of no known format",
+        "of an unknown format",
     ),
     "large": (
         {"data": {"task": "food"}, "files": {"image": ("a.png", png(9000, 9000))}},
         413,
-        "has 81000000 pixels, of at most 50000000",
+        "has 81000000 pixels, more than the 50000000 allowed",
     ),
     "huge": (
         {"data": {"task": "food"}, "files": {"image": ("a.png", png(99_999, 99_999))}},
@@ -238,7 +238,7 @@ REFUSED = {  # what is sent, status, part of what is said
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_used_is_refused_in_words(name, serve):
+def test_an_unusable_request_gets_a_clear_error(name, serve):
     words, status, message = REFUSED[name]
     client = serve()
     answer = client.post("/predict", **words)
@@ -249,7 +249,7 @@ def test_what_cannot_be_used_is_refused_in_words(name, serve):
     assert ask(client).status_code == 200
 
 
-def test_an_image_may_have_any_mode_and_just_the_pixels_allowed(serve, model):
+def test_an_image_may_have_any_mode_but_not_too_many_pixels(serve, model):
     client = serve(max_pixels=64 * 32)
     for mode in ("RGBA", "L", "P", "I;16"):
         small, large = (
@@ -264,7 +264,7 @@ def test_an_image_may_have_any_mode_and_just_the_pixels_allowed(serve, model):
         assert ask(client, content.getvalue()).json()["probabilities"] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_names_of_files_lead_nowhere(serve, tmp_path, monkeypatch):
+def test_file_names_are_not_used(serve, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     client = serve(token=TOKEN)
     for name in (str(tmp_path / "evil.jpg"), "../evil.jpg", "/etc/passwd", "nul\0l.jpg", "x" * 4000):
@@ -274,14 +274,14 @@ def test_names_of_files_lead_nowhere(serve, tmp_path, monkeypatch):
 
 
 def scope(*headers):
-    """What ASGI says of a request with a form."""
+    """The ASGI scope of a request with a form."""
     always = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
     where = {"path": "/predict", "query_string": b"", "root_path": "", "scheme": "http"}
     return {"type": "http", "method": "POST", **where, "headers": [*always, *headers]}
 
 
 def raw(app, chunks, headers=(), pause=0.0):
-    """What an application answers to a body in chunks, and how many of them it has taken."""
+    """An application's answer to a body in chunks, and how many chunks it has read."""
     sent, taken = [], 0
 
     async def receive():
@@ -312,7 +312,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(model):
     assert (status, taken) == (422, 3)
 
 
-def test_bodies_of_many_requests_have_a_bound_together(model):
+def test_the_bodies_of_all_requests_together_are_bounded(model):
     app = create_app(model, Limits(max_body=1_000, timeout=0.2))
     ended = []
 
@@ -335,13 +335,13 @@ def test_bodies_of_many_requests_have_a_bound_together(model):
     async def many(count):
         await asyncio.gather(*(one() for _ in range(count)))
 
-    for _ in range(2):  # what has been held is free again
+    for _ in range(2):  # the second time shows that the memory is free again
         ended.clear()
         asyncio.run(many(30))
         assert sorted(ended) == [(408, None)] * 17 + [(503, b"1")] * 13
 
 
-def test_a_body_that_comes_too_slowly_is_not_waited_for(model):
+def test_a_body_that_arrives_too_slowly_times_out(model):
     status, text, taken = raw(create_app(model, Limits(timeout=0.3)), [PART] + [b"x"] * 100, pause=0.05)
     assert status == 408
     assert "did not arrive in 0.3 seconds" in text
@@ -351,7 +351,7 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(model):
 def test_requests_of_other_sites_are_refused(serve):
     client = serve()
     refused = client.get("/health", headers={"Host": "evil.example"})
-    assert (refused.status_code, refused.json()["error"][:32]) == (403, "host 'evil.example' is not serve")
+    assert (refused.status_code, refused.json()["error"][:32]) == (403, "host 'evil.example' is not allow")
     for origin in ("http://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"):
         assert client.get("/tasks", headers={"Origin": origin}).status_code == 403
     answer = client.get("/tasks", headers={"Origin": LOCAL})
@@ -362,9 +362,9 @@ def test_requests_of_other_sites_are_refused(serve):
     assert client.get("/health", headers={"Host": "[::1"}).status_code == 403
 
 
-def test_paths_that_are_not_there(serve):
+def test_unknown_paths(serve):
     client = serve()
-    assert "GET /nowhere; docs/using.md" in client.get("/nowhere").json()["error"]
+    assert "GET /nowhere; docs/howto/serving.md" in client.get("/nowhere").json()["error"]
     assert client.get("/nowhere").status_code == client.get("/docs").status_code == 404
     assert client.get("/predict").status_code == 405
     assert metrics(client)["recast_pl_requests_total", "other", "404"] == 3
@@ -373,7 +373,7 @@ def test_paths_that_are_not_there(serve):
     assert {"label", "probability"} < document["components"]["schemas"]["Prediction"]["properties"].keys()
 
 
-def test_tasks_are_added_by_those_who_may(run, serve, model):  # noqa: F811
+def test_only_clients_with_the_token_add_tasks(run, serve, model):  # noqa: F811
     food = patches(run)["food"]
     added = tuned(food, "added", 1)
     refused = serve().post("/tasks", content=added.to_bytes(), headers=ADDING)
@@ -417,7 +417,7 @@ def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa:
     assert model.tasks == ["food", "signs"]
 
 
-def test_the_page_needs_nothing_else(serve):
+def test_the_page_loads_nothing_from_elsewhere(serve):
     answer = serve().get("/")
     assert answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -430,7 +430,7 @@ def refused(capsys, *words):
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_served_is_said_in_a_line(capsys, monkeypatch):
+def test_a_server_that_cannot_start_says_why_in_one_line(capsys, monkeypatch):
     assert "nowhere" in refused(capsys, "--port", "0")
     assert "batch_size is 0; give a finite number above 0" in refused(capsys, "--batch_size", "0")
     assert "timeout is inf" in refused(capsys, "--timeout", ".inf")

@@ -1,4 +1,4 @@
-"""The server as a process: the documented commands, many clients, slow ones, a person's browser, and its end."""
+"""The server as a process: the documented commands, many clients, slow clients, a browser, and shutdown."""
 
 import asyncio
 import dataclasses
@@ -22,25 +22,25 @@ import pytest
 from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from test_predictor import FOOD, SIGNS, patches, run  # noqa: F401
-from test_readme import DOCS
 from test_report import CHROMIUM
 
 import recast_pl
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 20  # seconds that the server gives to a request, on however busy a machine
+TIMEOUT = 20  # seconds, enough for a request on a busy machine
 
 
 TOKEN = "secret"
 HEAD = "POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
 TASK = b'--x\r\nContent-Disposition: form-data; name="task"\r\n\r\nfood\r\n'
 FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
-START, REQUESTS = re.findall(r"```bash\n(.*?)```", DOCS.partition("## Serve\n")[2], re.DOTALL)[:2]
+PAGE = ROOT / "docs" / "howto" / "serving.md"
+START, REQUESTS = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
 
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):  # noqa: F811
-    """Where the documented commands are given."""
+    """The folder in which the documented commands run."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "data").symlink_to(ROOT / "data")
     shutil.copytree(run, folder / "logs" / "mine")
@@ -51,7 +51,7 @@ def folder(run, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """The documented server, with its process and URL; after the last test it is told to end."""
+    """The process and the URL of the documented server; it is stopped after the last test."""
     (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
     command = [sys.executable, *shlex.split(words), "--port", "0", "--timeout", str(TIMEOUT), "--queue_size", "16"]
     environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}
@@ -78,7 +78,7 @@ def refuses(url):
 
 
 def end(process, url):
-    """Checks that at SIGTERM a server takes nothing on, but answers what was begun."""
+    """Checks that a server refuses connections after SIGTERM, but answers requests in progress."""
     body = TASK + FILE + FOOD[0].read_bytes() + b"\r\n--x--\r\n"
     with connect(url) as connection:
         connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body[:500])
@@ -99,7 +99,7 @@ def counts_of(url):
         return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
-def test_the_commands_of_the_readme(server, folder, run):  # noqa: F811
+def test_the_documented_commands(server, folder, run):  # noqa: F811
     said = []
     for command in REQUESTS.replace("\\\n", " ").strip().splitlines():
         words = shlex.split(command.replace("http://127.0.0.1:8000", server[1]).replace("$RECAST_PL_TOKEN", TOKEN))
@@ -111,16 +111,16 @@ def test_the_commands_of_the_readme(server, folder, run):  # noqa: F811
     assert json.loads(said[2])["status"] == "ok"
     assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[3]
     assert json.loads(said[4]) == {"name": "people", "classes": patches(run)["food"].classes}
-    assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # it is kept in memory alone
+    assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # the added task is kept in memory only
 
 
 def memory(process):
-    """Bytes that a process holds."""
+    """Resident bytes of a process."""
     return 1024 * int(subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True).stdout)
 
 
 async def one_client(session, url, jobs, counts):
-    """Asks until each is answered; comes back when it is told to."""
+    """Sends requests until each is answered, and tries again where the server asks for it."""
     for path, task, wanted in jobs:
         while True:
             form = aiohttp.FormData({"task": task})
@@ -136,7 +136,7 @@ async def one_client(session, url, jobs, counts):
             await asyncio.sleep(random.uniform(0.5, 1.5))
 
 
-def test_every_one_of_250_clients_is_answered_right_in_bounded_memory(server, run):  # noqa: F811
+def test_250_clients_get_right_answers_in_bounded_memory(server, run):  # noqa: F811
     process, url = server
     model = recast_pl.load(run)
     known = [
@@ -147,7 +147,7 @@ def test_every_one_of_250_clients_is_answered_right_in_bounded_memory(server, ru
 
     async def load(clients, images):
         counts = {}
-        connections = aiohttp.TCPConnector(limit=0, force_close=True)  # none that the server may just be closing
+        connections = aiohttp.TCPConnector(limit=0, force_close=True)  # the server may just be closing an open one
         async with aiohttp.ClientSession(connector=connections, timeout=aiohttp.ClientTimeout(120)) as session:
             await asyncio.gather(
                 *(one_client(session, url, random.choices(known, k=images), counts) for _ in range(clients))
@@ -168,7 +168,7 @@ def test_every_one_of_250_clients_is_answered_right_in_bounded_memory(server, ru
 
 
 def trickle(url, begin, until):
-    """What a server says to a client that sends a byte of a request every now and then; b"" if it hangs up."""
+    """The server's answer to a client that sends a byte every now and then; b"" if the server hangs up."""
     with connect(url) as connection:
         connection.sendall(begin)
         connection.settimeout(0.2)
@@ -180,11 +180,11 @@ def trickle(url, begin, until):
                     connection.sendall(b"x" if begin else b"")
             except ConnectionError:
                 return b""
-    raise AssertionError("the server waits for ever")
+    raise AssertionError("the server waits without end")
 
 
 def deaf(url):
-    """How many of its answers a client gets that asks much and listens late."""
+    """How many answers a client gets that sends many requests and reads late."""
     with connect(url) as connection:
         connection.settimeout(10)
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 3000)
@@ -195,7 +195,7 @@ def deaf(url):
     return said.count(b"HTTP/1.1 200")
 
 
-def test_slow_clients_are_cut_off_and_hold_nobody_up(server):
+def test_slow_clients_are_cut_off_and_do_not_delay_others(server):
     _, url = server
 
     async def among(begins):
@@ -219,11 +219,11 @@ def test_slow_clients_are_cut_off_and_hold_nobody_up(server):
     assert bodies.startswith(b"HTTP/1.1 408 ")
     assert b"did not arrive in 20 seconds" in bodies
     assert answers < 3000
-    assert chunked.startswith(b"HTTP/1.1 4")  # its length is no number
+    assert chunked.startswith(b"HTTP/1.1 4")  # its length is not a number
 
 
 class Browser:
-    """Chromium, told what a person would do by its own protocol."""
+    """Chromium, controlled through its own protocol."""
 
     def __init__(self, socket):
         self.socket, self.count, self.said = socket, 0, []
@@ -238,7 +238,7 @@ class Browser:
             if content.get("id") == self.count:
                 assert "error" not in content, content
                 return content["result"]
-        raise AssertionError("the browser has gone")
+        raise AssertionError("the browser has closed")
 
     async def value(self, expression):
         found = await self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -257,7 +257,7 @@ class Browser:
 
 @contextmanager
 def chromium(folder):
-    """The URL of a page of Chromium; it resolves no names, so that nothing can come from a network."""
+    """The debugging URL of a Chromium that resolves no host names, so that it cannot load anything from a network."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
     options += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     process = subprocess.Popen(
@@ -334,9 +334,9 @@ async def visit(browser, url, model, broken):
     return browser.said
 
 
-# A browser is no dependency: where none is installed, on CI too, only this test is left out.
+# A browser is not a dependency: where none is installed, as on CI, this test is skipped.
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_a_person_classifies_images_in_a_browser_by_mouse_and_by_keyboard(server, run, tmp_path):  # noqa: F811
+def test_the_page_works_by_mouse_and_by_keyboard(server, run, tmp_path):  # noqa: F811
     model = recast_pl.load(run)
     (broken := tmp_path / "broken.jpg").write_bytes(b"no image")
 

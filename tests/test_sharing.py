@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 
+import lightning as L
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY_VIT
+from test_all_methods import QUIET
 from torch import nn
 
 from recast_pl import (
@@ -18,19 +20,27 @@ from recast_pl import (
     HAT,
     L2P,
     BackboneConfig,
+    BankLayout,
     FineTune,
+    FullFineTune,
     GDumb,
+    Growth,
     InfLoRA,
     LinearProbe,
+    LoRA,
     LwF,
+    Recast,
+    SequentialTaskDataModule,
+    TaskConfig,
     TaskPatch,
     TILModule,
 )
 from recast_pl.errors import MethodError, PatchError
+from recast_pl.learning.checkpoint import trainable_state
 from recast_pl.learning.patch import SharedState
 from recast_pl.methods.buffer import Buffer, Samples
 from recast_pl.methods.derpp import logit_distance
-from recast_pl.methods.hat import Gate
+from recast_pl.methods.hat import UnitMask
 from recast_pl.methods.inflora import Subspace, design
 from recast_pl.methods.piece import Step
 
@@ -42,10 +52,19 @@ def two_layers():
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 5))
 
 
+class Module(TILModule):
+    """Without a datamodule: augments nothing."""
+
+    plain_images = None
+
+    def augment(self, images, tasks):
+        return images
+
+
 def learner(*pieces, classes=3, old=(), backbone="test_sharing.two_layers", size=4):
     """A module in the middle of a task after tasks with `old` classes, in float64."""
     torch.manual_seed(0)
-    module = TILModule(BackboneConfig(backbone, "random"), pieces)
+    module = Module(BackboneConfig(backbone, "random"), pieces)
     module.build(size)
     for count in old:
         module.old_heads.append(nn.Linear(module.backbone.num_features, count))
@@ -68,6 +87,12 @@ def step_of(module, images, labels):
 
 def give(module, *batches):
     module.batches = lambda split: iter(batches)
+
+
+def kept(ewc, kind):
+    """What EWC remembers of each weight, `fisher` or `anchor`."""
+    tensors = ewc.memory.tensors.items()
+    return {name.removeprefix(f"{kind}:"): tensor for name, tensor in tensors if name.startswith(kind)}
 
 
 # heads
@@ -110,12 +135,12 @@ def test_fisher_information_is_the_mean_of_squared_gradients_of_single_images():
     give(module, (images[:4], labels[:4]), (images[4:], labels[4:]))
     wanted = per_sample_fisher(module, images, labels)
     ewc.end_task()
-    assert ewc.fisher.keys() == wanted.keys()
-    for name, fisher in ewc.fisher.items():
+    assert kept(ewc, "fisher").keys() == wanted.keys()
+    for name, fisher in kept(ewc, "fisher").items():
         assert torch.allclose(fisher, wanted[name])
     loss = F.cross_entropy(module(images), labels)
     of_batch = torch.autograd.grad(loss, list(module.backbone.parameters()))
-    assert not any(torch.allclose(g.square(), f) for g, f in zip(of_batch, ewc.fisher.values(), strict=True))
+    assert not any(torch.allclose(g.square(), f) for g, f in zip(of_batch, kept(ewc, "fisher").values(), strict=True))
 
 
 def test_the_penalty_of_ewc_is_the_sum_over_tasks():
@@ -133,11 +158,10 @@ def test_the_penalty_of_ewc_is_the_sum_over_tasks():
             for parameter in module.backbone.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     ewc.load_shared_state(ewc.shared_state())
-    ewc.begin_fit()
 
     def both():
         weights = dict(module.backbone.named_parameters())
-        by_hand = sum(1.5 * (f[name] * (p - kept[name]) ** 2).sum() for f, kept in tasks for name, p in weights.items())
+        by_hand = sum(1.5 * (f[name] * (p - then[name]) ** 2).sum() for f, then in tasks for name, p in weights.items())
         return ewc.loss(None), by_hand
 
     ours, by_hand = both()
@@ -174,10 +198,10 @@ def test_lwf_distils_every_old_head_at_temperature_two():
     loss = lwf.loss(step)
     assert float(loss) == pytest.approx(by_hand, rel=1e-10)
     gradients = torch.autograd.grad(loss, list(module.old_heads.parameters()))
-    assert all(g.abs().sum() > 0 for g in gradients)  # old heads learn, too
+    assert all(g.abs().sum() > 0 for g in gradients)  # old heads are trained, too
 
 
-def test_lwf_says_nothing_during_the_first_task():
+def test_lwf_adds_no_term_during_the_first_task():
     lwf = LwF()
     module = learner(FineTune(), lwf)
     assert lwf.loss(step_of(module, *some(2, 3))) is None
@@ -222,7 +246,7 @@ def test_the_reservoir_does_not_prefer_early_or_late_positions():
     assert kept[20:].sum() > 0.2 * kept.sum()
 
 
-def test_room_grows_with_the_classes_seen():
+def test_the_capacity_grows_with_the_classes_seen():
     buffer = Buffer(False, 3, None)
     buffer.classes = 2
     buffer.add(samples(20))
@@ -230,7 +254,7 @@ def test_room_grows_with_the_classes_seen():
     buffer.classes = 4
     buffer.add(samples(3, task=1))
     assert len(buffer) == 9
-    assert buffer.kept.tasks[6:].tolist() == [1, 1, 1]  # new room is filled first
+    assert buffer.kept.tasks[6:].tolist() == [1, 1, 1]  # new slots are filled first
 
 
 def test_a_balanced_buffer_keeps_classes_equally_frequent():
@@ -257,7 +281,7 @@ def test_a_class_that_is_full_keeps_its_images_with_equal_probability():
     assert all(abs(count - 100) < 4.5 * math.sqrt(500 * 0.2 * 0.8) for count in counts.values())
 
 
-def test_a_buffer_returns_from_its_state():
+def test_a_buffer_is_restored_from_its_state():
     for balanced in (False, True):
         whole, parts = Buffer(balanced, 2, None), Buffer(balanced, 2, None)
         for index in range(6):
@@ -278,19 +302,58 @@ def test_a_buffer_returns_from_its_state():
     assert len(empty) == 0
 
 
-def test_images_are_kept_as_the_bytes_they_were():
+class Invert(nn.Module):
+    def forward(self, image):
+        return 255 - image
+
+
+@pytest.mark.parametrize("guard", [ERACE, DERPP, GDumb])
+def test_a_buffer_holds_plain_images_which_training_augments_as_their_tasks_ask(guard, image_folder):
+    torch.manual_seed(0)
+    first = TaskConfig("first", str(image_folder("first", size=4)), transforms=[Invert()])
+    second = TaskConfig("second", str(image_folder("second", classes=2, size=4, seed=1)), flip=False)
+    data = SequentialTaskDataModule([first, second], image_size=4, batch_size=6)
+    piece = guard(per_class=4, total=None)
+    module = TILModule(BackboneConfig("test_sharing.two_layers", "random"), [FineTune(), piece])
+    plain, inputs, trained, own_logits = [], [], [], module.own_logits
+
+    def watch(features, tasks):
+        trained.extend(zip(tasks.tolist(), inputs[-1], strict=True))
+        return own_logits(features, tasks)
+
+    module.build(4).register_forward_pre_hook(lambda _, args: inputs.append((args[0] * 255).round().to(torch.uint8)))
+    module.own_logits = watch
+    for index in range(2):
+        data.select(index)
+        L.Trainer(max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, **QUIET).fit(module, datamodule=data)
+        plain += [image for images, *_ in data.plain_dataloader("train") for image in images]
+
+    def is_one_of(images, image):
+        return any(torch.equal(image, other) for other in images)
+
+    assert len(piece.buffer) == 20
+    assert all(is_one_of(plain, image) for image in piece.buffer.kept.images)
+    unmirrored = {0: [255 - image for image in plain], 1: plain}
+    mirrored = {task: [image.flip(-1) for image in images] for task, images in unmirrored.items()}
+    assert all(is_one_of(unmirrored[task] + mirrored[task], image) for task, image in trained)
+    assert {task for task, image in trained if is_one_of(mirrored[task], image)} == {0}
+    assert {task for task, image in trained if is_one_of(unmirrored[task], image)} == {0, 1}
+
+
+def test_images_are_stored_without_loss():
     piece = ERACE(per_class=4)
     module = learner(FineTune(), piece, classes=2)
     pixels = torch.arange(2 * 48, dtype=torch.uint8).view(2, 3, 4, 4)
-    piece.keep(step_of(module, pixels.double() / 255, torch.tensor([0, 1])))
+    module.plain_images = pixels.double() / 255
+    piece.keep(step_of(module, torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1])))
     assert torch.equal(piece.buffer.kept.images, pixels)
-    assert torch.equal(piece.buffer.kept.pixels, pixels.float() / 255)
 
 
-def test_the_incoming_loss_of_er_ace_knows_only_the_classes_of_its_batch():
+def test_the_incoming_loss_of_er_ace_compares_only_the_classes_of_its_batch():
     piece = ERACE(per_class=5)
     module = learner(FineTune(), piece, classes=4, old=(2,))
     images, _ = some(3, 4)
+    module.plain_images = images
     labels = torch.tensor([0, 2, 2])
     step = step_of(module, images, labels)
     ours = F.cross_entropy(piece.incoming(step.logits, labels), labels)
@@ -300,14 +363,15 @@ def test_the_incoming_loss_of_er_ace_knows_only_the_classes_of_its_batch():
     assert piece.loss(step) is None  # nothing to replay yet
     assert len(piece.buffer) == 3
     replayed = piece.loss(step)
-    kept = piece.buffer.kept  # the same three, offered again, lie behind
-    by_hand = F.cross_entropy(module(kept.images[:3].double() / 255), kept.labels[:3])  # over all four classes
+    stored = piece.buffer.kept  # the same three, offered again, lie behind
+    by_hand = F.cross_entropy(module(stored.images[:3].double() / 255), stored.labels[:3])  # over all four classes
     assert float(replayed) == pytest.approx(float(by_hand), rel=1e-6)
 
 
 def test_the_two_terms_of_der():
     piece = DERPP(alpha=0.7, beta=0.4, per_class=10)
     module = learner(FineTune(), piece, classes=3, old=(2,))
+    module.plain_images = torch.rand(2, 3, 4, 4)
     stored = torch.tensor([[1.0, 2.0, -INF], [0.5, -0.5, 1.5]])
     images = (torch.rand(2, 3, 4, 4) * 255).to(torch.uint8)
     piece.buffer.add(Samples(images, torch.tensor([1, 2]), torch.tensor([0, 1]), stored))
@@ -325,7 +389,7 @@ def test_the_two_terms_of_der():
 def test_the_draws_of_der_are_independent(monkeypatch):
     piece = DERPP(per_class=50)
     module = learner(FineTune(), piece, classes=2)
-    monkeypatch.setattr(Samples, "pixels", property(lambda self: self.images.double() / 255))
+    module.plain_images = torch.rand(8, 3, 4, 4)
     piece.buffer.add(samples(40, logits=torch.zeros(40, 2), size=4))
     drawn, draw = [], Buffer.draw
 
@@ -346,7 +410,7 @@ def test_logits_of_narrow_heads_count_as_much_as_those_of_wide_ones():
     assert float(logit_distance(now[:1], then[:1, :2])) == pytest.approx(5)
 
 
-def test_gdumb_starts_anew_on_its_buffer_alone():
+def test_gdumb_starts_over_on_its_buffer_alone():
     piece = GDumb(total=6)
     module = learner(FineTune(), piece, classes=2, old=(2,))
     start = {n: p.detach().clone() for n, p in module.backbone.named_parameters()}
@@ -366,24 +430,24 @@ def test_gdumb_starts_anew_on_its_buffer_alone():
     pixels, kept_labels, tasks = seen[0]
     assert pixels.shape == (6, 3, 4, 4)
     assert sorted(Counter(zip(tasks.tolist(), kept_labels.tolist(), strict=True)).values()) == [1, 1, 2, 2]
-    piece.begin_fit()  # resumed: neither filled nor started anew
+    piece.begin_fit()  # resumed: it neither fills the buffer nor starts over
     assert torch.equal(seen[1][0], pixels)
 
 
-# attention to the task
+# masks on units
 
 
-def test_the_gradient_of_a_gate_is_compensated_for_annealing():
-    gate = Gate(5, 400.0).double()
+def test_the_gradient_of_a_mask_is_compensated_for_annealing():
+    units = UnitMask(5, 400.0).double()
     e = torch.tensor([-5.0, -0.3, 0.0, 0.04, 2.0], dtype=torch.float64)
     with torch.no_grad():
-        gate.embedding.copy_(e)
+        units.embedding.copy_(e)
     upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
     for s in (1 / 400, 1.0, 20.0, 400.0):
-        gate.scale = s
-        mask = gate.mask()
+        units.scale = s
+        mask = units.mask()
         assert torch.allclose(mask, 1 / (1 + torch.exp(-s * e)))
-        (gradient,) = torch.autograd.grad((mask * upstream).sum(), gate.embedding)
+        (gradient,) = torch.autograd.grad((mask * upstream).sum(), units.embedding)
         plain = s / (1 + torch.exp(-s * e)) / (1 + torch.exp(s * e)) * upstream
         compensation = 400 / s * (torch.cosh(torch.clamp(s * e, -50, 50)) + 1) / (torch.cosh(e) + 1)
         assert torch.allclose(gradient, plain * compensation, rtol=1e-9, atol=1e-12)
@@ -398,7 +462,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(self.flat(x))))
 
 
-def test_weights_learn_as_far_as_their_units_are_free():
+def test_weights_move_as_far_as_their_units_are_free():
     hat = HAT(sparsity=0.0)
     module = learner(FineTune(), hat, backbone="test_sharing.Mlp")
     net = module.backbone.net
@@ -422,7 +486,7 @@ def test_weights_learn_as_far_as_their_units_are_free():
     moved = step()
     assert torch.allclose(moved["fc1.weight"][0], -0.1 * moved["fc1.weight"][1])  # nothing is in use yet
     used = torch.tensor([1.0, 0.0, 0.25, 0.9], dtype=torch.float64)
-    hat.used = {"fc2": used}
+    hat.memory.keep({"fc2": used})
     moved = step()
     free = 1 - used
     assert torch.allclose(moved["fc1.weight"][0], -0.1 * free[:, None] * moved["fc1.weight"][1])
@@ -438,8 +502,7 @@ def test_weights_learn_as_far_as_their_units_are_free():
 def test_weights_are_protected_whatever_the_order_of_the_pieces(order):
     hat = HAT()
     module = learner(*(FineTune(), hat)[::order], backbone="test_sharing.Mlp")
-    hat.begin_fit()
-    hat.used = {"fc2": torch.ones(4)}
+    hat.memory.keep({"fc2": torch.ones(4)})
     hat.begin_step(0.0)
     before = {n: p.detach().clone() for n, p in module.backbone.net.named_parameters()}
     with torch.no_grad():
@@ -453,43 +516,47 @@ def test_weights_are_protected_whatever_the_order_of_the_pieces(order):
 def test_a_weight_between_two_masked_units_is_as_free_as_the_less_used_one():
     hat = HAT()
     network = timm.create_model("resnet26t", num_classes=0)  # three convolutions a block
-    FineTune().attach(network)
     hat.attach(network)
+    weights = dict(network.named_parameters())
     a, b = torch.rand(64), torch.rand(64)
-    hat.used = {name: torch.ones_like(gate.embedding) for name, gate in hat.gates.items()}
-    hat.used |= {"layer1.0.conv2": a, "layer1.0.conv3": b}
-    freedom = hat.freedom("layer1.0.conv2.weight").expand(64, 64, 3, 3)[..., 0, 0]
+    used = {name: torch.ones_like(mask.embedding) for name, mask in hat.masks.items()}
+    hat.memory.keep(used | {"layer1.0.conv2": a, "layer1.0.conv3": b})
+
+    def freedom(name):
+        return hat.freedom(name, weights[name])
+
+    between = freedom("layer1.0.conv2.weight").expand(64, 64, 3, 3)[..., 0, 0]
     by_hand = torch.tensor([[1 - min(float(b[i]), float(a[j])) for j in range(64)] for i in range(64)])
-    assert torch.allclose(freedom, by_hand)
-    assert torch.allclose(hat.freedom("layer1.0.bn2.weight"), 1 - b)
-    assert hat.freedom("layer1.0.bn3.weight") == 0
-    assert hat.freedom("conv1.0.weight").expand(24, 3, 3, 3).sum() == 0
+    assert torch.allclose(between, by_hand)
+    assert torch.allclose(freedom("layer1.0.bn2.weight"), 1 - b)
+    assert freedom("layer1.0.bn3.weight") == 0
+    assert freedom("conv1.0.weight").expand(24, 3, 3, 3).sum() == 0
 
 
-def test_masks_of_tasks_add_up_to_what_is_in_use_and_sparsity_asks_for_the_rest():
+def test_used_units_are_the_maximum_of_all_masks_and_sparsity_counts_the_others():
     hat = HAT(sparsity=2.0)
     module = learner(FineTune(), hat, backbone="test_sharing.Mlp")
-    gate = hat.gates["fc2"]
+    units = hat.masks["fc2"]
     with torch.no_grad():
-        gate.embedding.copy_(torch.tensor([1.0, -1.0, 0.001, -0.002]))
+        units.embedding.copy_(torch.tensor([1.0, -1.0, 0.001, -0.002]))
     hat.end_task()
-    first = torch.sigmoid(400 * gate.embedding.detach())
-    assert torch.allclose(hat.used["fc2"], first)
+    first = torch.sigmoid(400 * units.embedding.detach())
+    assert torch.allclose(hat.memory.tensors["fc2"], first)
     with torch.no_grad():
-        gate.embedding.copy_(torch.tensor([-1.0, -1.0, 1.0, 0.5]))
-    expected = 2.0 * (gate.final() * (1 - first)).sum() / (1 - first).sum()
+        units.embedding.copy_(torch.tensor([-1.0, -1.0, 1.0, 0.5]))
+    expected = 2.0 * (units.final() * (1 - first)).sum() / (1 - first).sum()
     assert torch.allclose(hat.loss(None), expected)
     hat.end_task()
-    assert torch.allclose(hat.used["fc2"], torch.maximum(first, gate.final()))
+    assert torch.allclose(hat.memory.tensors["fc2"], torch.maximum(first, units.final()))
     with torch.no_grad():
-        gate.embedding.fill_(9.0)
+        units.embedding.fill_(9.0)
     hat.begin_step(0.0)
-    assert gate.scale == pytest.approx(1 / 400)
+    assert units.scale == pytest.approx(1 / 400)
     hat.begin_step(0.5)
-    assert gate.scale == pytest.approx(200, rel=1e-3)
+    assert units.scale == pytest.approx(200, rel=1e-3)
     hat.end_step()
-    assert gate.scale == 400
-    assert (gate.embedding == 6).all()
+    assert units.scale == 400
+    assert (units.embedding == 6).all()
     assert module.head is not None
 
 
@@ -519,7 +586,7 @@ def test_a_is_orthogonal_to_the_inputs_of_old_tasks():
     assert space.complement or space.basis.shape[1] > 0
 
 
-def test_the_space_holds_no_more_directions_than_the_energy_asks_for():
+def test_the_space_holds_no_more_directions_than_the_energy_needs():
     current = covariance(12, 12, 3)
     space = Subspace(torch.empty(12, 0, dtype=torch.float64), False).grow(current, 0.7)
     values = np.linalg.eigvalsh(current.numpy())[::-1]
@@ -549,7 +616,7 @@ def test_a_has_no_row_for_directions_that_the_inputs_do_not_have():
     assert design(covariance(3, 3, 1), None, 5).shape == (5, 3)
 
 
-def test_inflora_watches_the_inputs_of_linear_layers_and_convolutions():
+def test_inflora_observes_the_inputs_of_linear_layers_and_convolutions():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -565,7 +632,8 @@ def test_inflora_watches_the_inputs_of_linear_layers_and_convolutions():
     piece.attach(network)
 
     class Lesson:
-        backbone = network
+        def current(self):
+            return network, None
 
         def batches(self, split):
             yield from ((x, None) for x in images.split(2))
@@ -621,7 +689,7 @@ def test_prompts_are_those_whose_keys_are_nearest_to_the_query(prompted):
     assert {i for i in range(6) if gradient[i].abs().sum() > 0} == chosen
 
 
-def test_the_query_knows_no_prompts_and_needs_no_batch(prompted):
+def test_the_query_depends_on_neither_prompts_nor_the_batch(prompted):
     network, piece, images, query = prompted
     together = network(images)
     assert torch.equal(piece.pool.query, query)
@@ -630,7 +698,7 @@ def test_the_query_knows_no_prompts_and_needs_no_batch(prompted):
     assert torch.allclose(alone, together, atol=1e-5)
 
 
-def test_l2p_fits_the_vision_transformers_of_torchvision_too():
+def test_l2p_works_on_the_vision_transformers_of_torchvision_too():
     import torchvision
 
     network = torchvision.models.VisionTransformer(16, 8, 2, 2, 12, 16).eval()
@@ -638,11 +706,11 @@ def test_l2p_fits_the_vision_transformers_of_torchvision_too():
     plain = network(torch.rand(2, 3, 16, 16))
     L2P().attach(network)
     assert network(torch.rand(2, 3, 16, 16)).shape == plain.shape
-    with pytest.raises(MethodError, match="vision transformers"):
+    with pytest.raises(MethodError, match="needs a vision transformer"):
         L2P().attach(torchvision.models.resnet18())
 
 
-# what cannot be
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -655,22 +723,81 @@ def test_l2p_fits_the_vision_transformers_of_torchvision_too():
         (lambda: DERPP(per_class=0), "per_class=0"),
         (lambda: DERPP(alpha=-1), "alpha=-1"),
         (lambda: HAT(hardest=1), "hardest=1"),
-        (lambda: HAT().attach(nn.Linear(2, 2)), "no two layers in a row"),
+        (lambda: HAT().attach(nn.Linear(2, 2)), "no two consecutive layers"),
         (lambda: InfLoRA(rank=0), "rank=0"),
         (lambda: InfLoRA(energy=1.5), "energy=1.5"),
-        (lambda: InfLoRA(targets=["conv"]).attach(timm.create_model("mobilenetv2_050")), "groups"),
+        (lambda: InfLoRA(targets=["conv"]).attach(timm.create_model("mobilenetv2_050")), "grouped"),
         (lambda: L2P(pool=3, chosen=4), "chosen=4"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(make, named):
+def test_an_invalid_setting_is_named(make, named):
     with pytest.raises(MethodError, match=named):
         make()
 
 
-@pytest.mark.parametrize("guard", [EWC, LwF, ERACE, DERPP, GDumb])
-def test_a_guard_without_anything_to_guard_is_refused(guard):
-    with pytest.raises(MethodError, match="list FineTune before"):
-        learner(LinearProbe(), guard())
+def guards():
+    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT()]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_guard_with_nothing_to_protect_is_refused(index):
+    for others in (
+        [LinearProbe()],
+        [LoRA()],
+        [Recast(BankLayout(["weight"]))],
+        [FullFineTune()],
+        [InfLoRA()],
+        [EWC(), Growth()],
+        [LwF(), HAT()],
+    ):
+        pieces = [piece for piece in others if type(piece) is not type(guards()[index])]
+        with pytest.raises(MethodError, match=r"no piece (before|beside) it trains such weights; list FineTune"):
+            TILModule(BackboneConfig("test_sharing.two_layers", "random"), [*pieces, guards()[index]])
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_guard_listed_too_early_or_twice_is_refused(index):
+    backbone, guard, again = BackboneConfig("test_sharing.Mlp", "random"), guards()[index], guards()[index]
+    if isinstance(guard, HAT):
+        TILModule(backbone, [guard, FineTune()])  # any order will do
+    else:
+        with pytest.raises(MethodError, match="list FineTune before it"):
+            TILModule(backbone, [guard, FineTune()])
+    with pytest.raises(MethodError, match="listed twice"):
+        TILModule(backbone, [FineTune(), guard, again])
+
+
+def test_guards_protect_what_tasks_share_and_nothing_else():
+    ewc, lora = EWC(), LoRA(targets=["weight"])
+    module = learner(lora, FineTune(), ewc)
+    give(module, some(3, 3))
+    ewc.end_task()
+    assert not [name for name in ewc.memory.tensors if name.endswith((".A", ".B"))]
+    hat, lora = HAT(), LoRA(targets=["weight"])
+    module = learner(FineTune(), lora, hat, backbone="test_sharing.Mlp")
+    hat.memory.keep({"fc2": torch.ones(4)})
+    hat.begin_step(0.0)
+    with torch.no_grad():
+        for piece in (module.pieces[0], lora):
+            for parameter in piece.parameters.values():
+                parameter.fill_(7.0)
+    hat.end_step()
+    assert all((p == 7).all() for p in lora.parameters.values())
+    assert not any((p == 7).any() for n, p in module.pieces[0].parameters.items() if n.startswith("fc"))
+
+
+def test_what_guards_remember_moves_with_the_module():
+    ewc, lwf, hat = EWC(), LwF(), HAT()
+    module = learner(FineTune(), ewc, lwf, hat, backbone="test_sharing.Mlp", old=(2,)).float()
+    images, labels = some(3, 3)
+    give(module, (images.float(), labels))
+    for guard in (ewc, hat):
+        guard.end_task()
+    module.double()
+    assert {t.dtype for guard in (ewc, lwf, hat) for t in guard.memory.tensors.values()} == {torch.float64}
+    assert all(len(guard.memory.tensors) for guard in (ewc, lwf, hat))
+    assert not any(p.requires_grad for p in module.memories.parameters())
+    assert not [n for n in trainable_state(module) if n.startswith("memories")]
 
 
 def test_a_shared_state_that_does_not_fit_is_refused(tmp_path):

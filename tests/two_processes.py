@@ -1,4 +1,4 @@
-"""Learns a task by every method in two processes; each writes digests of what it ends with to OUTPUT/RANK.json.
+"""Trains a task by every method in two processes; each writes digests of what it ends with to OUTPUT/RANK.json.
 
 Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER OUTPUT NAMES...
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from test_til import METHODS, QUIET
+from test_all_methods import METHODS, QUIET
 
 from recast_pl import SequentialTaskDataModule, TaskConfig, TILModule
 from recast_pl.files import sha256

@@ -20,6 +20,7 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.similarity import feature_similarity, weight_similarity
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
+from recast_pl.methods.recast import load_decompositions
 from recast_pl.reporting.analysis_plots import analysis_figures
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
@@ -99,7 +100,7 @@ def _of_run(config: Namespace) -> _Subject:
     folder, model, data, seed = RunFolder(run_dir), init.model, init.data, init.seed_everything
     if not folder.decomposition.is_file():
         raise RunError(f"{run_dir} holds no decomposition; give a run with a Recast piece, or one of MimicryModule")
-    decomposition, output = Decomposition.load(folder.decomposition), Path(config.output or folder.analysis)
+    decomposition, output = load_decompositions(run_dir), Path(config.output or folder.analysis)
     if isinstance(model, MimicryModule):
         return _Subject(decomposition, output, model.backbone, model.image_size, seed)
     backbone, coefficients = til(model).backbone_config, trained_coefficients(til(model), folder)

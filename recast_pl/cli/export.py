@@ -6,9 +6,10 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from recast_pl.config.run import open_run
+from recast_pl.errors import ExportError
 from recast_pl.files import write_atomic
-from recast_pl.inference.export import FORMATS, Format, feed_file
-from recast_pl.runs.evaluation import choose_patch, open_task
+from recast_pl.inference.export import FORMATS, ExportFormat, bank_inputs
+from recast_pl.runs.evaluation import choose_patch, restore
 from recast_pl.runs.folder import RunFolder
 
 
@@ -19,7 +20,7 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--patch", type=str | None, help="Or a patch file, as 'patch average' and 'quantize' write.")
     parser.add_argument(
         "--format",
-        type=Format,
+        type=ExportFormat,
         required=True,
         help="safetensors: the weights of a plain timm or torchvision model; onnx and torch_export: a graph; "
         "onnx_bank: one graph for all tasks of RECAST, and for each task a file with its inputs to the graph.",
@@ -29,15 +30,20 @@ def declare(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Writes the model, and prints how far its logits are from the run's and how to use it."""
+    if config.format == "onnx_bank" and (config.task or config.patch):
+        raise ExportError(
+            "--format onnx_bank exports all tasks of the run; leave out --task and --patch, or choose onnx for one task"
+        )
     run_dir, init = open_run(config.run_dir)
     export, ending = FORMATS[config.format]
     fed = RunFolder(run_dir).load_patches() if config.format == "onnx_bank" else {}
     patch = next(iter(fed.values())) if fed else choose_patch(RunFolder(run_dir), config.task, config.patch)
-    open_task(init.model, RunFolder(run_dir), patch)
+    restore(init.model, RunFolder(run_dir), patch.image_size)
+    init.model.activate(patch)
     exported = export(init.model, patch)
     path = Path(config.output or RunFolder(run_dir).export / f"{'bank' if fed else patch.task}{ending}")
     files = {path: exported.content}
-    files |= {path.with_suffix(f".{name}.safetensors"): feed_file(init.model, task) for name, task in fed.items()}
+    files |= {path.with_suffix(f".{name}.safetensors"): bank_inputs(init.model, task) for name, task in fed.items()}
     for file, content in files.items():
         write_atomic(file, content)
     written = [f"written: {file} ({len(content):,} bytes)" for file, content in files.items()]

@@ -12,7 +12,7 @@ from recast_pl.files import write_atomic
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
-from recast_pl.runs.evaluation import measure, open_task
+from recast_pl.runs.evaluation import measure, restore
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, check_patch, compare_patches, quantize_patch
 
@@ -66,7 +66,8 @@ def _verify(paths: list[Path], options: Namespace) -> None:
         try:
             check_patch(patch)
             if init is not None:
-                open_task(init.model, RunFolder(options.run_dir), patch)
+                restore(init.model, RunFolder(options.run_dir), patch.image_size)
+                init.model.activate(patch)
         except PatchError as cause:
             raise PatchError(f"{path}: {cause}") from cause
         fits = "" if init is None else f", and fits {options.run_dir}"
@@ -97,7 +98,7 @@ def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
         raise RunError(f"{run_dir} has no task {task!r}, only {', '.join(names)}; give the run of the patch")
     init.data.prepare_data()
     evaluator = TrainerFactory(init.trainer).alone().for_evaluation()
-    open_task(init.model, RunFolder(run_dir), patches[0])
+    restore(init.model, RunFolder(run_dir), patches[0].image_size)
     return [measure(init.model, init.data, names.index(task), patch, evaluator) for patch in patches]
 
 

@@ -40,7 +40,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
     from recast_pl.compat.uvicorn import BoundedProtocol  # noqa: PLC0415
     from recast_pl.inference.server.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
-    from recast_pl.inference.server.gate import LOCAL_HOSTS  # noqa: PLC0415
+    from recast_pl.inference.server.request_filter import LOCAL_HOSTS  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets its warnings as an error

@@ -14,67 +14,56 @@ from recast_pl.data.cache import Pixels
 from recast_pl.data.tasks import TaskConfig, derive_seed
 
 RawBatch = tuple[Tensor, ...]
-"""Images uint8 (B, 3, H, W), labels (B,), -1 for an image that does not count, and which images to mirror (B,).
+"""Images uint8 (B, 3, H, W), labels (B,) with -1 for an image that does not count, and which images to mirror (B,).
 
-Where the images went through a task's transforms, there is a fourth part: the images as they were before.
+If a task's transforms have changed the images, there is a fourth part: the images before the transforms.
 """
 
 _NO_IMAGE = -1  # a position that stands for an image that does not count
 
 
 class TaskSplit(Dataset[RawBatch]):
-    """A split of a task, read in whole batches.
+    """A split of a task, read a batch at a time.
 
     Args:
         pixels: All images of the task (N, 3, H, W), uint8; read only as `pixels[which]`.
         labels: Their class indices (N,).
         indices: Positions of the images of the split.
-        task: How to augment.
+        tasks: How to augment each image of the split.
         seed: Seed of the augmentation; None for no augmentation.
     """
 
     def __init__(
-        self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], task: TaskConfig, seed: int | None
+        self, pixels: Pixels, labels: Tensor, indices: NDArray[np.int64], tasks: Sequence[TaskConfig], seed: int | None
     ) -> None:
-        self.pixels, self.labels, self.indices, self.seed = pixels, labels, indices, seed
-        self.flip, self.transforms = task.flip, tuple(task.transforms) if seed is not None else ()
+        self.pixels, self.labels, self.indices, self.tasks, self.seed = pixels, labels, indices, tasks, seed
+        self.flips = np.array([task.flip for task in tasks])
+        self.transforms = seed is not None and any(task.transforms for task in tasks)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> RawBatch:
-        """Reads a batch.
-
-        Args:
-            keys: (epoch, position in the split) of each image.
-        """
+        """Reads a batch, given (epoch, position in the split) of each image."""
         positions = [position for _, position in keys]
         which = torch.from_numpy(self.indices[positions])
         images, labels = self.pixels[which], self.labels[which]
         if self.seed is None:
             labels[torch.tensor(positions) == _NO_IMAGE] = -1
             return images, labels, torch.zeros(len(keys), dtype=torch.bool)
-        flips = torch.from_numpy(_coin_tosses(self.seed, keys[0][0], len(self))[positions] & self.flip)
+        flips = torch.from_numpy((_coin_tosses(self.seed, keys[0][0], len(self)) & self.flips)[positions])
         if not self.transforms:
             return images, labels, flips
-        return self._transform(images, keys, self.seed), labels, flips, images
-
-    def _transform(self, images: Tensor, keys: Sequence[tuple[int, int]], seed: int) -> Tensor:
-        results = []
+        changed = []
         with torch.random.fork_rng(devices=[]):
             for image, (epoch, position) in zip(images, keys, strict=True):
-                torch.manual_seed(derive_seed(seed, epoch, position))
-                results.append(apply_transforms(image, self.transforms))
-        return torch.stack(results)
+                torch.manual_seed(derive_seed(self.seed, epoch, position))
+                changed.append(apply_transforms(image, self.tasks[position].transforms))
+        return torch.stack(changed), labels, flips, images
 
 
 def apply_transforms(image: Tensor, transforms: Sequence[Any]) -> Tensor:
-    """Applies a task's transforms, in order.
-
-    Args:
-        image: uint8 (3, H, W).
-        transforms: As in `TaskConfig`.
-    """
+    """Applies the transforms of a `TaskConfig`, in order, to a uint8 image (3, H, W)."""
     for transform in transforms:
         image = transform(image)
     return image
@@ -86,22 +75,12 @@ def _coin_tosses(seed: int, epoch: int, count: int) -> NDArray[np.bool_]:
 
 
 class TaskSampler(DistributedSampler[Any]):
-    """Yields (epoch, position), so that workers need no random state.
+    """Yields (epoch, position), so that workers need no random state. It takes the arguments of its base class.
 
-    Each process gets a share. Shares of training are padded to equal length, as DDP needs. Shares of evaluation are
-    not, so that every image counts once; all processes must evaluate, so one without images gets an image that does
-    not count. Lightning sets the epoch of a `DistributedSampler` and does not replace it.
-
-    Args:
-        dataset: What to sample.
-        replicas: Number of processes.
-        rank: This process.
-        shuffle: Whether the share is for training.
-        seed: Seed of the order.
+    Each process gets a share. Shares of training (`shuffle`) are padded to equal length, as DDP needs. Shares of
+    evaluation are not, so that every image counts once; all processes must evaluate, so one without images gets an
+    image that does not count. Lightning sets the epoch of a `DistributedSampler` and does not replace it.
     """
-
-    def __init__(self, dataset: TaskSplit, replicas: int, rank: int, shuffle: bool, seed: int = 0) -> None:
-        super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed)
 
     def __iter__(self) -> Iterator[Any]:
         positions = super().__iter__() if self.shuffle else iter(self._share())

@@ -18,6 +18,8 @@ _LAYOUTS = "CLASS/IMAGE or train|val|test/CLASS/IMAGE"
 
 _COLUMNS = ("path", "label", "split")
 
+_Image = tuple[Path, str, str]  # file, class and split
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -51,22 +53,13 @@ def open_folder(root: Path) -> ImageSource:
         raise DataError(f"folder {str(root)!r} does not exist (from {Path.cwd()}); correct the task's path")
     split_folders = _find_split_folders(root)
     classes = sorted({name for folder in split_folders.values() for name in _subfolders(folder)})
-    files: list[Path] = []
-    labels: list[int] = []
-    splits: list[str] = []
-    for label, name in enumerate(classes):
-        for split, folder in split_folders.items():
-            found = images_below(folder / name)
-            _refuse_splits_inside(folder / name, found)
-            files += found
-            labels += [label] * len(found)
-            splits += [split] * len(found)
-    if len(classes) < 2:
-        raise DataError(
-            f"folder {str(root)!r} has {len(classes)} class folders and needs at least 2; arrange images as {_LAYOUTS}"
-        )
-    _check_classes(f"folder {str(root)!r}", classes, labels, splits)
-    return ImageSource(classes, np.array(labels), splits, ImageFiles(files), str(root.resolve()))
+    rows = [
+        (file, name, split)
+        for name in classes
+        for split, folder in split_folders.items()
+        for file in _class_images(folder / name)
+    ]
+    return _make_source("folder", root, classes, rows)
 
 
 def open_manifest(path: Path) -> ImageSource:
@@ -80,41 +73,48 @@ def open_manifest(path: Path) -> ImageSource:
     """
     if not path.is_file():
         raise DataError(f"manifest {str(path)!r} does not exist (from {Path.cwd()}); correct the task's path")
-    rows = list(_read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path))
-    splits = []
-    for number, (file, label, name) in enumerate(rows, 1):
+    rows: list[_Image] = []
+    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
+    for number, (file, label, name) in enumerate(read(path), 1):
         split = find_split(name) if name else ""
         if not file or not label or split is None:
             raise DataError(
                 f"manifest {path}, row {number}: path {file!r}, label {label!r}, split {name!r}; "
                 "give each row a path, a label, and a split of train, val or test, or leave out all splits"
             )
-        splits.append(split)
+        rows.append((path.parent / file, label, split))
+    splits = [split for *_, split in rows]
     if any(splits) and not all(splits):
         raise DataError(
             f"manifest {path}, row {splits.index('') + 1} has no split and other rows have one; give all rows a split, "
             "or none"
         )
-    files = [file for file, _, _ in rows]
-    repeated = [file for file, count in Counter(files).items() if count > 1]
+    repeated = [file for file, count in Counter(file for file, *_ in rows).items() if count > 1]
     if repeated:
-        raise DataError(f"manifest {path} lists {repeated[0]!r} more than once; list each image once")
-    classes = sorted({label for _, label, _ in rows})
+        raise DataError(f"manifest {path} lists {str(repeated[0])!r} more than once; list each image once")
+    return _make_source("manifest", path, sorted({label for _, label, _ in rows}), rows)
+
+
+def _make_source(kind: str, path: Path, classes: Sequence[str], rows: Sequence[_Image]) -> ImageSource:
+    """Numbers the classes of images; raises DataError for fewer than two, or one without a training image."""
     if len(classes) < 2:
-        raise DataError(f"manifest {path} has {len(classes)} different labels and needs at least 2")
+        remedy = f"arrange images as {_LAYOUTS}" if kind == "folder" else "list images with other labels"
+        raise DataError(f"{kind} {str(path)!r} has {len(classes)} classes and needs at least 2; {remedy}")
+    trained = {name for _, name, split in rows if split in ("", "train")}
+    for name in (name for name in classes if name not in trained):
+        twins = [other for other in classes if other != name and other.casefold() == name.casefold()]
+        fault = f"class {name!r} has no training image; add images or remove the class"
+        if twins:
+            fault = f"classes {twins[0]!r} and {name!r} differ only in case; give both one name"
+        raise DataError(f"{kind} {str(path)!r}: {fault}")
     index = {name: label for label, name in enumerate(classes)}
-    labels = [index[label] for _, label, _ in rows]
-    _check_classes(f"manifest {path}", classes, labels, splits)
-    images = ImageFiles([path.parent / file for file in files])
-    return ImageSource(classes, np.array(labels), splits, images, str(path.resolve()))
+    labels = np.array([index[name] for _, name, _ in rows])
+    images = ImageFiles([file for file, _, _ in rows])
+    return ImageSource(classes, labels, [split for _, _, split in rows], images, str(path.resolve()))
 
 
 def _find_split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders.
-
-    Raises:
-        DataError: If it is unclear which folders are splits and which are classes.
-    """
+    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders."""
     names = _subfolders(root)
     found = {name: split for name in names if (split := find_split(name))}
     if not found:
@@ -125,7 +125,7 @@ def _find_split_folders(root: Path) -> dict[str, Path]:
     elif "train" not in found.values():
         fault = "but no folder 'train'"
     elif len(found) > len(set(found.values())):
-        fault = "of which two name the same split"
+        fault = "and two of them name the same split"
     else:
         folders = {split: root / name for name, split in found.items()}
         return {split: folders[split] for split in SPLITS if split in folders}
@@ -135,9 +135,9 @@ def _find_split_folders(root: Path) -> dict[str, Path]:
     )
 
 
-def _refuse_splits_inside(folder: Path, images: Sequence[Path]) -> None:
-    """Refuses a class folder that is divided into splits, which would otherwise be merged."""
-    depth = len(folder.parts)
+def _class_images(folder: Path) -> list[Path]:
+    """The images of a class; refuses a class that is divided into splits, which would otherwise be merged."""
+    images, depth = images_below(folder), len(folder.parts)
     subfolders = sorted({image.parts[depth] for image in images if len(image.parts) > depth + 1})
     inside = {name: split for name in subfolders if (split := find_split(name))}
     if len(set(inside.values())) > 1:
@@ -145,25 +145,11 @@ def _refuse_splits_inside(folder: Path, images: Sequence[Path]) -> None:
             f"class folder {str(folder)!r} has split folders ({', '.join(inside)}) inside; arrange images as "
             f"{_LAYOUTS}, or, if this folder is the data set, give its path"
         )
+    return images
 
 
-def _check_classes(where: str, classes: Sequence[str], labels: Sequence[int], splits: Sequence[str]) -> None:
-    """Refuses a class without training images, and says if it may be another one spelt in other case."""
-    trained = {label for label, split in zip(labels, splits, strict=True) if split in ("", "train")}
-    for label, name in enumerate(classes):
-        if label in trained:
-            continue
-        twins = [other for other in classes if other != name and other.casefold() == name.casefold()]
-        if twins:
-            raise DataError(f"{where}: classes {twins[0]!r} and {name!r} differ only in case; give both one name")
-        raise DataError(f"{where}: class {name!r} has no training image; add images or remove the class")
-
-
-Row = tuple[str, ...]
-"""Path, label and split of a row of a manifest; an empty string for a missing value."""
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[tuple[str, ...]]:
+    """Path, label and split of each row of a manifest; an empty string for a missing value."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -174,7 +160,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
         raise DataError(f"cannot read manifest {path} ({cause}); save it as CSV in UTF-8") from cause
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, ...]]:
+
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError as cause:
@@ -202,7 +189,7 @@ def _find_columns(path: Path, names: Sequence[str]) -> list[str | None]:
     return found
 
 
-def _values(row: Mapping[Any, Any], columns: Sequence[str | None]) -> Row:
+def _values(row: Mapping[str, Any], columns: Sequence[str | None]) -> tuple[str, ...]:
     return tuple("" if column is None or row[column] is None else str(row[column]) for column in columns)
 
 

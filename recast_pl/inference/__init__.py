@@ -1,1 +1,1 @@
-"""Trained tasks in use: prediction, export, server."""
+"""Use of trained tasks: prediction, export, server."""

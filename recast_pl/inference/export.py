@@ -1,4 +1,4 @@
-"""A learnt task for programs that know nothing of this one: a plain model, an ONNX graph, an exported program."""
+"""Export of a trained task as a plain model, an ONNX graph or an exported program, which do not need recast_pl."""
 
 import copy
 import io
@@ -26,13 +26,13 @@ from recast_pl.optional_imports import extra
 _FORMAT = 1
 
 _TOLERANCE = 1e-3
-"""Largest difference of a logit, relative to the largest, that is rounding and not a fault."""
+"""Largest difference of a logit, relative to the largest logit, that rounding may cause."""
 
 _BATCHES = {"images": {0: Dim("batch")}}
-"""Of the inputs' dimensions those that may be of any size."""
+"""The dimensions of the inputs that may have any length."""
 
 _ONNX_BYTES = 2**31 - 2**20
-"""What a file of ONNX has room for, less what the graph takes."""
+"""Bytes of weights that fit into an ONNX file, whose limit is 2 GiB with the graph."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Exported:
     Args:
         content: Its bytes.
         difference: Largest difference between its logits and those of the run's own network, on two images of noise.
-        usage: How to use it, in a line.
+        usage: How to use it, in one line.
     """
 
     content: bytes
@@ -50,8 +50,8 @@ class Exported:
     usage: str
 
 
-class Classifier(nn.Module):
-    """A backbone and a head: from images (B, 3, S, S) in [0, 1] to logits (B, classes), normalisation inside.
+class DenseModel(nn.Module):
+    """A backbone and a head: from images (B, 3, S, S) in [0, 1] to logits (B, classes), normalisation included.
 
     Args:
         backbone: From images to features (B, D).
@@ -68,12 +68,12 @@ class Classifier(nn.Module):
         return logits
 
 
-class SwappableClassifier(nn.Module):
-    """The same with the bank inside: coefficients and head come with every call, so that one graph serves all tasks.
+class BankModel(nn.Module):
+    """A backbone that holds the template bank, and receives coefficients and head as inputs, so it serves all tasks.
 
     Args:
-        backbone: With coefficients in place of its weights, a single set (1, n) for each.
-        coefficients: Name of each of them in the backbone, and n, in the order of a patch.
+        backbone: A backbone whose weights are generated from single sets of coefficients (1, n).
+        coefficients: n for each of these coefficients, by name in the backbone, in the order of a patch.
     """
 
     def __init__(self, backbone: Backbone, coefficients: Mapping[str, int]) -> None:
@@ -85,9 +85,9 @@ class SwappableClassifier(nn.Module):
 
         Args:
             images: (B, 3, S, S) in [0, 1].
-            coefficients: Of a task (Σ n,).
-            weight: Of its head (classes, D).
-            bias: Of its head (classes,).
+            coefficients: Those of the task (Σ n,).
+            weight: That of the task's head (classes, D).
+            bias: That of the task's head (classes,).
         """
         parts = coefficients.split(list(self.coefficients.values()))  # each (n,)
         state = {name: part[None] for name, part in zip(self.coefficients, parts, strict=True)}
@@ -97,27 +97,27 @@ class SwappableClassifier(nn.Module):
 
 @torch.no_grad()
 def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
-    """The weights of a plain model of timm or torchvision, whose classifier is the task's head.
+    """The weights of a plain timm or torchvision model whose classifier is the task's head.
 
     Args:
-        module: With the task active.
+        module: A module with the task active.
         patch: The task.
 
     Raises:
-        ExportError: If no plain model computes what the network does.
+        ExportError: If no plain model computes the same as the network.
     """
     network, images = dense_copy(module), _noise(patch)
     backbone = network.backbone
     try:
-        recipe = module.backbone_config.recipe(backbone.net, len(patch.classes), patch.image_size)
+        recipe = module.backbone_config.source.recipe(backbone.net, len(patch.classes), patch.image_size)
         plain = recipe.make()
         weights = _plain_weights(network, plain)
         plain.load_state_dict(weights)
         difference = _difference(plain((images - backbone.mean) / backbone.std), network(images))
     except (BackboneError, ExportError, RuntimeError, TypeError, ValueError, KeyError) as cause:
         raise ExportError(
-            f"no plain model computes what {' + '.join(module.method)} on {module.backbone_config.name!r} does, as it "
-            f"changes more than weights or is no architecture by name; choose onnx or torch_export ({str(cause)[:200]})"
+            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: "
+            f"it changes more than weights or is an unknown architecture; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
     facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"
@@ -129,7 +129,7 @@ def export_torch(module: TILModule, patch: TaskPatch) -> Exported:
     """An `ExportedProgram` from images (B, 3, S, S) in [0, 1] to logits (B, classes), for any B.
 
     Args:
-        module: With the task active.
+        module: A module with the task active.
         patch: The task.
 
     Raises:
@@ -149,89 +149,76 @@ def export_onnx(module: TILModule, patch: TaskPatch) -> Exported:
     """An ONNX graph from `images` (B, 3, S, S) in [0, 1] to `logits` (B, classes), for any B.
 
     Args:
-        module: With the task active.
+        module: A module with the task active.
         patch: The task.
 
     Raises:
-        ExportError: If the network cannot be traced, or is larger than such a file can be.
+        ExportError: If the network cannot be traced, or is too large for an ONNX file.
     """
     network = dense_copy(module)
     return _onnx(network, {"images": _noise(patch)}, _BATCHES, network, _facts(patch))
 
 
 def export_bank(module: TILModule, patch: TaskPatch) -> Exported:
-    """An ONNX graph with the template bank inside, which takes what a task is as inputs: those of `feed`.
+    """An ONNX graph that holds the template bank and receives a task's coefficients and head as inputs.
 
     Args:
-        module: With a task active, learnt by RECAST alone.
-        patch: The task; any of the run gives the same graph, for any number of classes.
+        module: A module with a task of RECAST active.
+        patch: The task; every task of the run gives the same graph, which takes any number of classes.
 
     Raises:
         ExportError: If a task is more than coefficients and a head, or as for `export_onnx`.
     """
+    assert module.backbone is not None
     sizes = {}
     for target, parameter in _recast(module).parameters.items():
         path, _, attribute = target.rpartition(".")
         sizes[f"net.{path}.parametrizations.{attribute}.original0"] = parameter.shape[1]
-    network = SwappableClassifier(copy.deepcopy(_parts(module)[0]), sizes)
     classes = {0: Dim("classes")}
     shapes = {**_BATCHES, "coefficients": None, "weight": classes, "bias": classes}
     facts = {"kind": "bank"} | {name: _facts(patch)[name] for name in ("format", "image_size", "base")}
-    return _onnx(network, {"images": _noise(patch), **feed(module, patch)}, shapes, dense_copy(module), facts)
+    inputs = {"images": _noise(patch), **_inputs_of_task(module, patch)}
+    return _onnx(BankModel(copy.deepcopy(module.backbone), sizes), inputs, shapes, dense_copy(module), facts)
 
 
-def feed(module: TILModule, patch: TaskPatch) -> dict[str, Tensor]:
-    """What the graph of `export_bank` takes for a task, beside images.
+def bank_inputs(module: TILModule, patch: TaskPatch) -> bytes:
+    """The inputs that the graph of `export_bank` needs for a task, as a safetensors file with the class names.
 
     Args:
-        module: Of the run.
+        module: The module of the run.
         patch: The task.
 
     Returns:
-        `coefficients` (Σ n,), and of the head `weight` (classes, D) and `bias` (classes,).
+        A file with `coefficients` (Σ n,), and `weight` (classes, D) and `bias` (classes,) of the head.
 
     Raises:
         ExportError: If a task is more than coefficients and a head.
     """
-    state = patch.pieces[module.pieces.index(_recast(module))]
-    return {name: tensor.float() for name, tensor in {**state, **patch.head}.items()}
+    return pack_tensors(_inputs_of_task(module, patch), {**_facts(patch), "kind": "feed"})
 
 
-def feed_file(module: TILModule, patch: TaskPatch) -> bytes:
-    """The same as a safetensors file, with the class names.
+ExportFormat = Literal["safetensors", "onnx", "torch_export", "onnx_bank"]
 
-    Args:
-        module: Of the run.
-        patch: The task.
-
-    Raises:
-        ExportError: If a task is more than coefficients and a head.
-    """
-    return pack_tensors(feed(module, patch), {**_facts(patch), "kind": "feed"})
-
-
-Format = Literal["safetensors", "onnx", "torch_export", "onnx_bank"]
-
-Export = Callable[[TILModule, TaskPatch], Exported]
-
-FORMATS: dict[Format, tuple[Export, str]] = {
+FORMATS: dict[ExportFormat, tuple[Callable[[TILModule, TaskPatch], Exported], str]] = {
     "safetensors": (export_safetensors, ".safetensors"),
     "onnx": (export_onnx, ".onnx"),
     "torch_export": (export_torch, ".pt2"),
     "onnx_bank": (export_bank, ".onnx"),
 }
-"""For each format what makes a file of it, and the file's ending."""
+"""For each format the function that makes the file, and the suffix of the file."""
 
 
-def dense_copy(module: TILModule) -> Classifier:
-    """The network of the active task with its weights generated for good, and its head; the original stays as it is.
+def dense_copy(module: TILModule) -> DenseModel:
+    """A copy of the active task's network and head in which generated weights are plain parameters.
 
-    `remove_parametrizations` would take the weights' properties from the class that a copy shares with the original.
+    `remove_parametrizations` would change a class that the copy shares with the original.
 
     Args:
-        module: With a task active.
+        module: A module with a task active.
     """
-    network = Classifier(*copy.deepcopy(_parts(module))).cpu().requires_grad_(False).eval()
+    assert module.backbone is not None
+    assert module.head is not None
+    network = DenseModel(*copy.deepcopy((module.backbone, module.head))).cpu().requires_grad_(False).eval()
     for layer in network.modules():
         if parametrize.is_parametrized(layer):
             dense = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
@@ -242,31 +229,15 @@ def dense_copy(module: TILModule) -> Classifier:
     return network
 
 
-def run_onnx(content: bytes, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What ONNX Runtime makes of a graph's inputs, on the CPU.
-
-    Args:
-        content: Of the file.
-        inputs: Tensors by name.
-
-    Returns:
-        The logits (B, classes).
-    """
-    session = extra("onnxruntime", "export").InferenceSession(content, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
-    return torch.from_numpy(logits)
-
-
 @torch.no_grad()
 def _onnx(
-    network: nn.Module, inputs: dict[str, Tensor], shapes: Any, dense: Classifier, facts: Mapping[str, Any]
+    network: nn.Module, inputs: dict[str, Tensor], shapes: Any, dense: DenseModel, facts: Mapping[str, Any]
 ) -> Exported:
     """Traces a network into a graph with metadata, and compares it with the dense network."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        extra(package, "export")
+    *_, runtime = (extra(package, "export") for package in ("onnx", "onnxscript", "onnxruntime"))
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
     if size > _ONNX_BYTES:
-        raise ExportError(f"{size / 1e9:.1f} GB of weights are too many for a file of ONNX; choose torch_export")
+        raise ExportError(f"{size / 1e9:.1f} GB of weights are too many for an ONNX file; choose torch_export")
     with _tracing():
         program: Any = torch.onnx.export(
             network, kwargs=inputs, dynamic_shapes=shapes, output_names=["logits"], dynamo=True, verbose=False
@@ -274,13 +245,14 @@ def _onnx(
     texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
     program.model.metadata_props.update(texts)
     content: bytes = program.model_proto.SerializeToString()
-    difference = _difference(run_onnx(content, inputs), dense(inputs["images"]))
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
     usage = f"onnxruntime.InferenceSession(FILE).run(['logits'], {{{', '.join(inputs)}}}), with images in [0, 1]"
-    return Exported(content, difference, usage)
+    return Exported(content, _difference(torch.from_numpy(logits), dense(inputs["images"])), usage)
 
 
-def _plain_weights(network: Classifier, plain: nn.Module) -> dict[str, Tensor]:
-    """The state of a plain model: what the network has by the same name, and the head under that of the classifier."""
+def _plain_weights(network: DenseModel, plain: nn.Module) -> dict[str, Tensor]:
+    """The state of a plain model: the network's own tensors, and the head under the name of the classifier."""
     own, head = network.backbone.net.state_dict(), network.head.state_dict()
     for name, place in plain.state_dict().items():
         if name not in own:  # the classifier, which the backbone lacks
@@ -289,20 +261,19 @@ def _plain_weights(network: Classifier, plain: nn.Module) -> dict[str, Tensor]:
 
 
 def _recast(module: TILModule) -> Recast:
-    """The one piece of a method whose tasks are coefficients."""
+    """The one piece of a method whose tasks are coefficients and a head."""
     recast = [piece for piece in module.pieces if isinstance(piece, Recast)]
     if len(recast) != 1 or any(piece.parameters for piece in module.pieces if piece is not recast[0]):
         raise ExportError(
-            f"a bank serves tasks that are coefficients and a head, which those of {' + '.join(module.method)} are "
-            "not; choose onnx, with a file for each task"
+            "onnx_bank needs tasks that are coefficients of one Recast and a head; those of "
+            f"{' + '.join(module.method)} are not; choose onnx, with a file for each task"
         )
     return recast[0]
 
 
-def _parts(module: TILModule) -> tuple[Backbone, nn.Linear]:
-    assert module.backbone is not None
-    assert module.head is not None
-    return module.backbone, module.head
+def _inputs_of_task(module: TILModule, patch: TaskPatch) -> dict[str, Tensor]:
+    state = patch.pieces[module.pieces.index(_recast(module))]
+    return {name: tensor.float() for name, tensor in {**state, **patch.head}.items()}
 
 
 def _facts(patch: TaskPatch) -> dict[str, Any]:
@@ -311,12 +282,12 @@ def _facts(patch: TaskPatch) -> dict[str, Any]:
 
 
 def _noise(patch: TaskPatch) -> Tensor:
-    """Two images (2, 3, S, S); a single one would be traced as the only number there is."""
+    """Two images (2, 3, S, S), because tracing would take a batch of one as a constant."""
     return torch.rand(2, 3, patch.image_size, patch.image_size, generator=torch.Generator().manual_seed(0))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of logits, which must be rounding."""
+    """The largest difference of logits; raises ExportError if rounding cannot explain it."""
     difference = float((found - expected).abs().max())
     if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ExportError(f"its logits differ by {difference:.2g} from those of the run; choose another format")
@@ -325,7 +296,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _tracing() -> Iterator[None]:
-    """Says in one line what cannot be traced; what constants overflow to while they are folded concerns nobody."""
+    """A context that turns any error of tracing into an ExportError, and hides warnings about folded constants."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

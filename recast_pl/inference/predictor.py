@@ -171,8 +171,10 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
-            DataError: If an image does not have the type or shape above.
+            DataError: If an image does not have the type or shape above, or if the numbers of images and tasks differ.
         """
+        if len(images) != len(tasks):
+            raise DataError(f"{len(images)} images and {len(tasks)} tasks are given; name one task for each image")
         entries = {name: self._find(name) for name in dict.fromkeys(tasks)}
         for image, name in zip(images, tasks, strict=True):
             size = entries[name].image_size

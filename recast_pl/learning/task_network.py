@@ -29,6 +29,9 @@ class TaskNetwork(nn.Module):
     def __init__(self, backbone: BackboneConfig, pieces: Sequence[Piece]) -> None:
         super().__init__()
         self.backbone_config, self.pieces = backbone, list(pieces)
+        for piece in self.pieces:
+            piece.join(self.pieces)
+        self.memories = nn.ModuleList(piece.memory for piece in self.pieces)
         self.merged_weights = MergedWeights()
         self.backbone: Backbone | None = None
         self.head: nn.Linear | None = None
@@ -192,6 +195,7 @@ class TaskNetwork(nn.Module):
         self.old_heads.to(self._built().mean.device)
         for piece, tensors in zip(self.pieces, state.pieces, strict=True):
             piece.load_shared_state(tensors)
+        self.memories.to(self._built().mean.device)
 
     def own_logits(self, features: Tensor, tasks: Tensor) -> Tensor:
         """Logits, each by the head of its own task.

@@ -205,3 +205,12 @@ class TILModule(TaskNetwork, LightningModule):
     def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
         """Trains the current task on other images: uint8 (N, 3, S, S), labels (N,), positions of tasks (N,)."""
         self._data().train_on(images, torch.stack([tasks, labels], 1))
+
+    @property
+    def plain_images(self) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] of the latest batch, before augmentation."""
+        return self._data().plain_images
+
+    def augment(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Augments plain images, uint8 (B, 3, S, S), as their own tasks (B,) ask."""
+        return self._data().augment(images, tasks)

@@ -216,7 +216,7 @@ class CoefficientHistograms(Callback):
             if 0 < sum(p.numel() for p in piece.parameters.values()) <= 10**6:
                 values = torch.cat([p.detach().flatten() for p in piece.parameters.values()]).float()
                 for writer in writers:
-                    writer.add_histogram(f"coefficients/{type(piece).__name__}", values, trainer.current_epoch)
+                    writer.add_histogram(f"coefficients/{piece.name}", values, trainer.current_epoch)
 
 
 class Resources(Callback):

@@ -1,1 +1,1 @@
-"""How a task is learnt on a backbone: pieces, heads, patches; knows no data set."""
+"""The methods that adapt a backbone to a task: one file for each, and the parts that they share."""

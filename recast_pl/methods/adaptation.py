@@ -1,7 +1,8 @@
-"""Changes of weights and activations: what several methods share."""
+"""What methods that change weights share: the change of one weight, and the piece that puts one on each target."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,26 +10,57 @@ from torch.nn.utils import parametrize
 
 from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.decomposition.targets import weight_owners
-from recast_pl.errors import MethodError
 from recast_pl.methods.piece import ADDED, Piece, check_state, select
+
+# names of weights in timm's and torchvision's vision transformers and residual networks
+ATTENTION = r"(attn\.qkv\.|self_attention\.in_proj_)weight$"
+"""Fused weights of queries, keys and values."""
+
+PROJECTION = r"(attn\.proj|self_attention\.out_proj)\.weight$"
+"""Weights of the projections that follow attention."""
+
+MLP = r"mlp\.(fc[12]|0|3)\.weight$"
+"""Weights of the MLPs of a vision transformer."""
+
+CONVOLUTIONS = r"layer\d\.\d+\.conv\d\.weight$"
+"""Weights of the convolutions in the blocks of a residual network."""
+
+EVERY_LAYER = (ATTENTION, PROJECTION, MLP, CONVOLUTIONS)
+"""All weights in the blocks of a vision transformer or a residual network."""
+
+Part = Literal["q", "k", "v"]
+
+
+def thirds(name: str, parts: Sequence[Part]) -> list[int] | None:
+    """Which thirds of a weight's rows to change.
+
+    Args:
+        name: Name of the weight.
+        parts: The parts to change of a fused query-key-value weight.
+
+    Returns:
+        Indices from 0 to 2, ascending; None for all rows, where the weight is not a fused one.
+    """
+    return sorted("qkv".index(part) for part in set(parts)) if re.search(r"qkv|in_proj", name) else None
 
 
 class Adaptation(nn.Module):
-    """A change of one weight, as a parametrization above whatever gives the weight: a parameter, or templates.
+    """A change of one weight, registered as a parametrization.
 
-    A parametrization has no say in what it gets, so that pieces on one weight work in the order of their list.
+    Each parametrization of a weight receives the previous one's output: the pretrained parameter first, or the weight
+    that RECAST generates. So pieces on one weight act in the order of their list.
     """
 
     def __init_subclass__(cls) -> None:
-        """Another formula has no product but its own."""
+        """Lets a subclass with a `change` of its own not inherit a `product` that computes something else."""
         if "change" in vars(cls) and "product" not in vars(cls):
             cls.product = Adaptation.product  # type: ignore[method-assign]
 
     def reset(self, weight: Tensor) -> None:
-        """Sets the parameters to where every task starts.
+        """Resets the parameters to the start of every task.
 
         Args:
-            weight: What the adaptation gets then (*shape).
+            weight: What `change` receives at that point (*shape).
         """
         raise NotImplementedError
 
@@ -37,13 +69,13 @@ class Adaptation(nn.Module):
         raise NotImplementedError
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
-        """Does in place to products what `change` does to the weight, where it can be done without that weight.
+        """Changes a layer's output in place as `change` would have done through the weight; optional.
 
-        Each sample has parameters of its own here: they have a first dimension (B, …).
+        It serves batches in which each sample has parameters of its own, with a first dimension (B, …).
 
         Args:
-            inputs: Of B samples.
-            y: What becomes of them by the weight below (B, N, rows).
+            inputs: The layer's input, B samples.
+            y: Products of the unchanged weight with the input (B, N, rows).
         """
         raise NotImplementedError
 
@@ -53,55 +85,26 @@ class Adaptation(nn.Module):
             return self.change(weight)
 
 
-def weight_below(module: nn.Module, attribute: str, adaptation: Adaptation) -> Tensor:
-    """What an adaptation gets: its weight as the parametrizations before it give it.
-
-    Args:
-        module: The layer.
-        attribute: Of its weight.
-        adaptation: One of the weight's parametrizations.
-
-    Returns:
-        The weight (*shape).
-    """
-    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
-    weight: Any = (
-        [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
-    )
-    for parametrization in chain:
-        if parametrization is adaptation:
-            break
-        weight = [parametrization(*weight)]
-    result: Tensor = weight[0]
-    return result
+AdaptationT = TypeVar("AdaptationT", bound=Adaptation)
 
 
-Part = Literal["q", "k", "v"]
-
-ATTENTION = r"(attn\.qkv\.|self_attention\.in_proj_)weight$"
-
-MLP = r"mlp\.(fc[12]|0|3)\.weight$"
-
-CONVOLUTIONS = r"layer\d\.\d+\.conv\d\.weight$"
-"""Names of weights in timm's and torchvision's vision transformers and residual networks."""
-
-
-class WeightPiece(Piece):
+class WeightPiece(Piece, Generic[AdaptationT]):
     """A piece that puts an `Adaptation` on each of its targets.
 
     Args:
-        targets: Regular expressions, searched in the names of weights (any sequence); of several, those that match
-            nothing are left out, so that they may name the weights of different backbones.
-        learning_rate: Rate of the parameters; None for that of the head.
+        targets: Regular expressions, searched in the names of weights (any sequence). One that matches nothing is
+            ignored as long as another matches, so that a list may name the weights of different backbones.
+        learning_rate: Learning rate of the parameters; None for that of the head.
     """
 
     def __init__(self, targets: Sequence[str], learning_rate: float | None) -> None:
         super().__init__(learning_rate)
         self.targets = tuple(targets)
-        self.adaptations: dict[str, Adaptation] = {}
+        self.adaptations: dict[str, AdaptationT] = {}
+        """By name of the weight; filled by `attach`."""
         self._sites: dict[str, tuple[nn.Module, str]] = {}
 
-    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+    def adapt(self, name: str, weight: Tensor) -> AdaptationT:
         """Makes the adaptation of one weight.
 
         Args:
@@ -124,24 +127,30 @@ class WeightPiece(Piece):
             self.adaptations[name] = adaptation
             trained = {key: p for key, p in adaptation.named_parameters() if p.requires_grad}
             self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}
-        self.begin_task()  # so that the network computes what it did
+        self.begin_task()  # so that the network computes what it did before
 
     @torch.no_grad()
     def begin_task(self) -> None:
-        """Resets every adaptation; pieces below have been reset before."""
+        """Resets every adaptation; the pieces before have reset theirs already."""
         for name, adaptation in self.adaptations.items():
-            adaptation.reset(weight_below(*self._sites[name], adaptation))
+            adaptation.reset(self._received(name, adaptation))
+
+    def _received(self, name: str, adaptation: Adaptation) -> Tensor:
+        """What an adaptation receives: its weight (*shape) as the parametrizations before it return it."""
+        module, attribute = self._sites[name]
+        chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+        originals = ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
+        weight: Any = [getattr(chain, original) for original in originals]
+        for parametrization in chain:
+            if parametrization is adaptation:
+                break
+            weight = [parametrization(*weight)]
+        result: Tensor = weight[0]
+        return result
 
 
-PROJECTION = r"(attn\.proj|self_attention\.out_proj)\.weight$"
-"""Names of the weights that follow attention in timm's and torchvision's vision transformers."""
-
-EVERY_LAYER = (ATTENTION, PROJECTION, MLP, CONVOLUTIONS)
-"""All weights of the blocks of a vision transformer or a residual network."""
-
-
-class MinimalPiece(WeightPiece):
-    """A piece whose numbers go into a patch as one tensor, because a file spends some 80 bytes on naming each."""
+class CompactPiece(WeightPiece[AdaptationT]):
+    """A piece with few numbers for each weight, which go into a patch as one tensor: naming each costs 80 bytes."""
 
     def task_state(self) -> dict[str, Tensor]:
         """The numbers, weight after weight (Σ,)."""
@@ -149,7 +158,7 @@ class MinimalPiece(WeightPiece):
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the numbers back."""
+        """Loads the numbers."""
         check_state(type(self).__name__, state, {"numbers": (sum(p.numel() for p in self.parameters.values()),)})
         for parameter, (numbers,) in self.unpack({"numbers": state["numbers"][None]}).items():
             parameter.copy_(numbers)
@@ -158,65 +167,4 @@ class MinimalPiece(WeightPiece):
         """The numbers of T tasks (T, *shape) for each weight."""
         parameters = list(self.parameters.values())
         parts = states["numbers"].split([parameter.numel() for parameter in parameters], 1)
-        return {p: part.unflatten(1, p.shape) for p, part in zip(parameters, parts, strict=True)}
-
-
-BLOCKS = r"(blocks\.\d+|encoder_layer_\d+|layer\d\.\d+)$"
-"""Names of blocks in timm's and torchvision's vision transformers and residual networks."""
-
-
-class Addition(Protocol):
-    """A small module that a piece adds to a module of the network."""
-
-    def reset(self) -> None:
-        """Sets the parameters to the start of every task, where the addition changes nothing."""
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters by name."""
-
-
-class ModulePiece(Piece):
-    """A piece that gives modules of the network a small module of their own.
-
-    Args:
-        targets: Regular expressions, searched in the names of modules (any sequence).
-        learning_rate: Rate of the parameters; None for that of the head.
-    """
-
-    def __init__(self, targets: Sequence[str], learning_rate: float | None) -> None:
-        super().__init__(learning_rate)
-        self.targets = tuple(targets)
-        self.additions: list[Addition] = []
-
-    def add(self, module: nn.Module) -> Addition | None:
-        """Gives a module its addition, and returns that; None if it takes none.
-
-        Hooks are to find the addition through the module they are called with, so that copies of a network work.
-        """
-        raise NotImplementedError
-
-    def attach(self, network: nn.Module) -> None:
-        """Adds to every module whose name matches.
-
-        Raises:
-            MethodError: If none does.
-        """
-        modules = dict(network.named_modules())
-        selected = select(type(self).__name__, modules, self.targets)
-        for name in selected:
-            addition = self.add(modules[name])
-            if addition is not None:
-                self.additions.append(addition)
-                self.parameters |= {f"{name}:{key}": p for key, p in addition.named_parameters()}
-        if not self.additions:
-            raise MethodError(
-                f"{type(self).__name__} fits none of the {len(selected)} modules whose names match "
-                f"{list(self.targets)}; set targets to regular expressions for those it should extend"
-            )
-        self.begin_task()  # so that the network computes what it did
-
-    @torch.no_grad()
-    def begin_task(self) -> None:
-        """Resets the additions."""
-        for addition in self.additions:
-            addition.reset()
+        return {p: part.unflatten(1, p.shape).to(p.dtype) for p, part in zip(parameters, parts, strict=True)}

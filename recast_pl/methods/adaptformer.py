@@ -1,4 +1,14 @@
-"""AdaptFormer."""
+"""AdaptFormer: a small bottleneck in parallel to the MLP of each block.
+
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022.
+
+    x' = x + MLP(norm(x)) + s · up(ReLU(down(x))), where x is the block's state after attention
+
+The bottleneck reads x before its normalisation, as in the authors' code.
+
+Deviations: the default rank is 1, as in RECAST's tables, not 64; and there is a version for residual networks, in which
+the bottleneck is parallel to the second convolution of a block.
+"""
 
 import math
 from typing import Any
@@ -6,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recast_pl.methods.adaptation import BLOCKS, ModulePiece
+from recast_pl.methods.addition import BLOCKS, ModulePiece, extend
 from recast_pl.methods.piece import ADDED
-
-_SOURCES = ("norm2", "ln_2", "conv2")
 
 
 class Bottleneck(nn.Module):
@@ -19,7 +27,7 @@ class Bottleneck(nn.Module):
         width: D.
         rank: Width of the bottleneck.
         scale: s.
-        dimension: Where the channels are: -1 for tokens, 1 for maps.
+        dimension: Dimension of the channels: -1 for tokens, 1 for maps.
     """
 
     def __init__(self, width: int, rank: int, scale: float, dimension: int) -> None:
@@ -27,32 +35,32 @@ class Bottleneck(nn.Module):
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
         self.scale, self.dimension = scale, dimension
         self.seen: Tensor | None = None
-        """The input, from when it passes until the block ends."""
+        """The input, while the block is running."""
 
     def reset(self) -> None:
-        """Down as its authors draw it; up and biases are 0, so that nothing changes."""
+        """The weight of `down` is drawn as in the authors' code; all else is 0, so that nothing changes."""
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added, of the shape of x."""
+        """What to add, of the shape of x."""
         channels_last = x.movedim(self.dimension, -1)
         y: Tensor = self.scale * self.up(torch.relu(self.down(channels_last)))
         return y.movedim(-1, self.dimension)
 
 
 class AdaptFormer(ModulePiece):
-    """A bottleneck beside the second half of each block (Chen et al., 2022): it reads what that half reads.
+    """A bottleneck in parallel to the second half of each block (Chen et al., 2022), which reads the same input.
 
-    In a vision transformer it is parallel to the MLP, and reads the tokens before their second normalisation; in a
-    residual network of two convolutions a block it is parallel to the second.
+    In a vision transformer that half is the MLP, and the bottleneck reads the tokens before their normalisation; in a
+    residual network with two convolutions a block it is the second convolution.
 
     Args:
         rank: Width of the bottleneck.
-        scale: Factor of what it adds.
+        scale: Factor of what the bottleneck adds.
         targets: Regular expressions for names of blocks, which have a `norm2`, `ln_2` or `conv2`.
-        learning_rate: Rate of the parameters; None for that of the head.
+        learning_rate: Learning rate of the parameters; None for that of the head.
     """
 
     def __init__(
@@ -66,7 +74,7 @@ class AdaptFormer(ModulePiece):
         self.rank, self.scale = rank, scale
 
     def add(self, module: nn.Module) -> Bottleneck | None:
-        """A bottleneck from the input of `norm2`, `ln_2` or `conv2` to the block's output."""
+        """Adds a bottleneck from the input of `norm2`, `ln_2` or `conv2` to the block's output."""
         source = _source(module)
         if isinstance(source, nn.LayerNorm):
             bottleneck = Bottleneck(source.normalized_shape[-1], self.rank, self.scale, -1)
@@ -74,23 +82,23 @@ class AdaptFormer(ModulePiece):
             bottleneck = Bottleneck(source.in_channels, self.rank, self.scale, 1)
         else:
             return None
-        source.add_module(ADDED, bottleneck)
-        source.register_forward_pre_hook(_remember)
-        module.register_forward_hook(_add_adapter)
+        extend("AdaptFormer", source, bottleneck)
+        source.register_forward_pre_hook(_remember_input)
+        module.register_forward_hook(_add_output)
         return bottleneck
 
 
-def _remember(module: Any, args: tuple[Tensor, ...]) -> None:
+def _remember_input(module: Any, args: tuple[Tensor, ...]) -> None:
     module.get_submodule(ADDED).seen = args[0]
 
 
-def _add_adapter(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    adapter: Any = _source(module).get_submodule(ADDED)
-    seen, adapter.seen = adapter.seen, None
-    added: Tensor = adapter(seen)
+def _add_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    bottleneck: Any = _source(module).get_submodule(ADDED)
+    seen, bottleneck.seen = bottleneck.seen, None
+    added: Tensor = bottleneck(seen)
     return output + added
 
 
 def _source(block: nn.Module) -> nn.Module:
-    """The module whose input a block's adapter reads; the block itself if there is none."""
-    return next((getattr(block, name) for name in _SOURCES if hasattr(block, name)), block)
+    """The module whose input a block's bottleneck reads; the block itself if there is none."""
+    return next((getattr(block, name) for name in ("norm2", "ln_2", "conv2") if hasattr(block, name)), block)

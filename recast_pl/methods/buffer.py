@@ -1,4 +1,4 @@
-"""Pieces that guard old tasks by training on some of their images again."""
+"""What methods that replay images of earlier tasks share: the buffer, and the piece that fills it while training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from recast_pl.methods.piece import Step
 
 
 class Samples(NamedTuple):
-    """Images that are kept.
+    """Images in a buffer, or on their way there.
 
     Args:
         images: uint8 (N, 3, S, S).
         labels: Class indices (N,), each within its own task.
         tasks: Positions of their tasks (N,).
-        logits: What their own heads said when they were inserted (N, C); minus infinity beyond a head's classes.
+        logits: Output of each image's own head when it was inserted (N, C); minus infinity beyond the head's classes.
     """
 
     images: Tensor
@@ -29,34 +29,29 @@ class Samples(NamedTuple):
     logits: Tensor
 
     def take(self, which: Tensor) -> "Samples":
-        """Some of them."""
+        """The samples at some positions."""
         return Samples(*(part[which] for part in self))
 
     def to(self, device: torch.device) -> "Samples":
-        """The same on a device."""
+        """The same samples on a device."""
         return Samples(*(part.to(device) for part in self))
-
-    @property
-    def pixels(self) -> Tensor:
-        """The images in [0, 1]."""
-        return self.images.float() / 255
 
 
 class Buffer:
-    """A bounded memory of images on the CPU, of 3·S² bytes each.
+    """A bounded buffer of images on the CPU, of 3·S² bytes each.
 
-    Which images stay depends on what was added and in which order alone, so that processes which add the same keep
-    the same.
+    What it keeps depends only on what was added, and in which order: processes that add the same keep the same.
 
     Args:
-        balanced: Whether classes are kept equally frequent: an image of the most frequent class leaves for one of a
-            rarer class, and each class keeps its images with equal probability (Chrysakis and Moens, 2020). Otherwise
-            every image ever added is kept with equal probability, by reservoir sampling (Vitter, 1985).
-        per_class: Images for each class seen so far; None to bound them in all.
-        total: Images in all; None to bound them by class.
+        balanced: Whether to keep classes equally frequent: an image of the most frequent class leaves for one of a
+            rarer class, and each class keeps its images with equal probability (Chrysakis and Moens, "Online Continual
+            Learning from Imbalanced Data", ICML 2020). Otherwise every image ever added is kept with equal probability
+            by reservoir sampling (Vitter, "Random Sampling with a Reservoir", TOMS 1985).
+        per_class: Images for each class seen so far; None to bound them in total.
+        total: Images in total; None to bound them by class.
 
     Raises:
-        MethodError: If not just one bound is given, or it is below 1.
+        MethodError: Unless exactly one bound is given, and it is at least 1.
     """
 
     def __init__(self, balanced: bool, per_class: int | None, total: int | None) -> None:
@@ -66,10 +61,10 @@ class Buffer:
             raise MethodError(f"a buffer of per_class={per_class}, total={total} holds no image; give at least 1")
         self.balanced, self.per_class, self.total = balanced, per_class, total
         self.classes = 0
-        """Classes that there is room for."""
+        """Number of classes seen so far."""
         self.added: Counter[tuple[int, int]] = Counter()
         """Images added so far, by task and label."""
-        self._room: Samples | None = None  # of which the first are taken
+        self._slots: Samples | None = None  # the first `_count` are taken
         self._count = 0
 
     def __len__(self) -> int:
@@ -77,26 +72,25 @@ class Buffer:
 
     @property
     def capacity(self) -> int:
-        """Images that it may hold now."""
+        """How many images it may hold now."""
         return self.total or (self.per_class or 0) * self.classes
 
     @property
     def kept(self) -> Samples | None:
-        """What it holds; None before anything was added."""
-        return None if self._room is None else Samples(*(part[: self._count] for part in self._room))
+        """The samples that it holds; None before anything was added."""
+        return None if self._slots is None else Samples(*(part[: self._count] for part in self._slots))
 
-    def draw(self, count: int, device: torch.device) -> Samples:
-        """Takes images at random, none twice, without removing them.
+    def draw(self, count: int) -> Samples:
+        """Draws samples at random without replacement; they stay in the buffer.
 
         Args:
-            count: How many, or all if there are less.
-            device: Where they are to be.
+            count: How many; all if it holds fewer.
         """
-        assert self._room is not None
-        return self._room.take(torch.randperm(len(self))[:count]).to(device)
+        assert self._slots is not None
+        return self._slots.take(torch.randperm(len(self))[:count])
 
     def add(self, samples: Samples) -> None:
-        """Offers images, in order.
+        """Offers samples to the buffer, in order.
 
         Args:
             samples: On any device.
@@ -109,31 +103,31 @@ class Buffer:
             self._put(slots, samples)
 
     def state(self) -> dict[str, Tensor]:
-        """All that it holds, as tensors."""
+        """The content and the counts, as tensors."""
         added = torch.tensor([[*key, count] for key, count in self.added.items()]).view(-1, 3)
         kept = {} if self.kept is None else {name: part.clone() for name, part in self.kept._asdict().items()}
         return {"classes": torch.tensor(self.classes), "added": added} | kept
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes `state` back.
+        """Loads what `state` returned.
 
         Raises:
-            PatchError: If it is not that of a buffer like this.
+            PatchError: If it does not fit this buffer.
         """
         try:
             self.classes = int(state["classes"])
             self.added = Counter({(task, label): count for task, label, count in state["added"].tolist()})
-            self._room = Samples(*(state[name] for name in Samples._fields)) if "images" in state else None
+            self._slots = Samples(*(state[name] for name in Samples._fields)) if "images" in state else None
         except (KeyError, ValueError) as cause:
-            raise PatchError(f"the shared state holds no buffer of images ({cause}); learn the tasks anew") from cause
-        self._count = 0 if self._room is None else len(self._room.labels)
-        if self._count > self.capacity or any(len(part) != self._count for part in self._room or ()):
+            raise PatchError(f"the shared state has no buffer of images ({cause}); train the tasks again") from cause
+        self._count = 0 if self._slots is None else len(self._slots.labels)
+        if self._count > self.capacity or any(len(part) != self._count for part in self._slots or ()):
             raise PatchError(
-                f"the buffer of the shared state does not fit one of {self.capacity}; learn the tasks again"
+                f"the buffer of the shared state does not fit one of {self.capacity} images; train the tasks again"
             )
 
     def _reservoir_slots(self, keys: Sequence[tuple[int, int]], random: torch.Generator) -> dict[int, int]:
-        """Which slot each image that is accepted gets, the later one if there are two."""
+        """Maps slots to the positions of the samples that get them; of two samples for a slot, the later one wins."""
         slots, held = {}, len(self)
         for i, key in enumerate(keys):
             self.added[key] += 1
@@ -144,6 +138,7 @@ class Buffer:
         return slots
 
     def _balanced_slots(self, keys: Sequence[tuple[int, int]], random: torch.Generator) -> dict[int, int]:
+        """The same, with classes kept equally frequent."""
         members: dict[tuple[int, int], list[int]] = {}
         for slot, key in enumerate(_keys(self.kept)):
             members.setdefault(key, []).append(slot)
@@ -167,24 +162,28 @@ class Buffer:
         return slots
 
     def _put(self, slots: dict[int, int], samples: Samples) -> None:
-        room = samples.take(torch.empty(0, dtype=torch.long)) if self._room is None else self._room
-        width = max(room.logits.shape[1], samples.logits.shape[1])
-        room = room._replace(logits=widen(room.logits, width))
-        if len(room.labels) < self.capacity:  # all at once, and the memory is used when it is written
-            room = Samples(*(_lengthen(part, self.capacity) for part in room))
+        """Writes samples into slots; memory for the whole capacity is reserved at once, but used only when written."""
+        held = samples.take(torch.empty(0, dtype=torch.long)) if self._slots is None else self._slots
+        width = max(held.logits.shape[1], samples.logits.shape[1])
+        held = held._replace(logits=widen(held.logits, width))
+        if len(held.labels) < self.capacity:
+            held = Samples(*(_lengthen(part, self.capacity) for part in held))
         where, which = torch.tensor(list(slots)), torch.tensor(list(slots.values()))
-        for part, new in zip(room, samples._replace(logits=widen(samples.logits, width)), strict=True):
+        for part, new in zip(held, samples._replace(logits=widen(samples.logits, width)), strict=True):
             part[where] = new[which]
-        self._room, self._count = room, max(self._count, max(slots) + 1)
+        self._slots, self._count = held, max(self._count, max(slots) + 1)
 
 
 class Replay(Guard):
-    """A guard with a buffer.
+    """A piece that trains on images of earlier tasks again.
+
+    As in the reference implementations, the buffer holds images before augmentation, and replayed images are augmented
+    again, each as its own task asks.
 
     Args:
-        balanced: As for `Buffer`.
-        per_class: Images kept of each class; None to bound them in all.
-        total: Images kept in all; None to bound them by class.
+        balanced: See `Buffer`.
+        per_class: Images kept of each class; None to bound them in total.
+        total: Images kept in total; None to bound them by class.
     """
 
     keeps_heads = True
@@ -199,40 +198,51 @@ class Replay(Guard):
         return len(self.learner.old_heads)
 
     def begin_task(self) -> None:
-        """Makes room for the classes of the task."""
-        assert self.learner.head is not None
-        self.buffer.classes += self.learner.head.out_features
+        """Raises the capacity for the classes of the task."""
+        self.buffer.classes += self.learner.current()[1].out_features
 
     def restart(self) -> None:
         """Keeps the buffer."""
 
     def keep(self, step: Step) -> None:
-        """Offers the images of a step, of all processes, to the buffer."""
-        images = (step.images * 255).round().to(torch.uint8)
+        """Offers the images of a step, from all processes, to the buffer."""
+        images = to_uint8(self.learner.plain_images)
         tasks = torch.full_like(step.labels, self.task)
         for samples in _of_all_processes(Samples(images, step.labels, tasks, step.logits.detach().float())):
             self.buffer.add(samples)
+
+    def draw(self, step: Step) -> tuple[Tensor, Samples]:
+        """Draws as many samples as a step has images.
+
+        Returns:
+            What the samples' own heads output now for the images, augmented again (B, C), and the samples, both on the
+            device of the step.
+        """
+        samples = self.buffer.draw(len(step.labels))
+        images = self.learner.augment(samples.images, samples.tasks)
+        samples = samples.to(step.images.device)
+        features = self.learner.current()[0](images.to(step.images) / 255)
+        return self.learner.own_logits(features, samples.tasks), samples
 
     def shared_state(self) -> dict[str, Tensor]:
         """The buffer."""
         return self.buffer.state()
 
     def load_shared_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the buffer back."""
+        """Loads the buffer."""
         self.buffer.load_state(state)
 
-    def training_state(self) -> dict[str, Tensor]:
-        """The buffer, as it is in the middle of a task."""
-        return self.buffer.state()
+    training_state, load_training_state = shared_state, load_shared_state  # the buffer in the middle of a task
 
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the buffer back."""
-        self.buffer.load_state(state)
 
-    def logits(self, samples: Samples) -> Tensor:
-        """What the samples' own heads say now (B, C)."""
-        assert self.learner.backbone is not None
-        return self.learner.own_logits(self.learner.backbone(samples.pixels), samples.tasks)
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] as bytes."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def widen(logits: Tensor, width: int) -> Tensor:
+    """Pads logits (N, C) to (N, width) by minus infinity."""
+    return F.pad(logits, (0, width - logits.shape[1]), value=-torch.inf)
 
 
 def _below(bound: int, random: torch.Generator) -> int:
@@ -240,7 +250,7 @@ def _below(bound: int, random: torch.Generator) -> int:
 
 
 def _keys(samples: Samples | None) -> list[tuple[int, int]]:
-    """Task and label of each."""
+    """Task and label of each sample."""
     return [] if samples is None else list(zip(samples.tasks.tolist(), samples.labels.tolist(), strict=True))
 
 
@@ -248,10 +258,6 @@ def _lengthen(part: Tensor, count: int) -> Tensor:
     longer = part.new_empty(count, *part.shape[1:])
     longer[: len(part)] = part
     return longer
-
-
-def widen(logits: Tensor, width: int) -> Tensor:
-    return F.pad(logits, (0, width - logits.shape[1]), value=-torch.inf)
 
 
 def _of_all_processes(samples: Samples) -> list[Samples]:

@@ -1,10 +1,18 @@
-"""CLR."""
+"""CLR: a small convolution of each channel after the convolutions of the network.
+
+Ge et al., "CLR: Channel-wise Lightweight Reprogramming for Continual Learning", ICCV 2023.
+
+    y'_c = k_c * y_c for each channel c of a convolution's output y; the 3×3 kernel k_c starts as the identity
+
+The reduced variant of the paper, `skip_pointwise`, leaves out 1×1 convolutions. Batch normalisation keeps the
+pretrained statistics.
+"""
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from recast_pl.methods.adaptation import ModulePiece
+from recast_pl.methods.addition import ModulePiece, extend
 from recast_pl.methods.piece import ADDED
 
 
@@ -12,7 +20,7 @@ class Ghost(nn.Conv2d):
     """A depthwise 3×3 convolution that starts as the identity.
 
     Args:
-        channels: Of the feature maps.
+        channels: Number of channels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -29,7 +37,7 @@ class CLR(ModulePiece):
     Args:
         skip_pointwise: Whether to leave out 1×1 convolutions, as the reduced variant does.
         targets: Regular expressions for names of convolutions.
-        learning_rate: Rate of the kernels; None for that of the head.
+        learning_rate: Learning rate of the kernels; None for that of the head.
     """
 
     def __init__(
@@ -39,15 +47,15 @@ class CLR(ModulePiece):
         self.skip_pointwise = skip_pointwise
 
     def add(self, module: nn.Module) -> Ghost | None:
-        """A ghost after a convolution."""
+        """Adds a ghost after a convolution."""
         if not isinstance(module, nn.Conv2d) or (self.skip_pointwise and module.kernel_size == (1, 1)):
             return None
         ghost = Ghost(module.out_channels)
-        module.add_module(ADDED, ghost)
-        module.register_forward_hook(_apply_ghost)
+        extend("CLR", module, ghost)
+        module.register_forward_hook(_reprogram)
         return ghost
 
 
-def _apply_ghost(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _reprogram(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     reprogrammed: Tensor = module.get_submodule(ADDED)(output)
     return reprogrammed

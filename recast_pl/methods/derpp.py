@@ -1,4 +1,12 @@
-"""DER++."""
+"""DER++: replayed images keep their logits as well as their labels.
+
+Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline", NeurIPS 2020.
+
+    loss = cross-entropy(new images) + α · mean squared error(z, z₀) + β · cross-entropy(replayed images)
+
+z₀ are the logits of a stored image when it was inserted, z its present ones; the two terms draw their images
+independently. Deviation: z and z₀ are compared over the classes of the image's own head, as each task has one.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,17 +19,17 @@ from recast_pl.methods.piece import Step
 class DERPP(Replay):
     """Dark experience replay++ (Buzzega et al., 2020): α·‖z − z₀‖² and β·cross-entropy of replayed images.
 
-    z₀ is what the network said when the image was inserted; the square is the mean over the classes of the image's
-    own head. The two terms have independent draws of images.
+    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation, and replayed images
+    are augmented again.
 
     Args:
         alpha: α.
         beta: β.
-        per_class: Images kept of each class; None to bound them in all.
-        total: Images kept in all; None to bound them by class.
+        per_class: Images kept of each class; None to bound them in total.
+        total: Images kept in total; None to bound them by class.
 
     Raises:
-        MethodError: If α or β is negative, or not just one bound is given.
+        MethodError: If α or β is negative, or unless exactly one bound is given.
     """
 
     def __init__(
@@ -33,13 +41,11 @@ class DERPP(Replay):
         self.alpha, self.beta = alpha, beta
 
     def loss(self, step: Step) -> Tensor | None:
-        """The two terms; then the batch goes to the buffer."""
+        """The two terms; then the batch is offered to the buffer."""
         term = None
         if len(self.buffer):
-            count, device = len(step.labels), step.images.device
-            dark, again = self.buffer.draw(count, device), self.buffer.draw(count, device)
-            term = self.alpha * logit_distance(self.logits(dark), dark.logits)
-            term = term + self.beta * F.cross_entropy(self.logits(again), again.labels)
+            (logits, dark), (others, again) = self.draw(step), self.draw(step)
+            term = self.alpha * logit_distance(logits, dark.logits) + self.beta * F.cross_entropy(others, again.labels)
         self.keep(step)
         return term
 

@@ -1,15 +1,15 @@
-"""All weights are trained."""
+"""Fine-tuning of all weights: by one task after the other (lower bound), or in a copy for each task (upper bound)."""
 
 from torch import Tensor, nn
 
-from recast_pl.methods.piece import Piece
+from recast_pl.methods.piece import Piece, copies
 
 
 class FineTune(Piece):
-    """All weights, trained by one task after the other: alone the lower bound, and what the guards of old tasks need.
+    """Trains all weights, one task after the other: the lower bound when alone, and what guards of old tasks need.
 
     Args:
-        learning_rate: Rate of the weights; None for that of the head, which is much for a whole network.
+        learning_rate: Learning rate of the weights; None for that of the head, which is high for a whole network.
     """
 
     isolated = False
@@ -23,18 +23,18 @@ class FineTune(Piece):
         self.parameters = {name: p for name, p in network.named_parameters() if not p.requires_grad}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
-        self.start = self._copies()
+        self.start = copies(self.parameters)
 
     def restart(self) -> None:
-        """Back to the pretrained weights."""
+        """Restores the pretrained weights."""
         self._load(self.start, self.parameters)
 
 
 class FullFineTune(FineTune):
-    """All weights, one copy for each task: the upper bound, at the price of a network for each task.
+    """Trains all weights, in a copy for each task: the upper bound, at the price of a network for each task.
 
     Args:
-        learning_rate: Rate of the weights; None for that of the head, which is much for a whole network.
+        learning_rate: Learning rate of the weights; None for that of the head, which is high for a whole network.
     """
 
     isolated = True

@@ -1,29 +1,37 @@
-"""GDumb."""
+"""GDumb: every task trains again from the pretrained weights, on a balanced buffer of all tasks.
+
+Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions Our Progress in Continual Learning", ECCV 2020.
+
+When a task begins, its images are offered to the buffer ("greedy sampler"), and weights, heads and optimizer start
+over; an epoch is one pass over the buffer ("dumb learner").
+
+Deviations: there is no CutMix, and training starts from pretrained weights, as for every method here.
+"""
 
 import torch
 
-from recast_pl.methods.buffer import Replay, Samples
+from recast_pl.methods.buffer import Replay, Samples, to_uint8
 
 
 class GDumb(Replay):
-    """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains anew on a balanced buffer of all tasks.
+    """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains from the start on a balanced buffer.
 
-    When a task begins, its images are offered to the buffer, and weights and heads start anew; an epoch is a pass
-    over the buffer, without augmentation.
+    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation; training augments
+    them as their own tasks ask.
 
     Args:
-        per_class: Images kept of each class; None to bound them in all.
-        total: Images kept in all; None to bound them by class.
+        per_class: Images kept of each class; None to bound them in total.
+        total: Images kept in total; None to bound them by class.
 
     Raises:
-        MethodError: If not just one bound is given.
+        MethodError: Unless exactly one bound is given.
     """
 
     def __init__(self, per_class: int | None = None, total: int | None = 4400) -> None:
         super().__init__(True, per_class, total)
 
     def begin_fit(self) -> None:
-        """Fills the buffer and starts anew, unless the task is resumed; then gives the buffer for training."""
+        """Fills the buffer and starts over, unless the task is resumed; then trains on the buffer."""
         kept = self.buffer.kept
         if kept is None or not bool((kept.tasks == self.task).any()):
             self._fill()
@@ -34,6 +42,5 @@ class GDumb(Replay):
 
     def _fill(self) -> None:
         for images, labels in self.learner.batches("train"):
-            pixels = (images * 255).round().to(torch.uint8)
             tasks = torch.full_like(labels, self.task)
-            self.buffer.add(Samples(pixels, labels, tasks, torch.empty(len(labels), 0)))
+            self.buffer.add(Samples(to_uint8(images), labels, tasks, torch.empty(len(labels), 0)))

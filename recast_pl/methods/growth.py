@@ -1,22 +1,28 @@
-"""A bank that grows: what the first tasks learn at low rank is a template for the tasks that come later."""
+"""Growth (experimental): what the first tasks train at low rank becomes templates for later tasks.
 
-from collections.abc import Iterator, Sequence
+    W' = W + Σ_j c_j · B_j·A_j over the templates (A_j, B_j) that earlier tasks have left
+
+It is not from a paper, and brought no gain in our measurements. After `Recast`, the bank of templates grows by one
+low-rank template on each target with each of the first tasks.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.files import fingerprint
-from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, Adaptation, WeightPiece
+from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, WeightPiece
 from recast_pl.methods.lora import LowRank
 from recast_pl.methods.piece import ParameterGroup, check_state
 
 
 class Grown(LowRank):
-    """W + Σ_j c_j·B_j·A_j over templates that are in use, and + B·A while one more grows.
+    """W + Σ_j c_j·B_j·A_j over the templates in use, and + B·A while one more is trained.
 
     Args:
-        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
+        weight: The weight to change (rows, *columns); the columns of a convolution are flattened.
         rank: r, of each template.
     """
 
@@ -38,10 +44,10 @@ class Grown(LowRank):
         return torch.cat([self.B.detach().flatten(), self.A.detach().flatten()])
 
     def use(self, templates: Sequence[Tensor], coefficients: Tensor, growing: bool) -> None:
-        """Takes just these templates, so that what others there are changes no bit.
+        """Holds exactly these templates, so that it does not matter to a task, even in one bit, what came later.
 
         Args:
-            templates: Each as `template` gives it.
+            templates: Each as `template` returns it.
             coefficients: One for each (m,).
             growing: Whether B·A is added, and trained.
         """
@@ -50,7 +56,7 @@ class Grown(LowRank):
         self.right.data = torch.cat(
             [a.view(self.rank, -1) for _, a in split] or [self.A.new_zeros(self.right[:0].shape)]
         )
-        # a new parameter, because the one before is what the optimizer of the task that has ended knows
+        # a new parameter, because the optimizer of the previous task knows the old one
         self.coefficients = nn.Parameter(coefficients.to(self.A), requires_grad=len(coefficients) > 0)
         self.growing = growing
 
@@ -62,21 +68,21 @@ class Grown(LowRank):
         return super().change(weight) if self.growing else weight
 
 
-class Growth(WeightPiece):
-    """Forward transfer by templates that tasks leave (beyond the paper): after `Recast` its bank grows.
+class Growth(WeightPiece[Grown]):
+    """Experimental, not in the paper: what the first tasks train at low rank becomes templates for later tasks.
 
-    Each of the first tasks of the stream trains, on every target, a low-rank update B·A beside all else. When it ends,
-    the update is a template of the target, r·(rows + columns) numbers that change no more, and the task's own
-    coefficient of it is 1. Every later task has a coefficient for each template, from 0 at its start. What a task is
-    depends on the tasks before it, but not on those behind: its patch names the templates it needs, and its logits stay
-    the same, bit by bit.
+    Each of the first tasks of the stream trains, on every target, a low-rank update B·A beside everything else. When it
+    ends, the update becomes a template of the target: r·(rows + columns) numbers that no longer change. The task itself
+    uses it with coefficient 1. Every later task trains a coefficient for each template, starting from 0. So a task
+    depends on the tasks before it but not on those after it: its patch names the templates it needs, and its logits
+    stay the same, bit by bit.
 
     Args:
         tasks: How many tasks leave a template.
         rank: r, of each template.
         targets: Regular expressions for names of weights, those of `Recast` or others.
-        learning_rate: Rate of the coefficients; None for that of the head. About ten times that does well.
-        growing_rate: Rate of B and A; None for that of the head.
+        learning_rate: Learning rate of the coefficients; None for that of the head. Ten times that works well.
+        growing_rate: Learning rate of B and A; None for that of the head.
 
     Raises:
         MethodError: If `tasks` or the rank is below 1.
@@ -92,26 +98,26 @@ class Growth(WeightPiece):
         learning_rate: float | None = None,
         growing_rate: float | None = None,
     ) -> None:
+        if min(tasks, rank) < 1:
+            raise MethodError(f"Growth: tasks={tasks} and rank={rank} must be at least 1; or remove the piece")
         super().__init__(targets, learning_rate)
-        if tasks < 1 or rank < 1:
-            raise MethodError(f"Growth: tasks={tasks} and rank={rank} must be at least 1; or leave the piece out")
         self.tasks, self.rank, self.growing_rate = tasks, rank, growing_rate
         self.templates: list[Tensor] = []
-        """Of each task that has left them its factors, target after target (Σ r·(rows + columns),)."""
+        """For each task that has left templates their factors, target after target (Σ r·(rows + columns),)."""
 
-    def adapt(self, name: str, weight: Tensor) -> Adaptation:
-        """Room for templates."""
+    def adapt(self, name: str, weight: Tensor) -> Grown:
+        """A weight that can use templates, and grow one."""
         return Grown(weight, self.rank)
 
     @torch.no_grad()
     def begin_task(self) -> None:
-        """Coefficients 0 of all templates; B = 0 where the task is to leave one, too."""
+        """Coefficients of all templates are 0; B = 0 if the task is to leave a template."""
         growing, count = len(self.templates) < self.tasks, len(self.templates)
-        if growing:  # else no number is drawn, so that heads start as they would without this piece
+        if growing:  # otherwise no number is drawn, so that heads start as they would without this piece
             super().begin_task()
         self._use(torch.zeros(len(self.adaptations), count), growing)
         self.parameters = {}
-        for name, grown in self._grown():
+        for name, grown in self.adaptations.items():
             for factor in (grown.A, grown.B):
                 factor.grad = None
                 factor.requires_grad_(growing)
@@ -119,33 +125,33 @@ class Growth(WeightPiece):
             self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}
 
     def groups(self) -> list[ParameterGroup]:
-        """Coefficients and factors, each with a rate of its own."""
+        """Coefficients and factors, each at a learning rate of its own."""
         mixing = [p for name, p in self.parameters.items() if name.endswith(":coefficients")]
         factors = [p for name, p in self.parameters.items() if not name.endswith(":coefficients")]
-        named = (("Growth", self.learning_rate, mixing), ("Growth factors", self.growing_rate, factors))
+        named = ((self.name, self.learning_rate, mixing), (f"{self.name} factors", self.growing_rate, factors))
         return [ParameterGroup(*group) for group in named if group[2]]
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """What has grown becomes a template, of which the task has the coefficient 1."""
-        grown = [grown for _, grown in self._grown()]
+        """Turns what has grown into a template, which the task uses with coefficient 1."""
+        grown = list(self.adaptations.values())
         if grown[0].growing:
             before = torch.stack([g.coefficients.detach() for g in grown]).cpu()  # (targets, m)
             self.templates.append(torch.cat([g.template() for g in grown]).cpu())
             self._use(torch.cat([before, torch.ones(len(grown), 1)], 1), growing=False)
 
     def task_state(self) -> dict[str, Tensor]:
-        """The coefficients, target after target (targets·m,), and the SHA-256 of the templates; nothing without any."""
-        coefficients = torch.cat([grown.coefficients.detach() for _, grown in self._grown()]).cpu()
+        """The coefficients, target after target (targets·m,), and the templates' SHA-256; empty without templates."""
+        coefficients = torch.cat([grown.coefficients.detach() for grown in self.adaptations.values()]).cpu()
         count = len(coefficients) // len(self.adaptations)
         return {"coefficients": coefficients, "templates": self._digest(count)} if count else {}
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Takes them back.
+        """Loads the coefficients.
 
         Raises:
-            PatchError: If the templates are not those that the task was learnt with.
+            PatchError: If the templates are not those that the task was trained with.
         """
         targets = len(self.adaptations)
         count = state["coefficients"].numel() // targets if "coefficients" in state else 0
@@ -163,14 +169,14 @@ class Growth(WeightPiece):
         return {f"template{index}": template.clone() for index, template in enumerate(self.templates)}
 
     def load_shared_state(self, state: dict[str, Tensor]) -> None:
-        """Takes them back."""
-        size = sum(grown.size for _, grown in self._grown())
+        """Loads the templates."""
+        size = sum(grown.size for grown in self.adaptations.values())
         check_state("Growth", state, {f"template{index}": (size,) for index in range(len(state))})
         self.templates = [state[f"template{index}"] for index in range(len(state))]
 
     def _use(self, coefficients: Tensor, growing: bool) -> None:
-        """Lets every target use as many of the first templates as there are coefficients of it (targets, m)."""
-        grown = [grown for _, grown in self._grown()]
+        """Makes every target use as many of the first templates as it has coefficients (targets, m)."""
+        grown = list(self.adaptations.values())
         used = self.templates[: coefficients.shape[1]]
         parts = [template.split([g.size for g in grown]) for template in used]
         for index, (each, row) in enumerate(zip(grown, coefficients, strict=True)):
@@ -180,6 +186,3 @@ class Growth(WeightPiece):
         """SHA-256 of the first templates (32,)."""
         digest = fingerprint({f"{index:06}": template for index, template in enumerate(self.templates[:count])})
         return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
-
-    def _grown(self) -> Iterator[tuple[str, Grown]]:
-        return ((name, a) for name, a in self.adaptations.items() if isinstance(a, Grown))

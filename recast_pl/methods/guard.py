@@ -1,27 +1,44 @@
-"""Pieces that protect shared weights."""
+"""What methods that protect earlier tasks share: they need another piece that trains what tasks share."""
+
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 
 from recast_pl.errors import MethodError
-from recast_pl.methods.piece import Learner, Piece
+from recast_pl.methods.piece import Piece
 
 
 class Guard(Piece):
-    """A piece that guards what tasks share, and so needs a piece before it that trains just that."""
+    """A piece that protects weights which every task trains further, such as those of `FineTune`."""
 
     isolated = False
+    comes_after: ClassVar[bool] = True
+    """Whether the piece that trains these weights must stand before the guard in the list."""
+    protected: Sequence[Piece] = ()
+    """The pieces that train these weights."""
 
-    def attach(self, network: nn.Module) -> None:
-        """Makes sure that there is something to guard.
+    def join(self, pieces: Sequence[Piece]) -> None:
+        """Finds the pieces to protect.
 
         Raises:
-            MethodError: If no piece before trains a weight of the network.
+            MethodError: If there is none, or the guard is listed twice.
         """
-        if not any(weight.requires_grad for weight in network.parameters()):
-            raise MethodError(f"{type(self).__name__} guards weights that tasks share; list FineTune before it")
+        super().join(pieces)
+        candidates = pieces[: pieces.index(self)] if self.comes_after else pieces
+        self.protected = [piece for piece in candidates if piece.continues]
+        owner = type(self).__name__
+        if not self.protected:
+            place = "before" if self.comes_after else "beside"
+            raise MethodError(
+                f"{owner} protects weights that every task trains further, but no piece {place} it trains such "
+                f"weights; list FineTune {place} it, or remove {owner}"
+            )
+        if self.number:
+            raise MethodError(f"{owner} is listed twice; remove one of them")
 
-
-def shared_weights(learner: Learner) -> dict[str, nn.Parameter]:
-    """The backbone's trained weights, by name."""
-    assert learner.backbone is not None
-    return {name: weight for name, weight in learner.backbone.named_parameters() if weight.requires_grad}
+    def shared_weights(self) -> dict[str, nn.Parameter]:
+        """The weights to protect, by their name in the backbone."""
+        assert self.learner.backbone is not None
+        trained = {id(parameter) for piece in self.protected for parameter in piece.parameters.values()}
+        return {name: p for name, p in self.learner.backbone.named_parameters() if id(p) in trained}

@@ -1,4 +1,13 @@
-"""Pieces that give a vision transformer further tokens."""
+"""L2P: tasks share a pool of prompts; each image gets those whose keys are nearest to it.
+
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022.
+
+    chosen = the k keys of the highest cosine to q(x), the feature of the frozen network without prompts
+    features = mean of the prompts' tokens after the blocks, with the chosen prompts before the image's tokens
+    loss = cross-entropy − λ · Σ cos(q(x), chosen keys)
+
+Deviation: each image chooses its prompts by itself while training, too, with no vote over the batch.
+"""
 
 from typing import Any
 
@@ -7,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recast_pl.errors import MethodError
+from recast_pl.methods.addition import extend
 from recast_pl.methods.piece import ADDED, Piece, Step
 
-_DOORS = (("norm_pre", "norm"), ("encoder.dropout", "encoder.ln"))
-"""Modules that all tokens pass before the blocks and after them, in timm's and torchvision's vision transformers."""
+_ENTRY_AND_EXIT = (("norm_pre", "norm"), ("encoder.dropout", "encoder.ln"))
+"""Modules that all tokens pass before and after the blocks, in timm's and torchvision's vision transformers."""
 
 
 class PromptPool(nn.Module):
-    """Prompts, each found by the cosine between its key and a query.
+    """Prompts, each with a key that is compared with a query.
 
     Args:
         size: M, the number of prompts.
@@ -29,7 +39,7 @@ class PromptPool(nn.Module):
         self.prompts = nn.Parameter(torch.empty(size, length, width))
         self.chosen = chosen
         self.query: Tensor | None = None
-        """What the prompt-free network says of the images (B, D); None while it is asked."""
+        """Features of the network without prompts (B, D); None while they are computed."""
         self.similarity = torch.zeros(())
         """Mean over the images of Σ cos, over the chosen keys."""
 
@@ -48,17 +58,16 @@ class PromptPool(nn.Module):
 
 
 class L2P(Piece):
-    """Learning to prompt (Wang et al., 2022): tasks share a pool of prompts, of which each image is given the nearest.
+    """Learning to prompt (Wang et al., 2022): tasks share a pool of prompts, of which each image gets the nearest.
 
-    The query is the feature of the frozen network without prompts, so that every image passes the network twice;
-    prompts are chosen for each image by itself, in training, too. The head gets the mean of the prompts' tokens.
+    Every image passes through the network twice: once without prompts, to choose them.
 
     Args:
         pool: M, the number of prompts.
         length: Tokens of each prompt.
         chosen: k, the prompts of an image.
         strength: λ of the term −λ·Σ cos, which draws chosen keys towards their queries.
-        learning_rate: Rate of prompts and keys; None for that of the head; the authors' is 0.03·batch/256.
+        learning_rate: Learning rate of prompts and keys; None for that of the head; the authors' is 0.03·batch/256.
 
     Raises:
         MethodError: If a number is below 1, or more prompts are chosen than there are.
@@ -81,28 +90,28 @@ class L2P(Piece):
         self.pool = PromptPool(0, 0, 0, 0)
 
     def attach(self, network: nn.Module) -> None:
-        """Gives the network its pool.
+        """Adds the pool to the network.
 
         Raises:
-            MethodError: If it is no vision transformer of timm or torchvision.
+            MethodError: If it is not a vision transformer of timm or torchvision.
         """
         names = {name for name, _ in network.named_modules()}
-        doors = next(([network.get_submodule(door) for door in pair] for pair in _DOORS if names >= set(pair)), None)
+        doors = next(([network.get_submodule(d) for d in pair] for pair in _ENTRY_AND_EXIT if names >= set(pair)), None)
         width: Any = getattr(network, "embed_dim", getattr(network, "hidden_dim", None))
         if doors is None or width is None:
-            raise MethodError("L2P gives tokens to vision transformers of timm and torchvision; this backbone is none")
+            raise MethodError("L2P needs a vision transformer of timm or torchvision, which this backbone is not")
         self.pool = PromptPool(self.size, self.length, self.chosen, width)
         for module in (network, *doors):  # hooks find it through their own module, so that copies of a network work
-            module.add_module(ADDED, self.pool)
-        network.register_forward_pre_hook(_ask)
-        doors[0].register_forward_hook(_prepend)
-        doors[1].register_forward_hook(_average)
+            extend("L2P", module, self.pool)
+        network.register_forward_pre_hook(_compute_query)
+        doors[0].register_forward_hook(_prepend_prompts)
+        doors[1].register_forward_hook(_average_prompts)
         self.parameters = {"keys": self.pool.keys, "prompts": self.pool.prompts}
         self.restart()
 
     @torch.no_grad()
     def restart(self) -> None:
-        """New prompts and keys."""
+        """Draws new prompts and keys."""
         self.pool.reset()
 
     def loss(self, step: Step) -> Tensor:
@@ -110,20 +119,20 @@ class L2P(Piece):
         return -self.strength * self.pool.similarity
 
 
-def _ask(module: Any, args: tuple[Tensor, ...]) -> None:
+def _compute_query(module: Any, args: tuple[Tensor, ...]) -> None:
     pool = module.get_submodule(ADDED)
     pool.query = None
     with torch.no_grad():
         pool.query = module.forward(*args)
 
 
-def _prepend(module: Any, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
+def _prepend_prompts(module: Any, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
     pool = module.get_submodule(ADDED)
     return tokens if pool.query is None else torch.cat([pool.tokens().to(tokens.dtype), tokens], 1)
 
 
-def _average(module: Any, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
-    """Puts the mean of the prompts' tokens in the place of every token, so that any pooling finds it."""
+def _average_prompts(module: Any, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
+    """Replaces every token by the mean of the prompts' tokens, which any pooling then returns."""
     pool = module.get_submodule(ADDED)
     if pool.query is None:
         return tokens

@@ -1,7 +1,14 @@
-"""Low-rank adaptation."""
+"""LoRA, and with rank 1 on queries and values MeLo: a low-rank update of each weight.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022. Zhu et al., "MeLo: Low-rank Adaptation is
+Better than Fine-tuning for Medical Image Diagnosis", ISBI 2024.
+
+    W' = W + (alpha / r) · B·A, with A (r, columns) and B (rows, r); B starts at 0
+
+Deviations: there is no dropout, and alpha defaults to r, so that the factor is 1.
+"""
 
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -9,14 +16,14 @@ from torch import Tensor, nn
 
 from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError
-from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, Adaptation, Part, WeightPiece
+from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, Adaptation, Part, WeightPiece, thirds
 
 
 class LowRank(Adaptation):
-    """W + s·B·A, for the rows of a weight or for some of the three equal parts of a fused one.
+    """W + s·B·A, for all rows of a weight or for some thirds of a fused one.
 
     Args:
-        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
+        weight: The weight to change (rows, *columns); the columns of a convolution are flattened.
         rank: r.
         scale: s.
         parts: Which thirds of the rows; None for all rows as one.
@@ -34,13 +41,13 @@ class LowRank(Adaptation):
         self.B = nn.Parameter(weight.new_zeros(count, rows // self.thirds, rank))
 
     def reset(self, weight: Tensor) -> None:
-        """A as LoRA's authors draw it, uniform in ±1/√columns; B = 0, so that nothing changes."""
+        """A is uniform in ±1/√columns as in the authors' code; B = 0, so that nothing changes."""
         nn.init.uniform_(self.A, -1 / math.sqrt(self.A.shape[-1]), 1 / math.sqrt(self.A.shape[-1]))
         nn.init.zeros_(self.B)
 
     def change(self, weight: Tensor) -> Tensor:
         """W + s·B·A."""
-        return self.add(weight).view_as(weight)
+        return self.updated(weight).view_as(weight)
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
         """Adds s·B·A·x to y."""
@@ -48,8 +55,8 @@ class LowRank(Adaptation):
         added = (hidden @ self.B.mT).movedim(1, 2)  # (B, N, parts changed, rows of a part)
         y.unflatten(-1, (self.thirds, -1)).index_add_(2, self.blocks, added, alpha=self.scale)
 
-    def add(self, weight: Tensor) -> Tensor:
-        """The same by parts (1 or 3, rows of a part, columns)."""
+    def updated(self, weight: Tensor) -> Tensor:
+        """W + s·B·A by parts (1 or 3, rows of a part, columns)."""
         parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
         return parts.index_add(0, self.blocks, self.update())
 
@@ -58,37 +65,38 @@ class LowRank(Adaptation):
         return self.scale * (self.B @ self.A)
 
 
-class LoRA(WeightPiece):
+class LoRA(WeightPiece[LowRank]):
     """Low-rank adaptation (Hu et al., 2022): W + (α/r)·B·A. With rank 1 on q and v it is MeLo (Zhu et al., 2024).
 
     Args:
         rank: r.
-        alpha: α; None for r, so that the scale is 1.
+        alpha: α; None for r, so that the factor is 1.
         targets: Regular expressions for names of weights.
-        parts: Which parts of fused query-key-value weights (any sequence); other weights are adapted whole.
-        learning_rate: Rate of A and B; None for that of the head.
+        parts: Which parts of fused query-key-value weights to adapt (any sequence); None for q and v. Other weights are
+            adapted whole.
+        learning_rate: Learning rate of all parameters; None for that of the head.
 
     Raises:
         MethodError: If the rank is below 1, or there are no parts.
     """
 
     adaptation: type[LowRank] = LowRank
+    default_parts: tuple[Part, ...] = ("q", "v")
 
     def __init__(
         self,
         rank: int = 1,
         alpha: float | None = None,
         targets: tuple[str, ...] = (ATTENTION, CONVOLUTIONS),
-        parts: tuple[Part, ...] = ("q", "v"),
+        parts: tuple[Part, ...] | None = None,
         learning_rate: float | None = None,
     ) -> None:
         super().__init__(targets, learning_rate)
-        if rank < 1 or not parts:
+        self.parts = self.default_parts if parts is None else parts
+        if rank < 1 or not self.parts:
             raise MethodError(f"{type(self).__name__}: rank={rank} must be at least 1, and parts={parts} not empty")
         self.rank, self.scale = rank, (rank if alpha is None else alpha) / rank
-        self.parts = sorted("qkv".index(part) for part in set(parts))
 
-    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+    def adapt(self, name: str, weight: Tensor) -> LowRank:
         """Low-rank factors for the weight, or for the parts of a fused one."""
-        fused = re.search(r"qkv|in_proj", name)
-        return self.adaptation(weight, self.rank, self.scale, self.parts if fused else None)
+        return self.adaptation(weight, self.rank, self.scale, thirds(name, self.parts))

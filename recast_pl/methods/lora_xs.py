@@ -1,4 +1,12 @@
-"""LoRA-XS."""
+"""LoRA-XS: a small trained matrix between the leading singular directions of each weight.
+
+Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024 (arXiv:2405.17604).
+
+    W' = W + U_r·Σ_r·R·V_rᵀ, where U·Σ·Vᵀ is the singular value decomposition of W and R (r, r) is trained
+
+The directions are computed from the frozen weight, so that a patch holds only R. Deviation: R starts from 0 rather than
+from small noise, so that the first task starts from the pretrained features exactly.
+"""
 
 import numpy as np
 import torch
@@ -7,18 +15,16 @@ from torch import Tensor, nn
 
 from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError
-from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, Adaptation, MinimalPiece
+from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, Adaptation, CompactPiece
 
 
 class SingularCore(Adaptation):
     """W + UΣ·R·Vᵀ, with the r leading singular directions of the weight that it is put on.
 
-    The directions are worked out from the weight, so that no file needs to hold them.
-
     Args:
-        weight: What is changed (rows, *columns); columns are flattened, as a convolution's.
-        rank: r, below the rows and the columns.
-        diagonal: Whether R is diagonal, with r numbers in place of r².
+        weight: The weight to change (rows, *columns); the columns of a convolution are flattened.
+        rank: r, below the number of rows and of columns.
+        diagonal: Whether R is diagonal, with r numbers instead of r².
     """
 
     left: Tensor
@@ -29,7 +35,8 @@ class SingularCore(Adaptation):
         matrix = weight.flatten(1).double().cpu().numpy()
         start = np.ones(min(matrix.shape))  # or the directions would differ by rounding from call to call
         u, s, vt = svds(matrix, k=rank, v0=start)  # (rows, r), (r,), (r, columns), the leading direction last
-        signs = np.sign(np.take_along_axis(u, np.abs(u).argmax(0, keepdims=True), 0))[0]  # which nothing else fixes
+        # a singular direction has no sign: the largest entry on the left is made positive
+        signs = np.sign(np.take_along_axis(u, np.abs(u).argmax(0, keepdims=True), 0))[0]
         left, right = (u * s * signs)[:, ::-1], (signs[:, None] * vt)[::-1]
         self.register_buffer("left", torch.from_numpy(left.copy()).to(weight), persistent=False)
         self.register_buffer("right", torch.from_numpy(right.copy()).to(weight), persistent=False)
@@ -51,18 +58,16 @@ class SingularCore(Adaptation):
         y.add_(hidden @ self.left.T)
 
 
-class LoRAXS(MinimalPiece):
+class LoRAXS(CompactPiece[SingularCore]):
     """LoRA-XS (Bałazy et al., 2024): W + UΣ·R·Vᵀ, with a core R between the leading singular directions of W.
 
-    As there, R has the directions of the frozen weight on either side; it starts from 0 rather than from small noise.
-
     Args:
-        rank: r: there are r² numbers for each weight.
+        rank: r; there are r² numbers for each weight.
         targets: Regular expressions for names of weights.
-        learning_rate: Rate of the cores; None for that of the head.
+        learning_rate: Learning rate of the numbers; None for that of the head.
 
     Raises:
-        MethodError: If the rank is below 1, or not below the rows and columns of a target.
+        MethodError: If the rank is below 1, or not below the number of rows and of columns of a target.
     """
 
     diagonal = False
@@ -73,11 +78,9 @@ class LoRAXS(MinimalPiece):
         super().__init__(targets, learning_rate)
         self.rank = rank
 
-    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+    def adapt(self, name: str, weight: Tensor) -> SingularCore:
         """A core between the leading singular directions of the weight."""
         largest = min(weight.flatten(1).shape) - 1
         if not 1 <= self.rank <= largest:
-            raise MethodError(
-                f"{type(self).__name__}: rank={self.rank} must be from 1 to {largest} for {name}; correct it"
-            )
+            raise MethodError(f"{type(self).__name__}: rank={self.rank} must be from 1 to {largest} for {name}")
         return SingularCore(weight, self.rank, self.diagonal)

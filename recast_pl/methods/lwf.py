@@ -1,22 +1,29 @@
-"""Learning without forgetting."""
+"""LwF: on new images, the heads of earlier tasks should output what they did before the task.
 
-import copy
+Li and Hoiem, "Learning without Forgetting", ECCV 2016.
+
+    loss = cross-entropy + α · Σ_heads cross-entropy(softmax(z₀ / T), softmax(z / T))
+
+z₀ are the logits of the network as it was before the task (the teacher), z those of the present one, both on images of
+the current task. As in the authors' formula there is no factor T². The heads of earlier tasks are trained, too.
+
+Deviation: there is no warm-up in which only the new head is trained.
+"""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from recast_pl.errors import MethodError
-from recast_pl.methods.guard import Guard, shared_weights
+from recast_pl.methods.guard import Guard
 from recast_pl.methods.piece import Step
 
 
 class LwF(Guard):
-    """Learning without forgetting (Li and Hoiem, 2016): old heads shall say of new images what they said before.
+    """Learning without forgetting (Li and Hoiem, 2016): keeps what the heads of earlier tasks output for new images.
 
-    For each old head the term is the cross-entropy between softmax(z₀/T) of the network from before the task and
-    softmax(z/T), summed over heads. As in the authors' formula there is no factor T². Old heads are trained, too.
+    List it after `FineTune`, which trains the weights.
 
     Args:
         strength: α, the weight of the term.
@@ -33,38 +40,28 @@ class LwF(Guard):
         if strength < 0 or temperature <= 0:
             raise MethodError(f"LwF: strength={strength} must not be negative, temperature={temperature} be positive")
         self.strength, self.temperature = strength, temperature
-        self.teacher: dict[str, Tensor] = {}
-        """The shared weights by name, and..."""
-        self.teacher_heads = nn.ModuleList()
-        """... the old heads, as they were before the task."""
 
     def begin_task(self) -> None:
-        """Remembers the network as it is; resuming finds it thus again."""
-        self.teacher_heads = copy.deepcopy(self.learner.old_heads).requires_grad_(False)
-        old = shared_weights(self.learner).items() if len(self.teacher_heads) else ()
-        self.teacher = {name: weight.detach().clone() for name, weight in old}
-
-    def begin_fit(self) -> None:
-        """Takes the teacher to where the weights are."""
-        weights = shared_weights(self.learner)
-        self.teacher = {name: tensor.to(weights[name].device) for name, tensor in self.teacher.items()}
-        self.teacher_heads.to(next(self.learner.old_heads.parameters(), torch.empty(0)).device)
+        """Copies the network and the heads of earlier tasks; a resumed task finds them as they were, too."""
+        heads = self.learner.old_heads
+        parts = {"head": heads.named_parameters(), "backbone": self.shared_weights().items()} if len(heads) else {}
+        self.memory.keep({f"{kind}:{n}": p.detach().clone() for kind, named in parts.items() for n, p in named})
 
     def loss(self, step: Step) -> Tensor | None:
-        """The distillation of all old heads; None during the first task."""
-        if not self.teacher:
+        """The distillation of all earlier heads; None during the first task."""
+        teacher = self.memory.tensors
+        if not teacher:
             return None
-        backbone = self.learner.backbone
-        assert backbone is not None
+        weights = {name.removeprefix("backbone:"): p for name, p in teacher.items() if name.startswith("backbone:")}
         with torch.no_grad():
-            features = functional_call(backbone, self.teacher, (step.images,))  # (B, D)
-            targets = [(head(features) / self.temperature).softmax(1) for head in self.teacher_heads]
-        terms = [
-            F.cross_entropy(head(step.features) / self.temperature, target)
-            for head, target in zip(self.learner.old_heads, targets, strict=True)
-        ]
+            features = functional_call(self.learner.current()[0], weights, (step.images,))  # (B, D)
+        terms = []
+        for index, head in enumerate(self.learner.old_heads):
+            before = F.linear(features, teacher[f"head:{index}.weight"], teacher[f"head:{index}.bias"])
+            target = (before / self.temperature).softmax(1)
+            terms.append(F.cross_entropy(head(step.features) / self.temperature, target))
         return self.strength * torch.stack(terms).sum()
 
     def shared_state(self) -> dict[str, Tensor]:
-        """Nothing: the teacher is the network itself."""
+        """Nothing: the next teacher is the network itself."""
         return {}

@@ -1,4 +1,4 @@
-"""A method is a list of pieces; every piece answers the same few calls."""
+"""The interface that all pieces of a method implement, and the checks that they share."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recast_pl.errors import MethodError, PatchError
 
 ADDED = "added"
-"""Name under which a piece gives a module of the network one of its own; its weights are no other piece's targets."""
+"""Name under which a piece adds a module of its own to one of the network; other pieces do not target its weights."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Step:
     """What a training step hands to the pieces.
 
     Args:
-        images: (B, 3, S, S) in [0, 1].
+        images: (B, 3, S, S) in [0, 1], augmented.
         labels: Class indices (B,), each within its own task.
-        features: (B, D), of the backbone.
-        logits: (B, C), of each image's own head; minus infinity beyond the classes of a head narrower than C.
+        features: Output of the backbone (B, D).
+        logits: Output of each image's own head (B, C); minus infinity beyond the classes of a head narrower than C.
     """
 
     images: Tensor
@@ -34,19 +34,18 @@ class Step:
 
 
 class Learner(Protocol):
-    """What pieces may ask of the module that learns, `TILModule`."""
+    """What pieces may ask of the module that trains, `TILModule`."""
 
     @property
     def backbone(self) -> nn.Module | None:
         """Maps images (B, 3, S, S) in [0, 1] to features (B, D); None before it is built."""
 
-    @property
-    def head(self) -> nn.Linear | None:
-        """Of the current task; None before the first."""
+    def current(self) -> tuple[nn.Module, nn.Linear]:
+        """The backbone, and the head of the current task."""
 
     @property
     def old_heads(self) -> nn.ModuleList:
-        """Of the tasks before, in order, where a piece keeps them; else empty."""
+        """The heads of earlier tasks, in order; empty unless a piece has `keeps_heads`."""
 
     @property
     def stream_length(self) -> int:
@@ -56,21 +55,28 @@ class Learner(Protocol):
         """Logits (B, C) of features (B, D), each by the head of its own task (B,), as in `Step.logits`."""
 
     def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images in [0, 1] and labels of a split of the current task, in order, on the device."""
+        """Images in [0, 1] and labels of a split of the current task, in order, not augmented, on the device."""
+
+    @property
+    def plain_images(self) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] of the current training batch, before augmentation."""
+
+    def augment(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Augments plain images, uint8 (B, 3, S, S), as their own tasks (B,) ask."""
 
     def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
         """Trains the current task on other images: uint8 (N, 3, S, S), labels (N,), positions of tasks (N,)."""
 
     def restart(self) -> None:
-        """Sets heads, and what tasks share, back to where the first task began."""
+        """Resets the heads, and what tasks share, to where the first task began."""
 
 
 class ParameterGroup(NamedTuple):
-    """What an optimizer trains at one rate.
+    """Parameters that an optimizer trains at one learning rate.
 
     Args:
-        name: For the curves of learning rates.
-        rate: None for that of the head.
+        name: Labels the curve of the learning rate.
+        rate: None for the rate of the head.
         parameters: At least one.
     """
 
@@ -79,53 +85,107 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
 
 
+class Memory(nn.Module):
+    """Tensors by name that a piece keeps from one task to the next.
+
+    The module that trains registers it, so that the tensors move to the device with everything else. They are frozen
+    parameters rather than buffers, because DDP broadcasts buffers at every forward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: list[str] = []
+        self._tensors = nn.ParameterList()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name; empty before the first `keep`."""
+        return dict(zip(self._names, self._tensors, strict=True))
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces everything by these tensors, which are not copied."""
+        self._names = list(tensors)
+        self._tensors = nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in tensors.values())
+
+
 class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
-    Calls come in this order: `load_base`, `attach`, `save_base`, and for each task `begin_task`, `begin_fit`, then
-    `begin_step`, `incoming`, `loss` and `end_step` at every step, then `end_task`, `task_state` and `shared_state`;
-    `load_task_state` and `load_shared_state` may come at any time after `attach`. At the end of an epoch a checkpoint
-    takes `training_state`, which `load_training_state` gets when training is resumed, before `begin_fit`.
+    Calls come in this order: `join`, `load_base`, `attach`, `save_base`. Each task then brings `begin_task` and
+    `begin_fit`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the end of the task `end_task`,
+    `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at any time after `attach`. At
+    the end of an epoch a checkpoint stores `training_state`; resumed training passes it to `load_training_state`
+    before `begin_fit`.
+
+    A piece is a plain object and not an `nn.Module`, for three reasons. What it trains lies inside the network, often
+    is the network's own parameters, and must be named there once, in checkpoints and for the optimizer. It refers to
+    the module that trains, which it would register as its own child. And users' pieces fill the dictionary
+    `parameters`, a name that modules use for a method. Only tensors that outlive a task live in a module: `memory`.
 
     Args:
-        learning_rate: Rate of this piece's parameters; None for that of the head.
+        learning_rate: Learning rate of this piece's parameters; None for that of the head.
     """
 
     isolated: ClassVar[bool] = True
-    """Whether a learnt task is untouched by later ones, all it needs being in its task state."""
+    """Whether later tasks leave a finished task untouched, because its task state holds all it needs."""
     keeps_heads: ClassVar[bool] = False
-    """Whether heads of old tasks are trained with the current one."""
+    """Whether the heads of earlier tasks are trained together with the current one."""
     learner: Learner
-    """What learns; set before `attach`."""
+    """The module that trains; set before `attach`."""
+    number: int = 0
+    """How many pieces of the same class precede this one in the method."""
 
     def __init__(self, learning_rate: float | None = None) -> None:
         self.learning_rate = learning_rate
         self.parameters: dict[str, nn.Parameter] = {}
         """What is trained for each task, by name; filled by `attach`."""
+        self.memory = Memory()
+        """What the piece keeps from one task to the next."""
+
+    @property
+    def name(self) -> str:
+        """The class, numbered from the second piece of the same class on; labels curves and histograms."""
+        return type(self).__name__ + (f"_{self.number}" if self.number else "")
+
+    @property
+    def continues(self) -> bool:
+        """Whether each task trains the same parameters further, so that earlier tasks can be forgotten."""
+        return not self.isolated and type(self).shared_state is Piece.shared_state
+
+    def join(self, pieces: Sequence["Piece"]) -> None:
+        """Becomes part of a method.
+
+        Args:
+            pieces: All pieces of the method, this one included.
+
+        Raises:
+            MethodError: If the piece does not work with the others.
+        """
+        self.number = sum(type(piece) is type(self) for piece in pieces[: pieces.index(self)])
 
     def attach(self, network: nn.Module) -> None:
         """Puts the piece into the backbone's network, whose parameters are frozen, in place."""
 
     def begin_task(self) -> None:
-        """Sets the parameters to where every task starts; where tasks share them, leaves them as they are."""
+        """Resets the parameters to the start of every task; does nothing where tasks share them."""
 
     def groups(self) -> list[ParameterGroup]:
         """The parameters by learning rate."""
         parameters = list(self.parameters.values())
-        return [ParameterGroup(type(self).__name__, self.learning_rate, parameters)] if parameters else []
+        return [ParameterGroup(self.name, self.learning_rate, parameters)] if parameters else []
 
     def begin_fit(self) -> None:
-        """Comes when training begins or is resumed, with the module on its device and data at hand."""
+        """Called when training starts or resumes, with the module on its device and data available."""
 
     def begin_step(self, progress: float) -> None:
-        """Comes before the forward pass of each training step.
+        """Called before the forward pass of each training step.
 
         Args:
-            progress: Part of the epoch that is done, from 0 at its first step to 1 at its last.
+            progress: Fraction of the epoch that is done, from 0 at its first step to 1 at its last.
         """
 
     def incoming(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The logits (B, C) whose cross-entropy is to be the loss of the current batch."""
+        """The logits (B, C) that go into the cross-entropy of the current batch."""
         return logits
 
     def loss(self, step: Step) -> Tensor | None:
@@ -133,17 +193,17 @@ class Piece:
         return None
 
     def end_step(self) -> None:
-        """Comes after the optimizer's step."""
+        """Called after the optimizer's step."""
 
     def end_task(self) -> None:
-        """Comes when the task's best epoch is in place, with the module on its device and data at hand."""
+        """Called when the task's best epoch is loaded, with the module on its device and data available."""
 
     def task_state(self) -> dict[str, Tensor]:
-        """What the task alone needs of this piece, as copies on the CPU; it goes into the task's patch."""
-        return self._copies() if self.isolated else {}
+        """What this piece stores in the task's patch, as copies on the CPU."""
+        return copies(self.parameters) if self.isolated else {}
 
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Takes a task state back.
+        """Loads what `task_state` returned, in any precision.
 
         Raises:
             PatchError: If names or shapes differ from this piece's.
@@ -151,24 +211,25 @@ class Piece:
         self._load(state, self.parameters if self.isolated else {})
 
     def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor] | None:
-        """Task states as numbers of single layers, so that one pass of the network can serve several tasks.
+        """Splits task states by layer, so that one pass of the network can serve several tasks.
 
         Args:
-            states: What `task_state` gave of T tasks, each tensor (T, *shape); one of them has been loaded before.
+            states: What `task_state` returned for T tasks, each tensor (T, *shape), in any precision; one of them has
+                been loaded before.
 
         Returns:
-            For each parameter or buffer that a task sets its values (T, *shape); they may be read by nothing but the
-            forward pass of the module that it belongs to. None where there is more to a task.
+            For each parameter or buffer that a task sets, its values (T, *shape) in the parameter's precision; only
+            the forward pass of the module that owns it may read them. None if that does not describe a task.
         """
         plain = type(self).load_task_state is Piece.load_task_state and states.keys() <= self.parameters.keys()
-        return {self.parameters[name]: values for name, values in states.items()} if plain else None
+        return {p: states[name].to(p.dtype) for name, p in self.parameters.items() if name in states} if plain else None
 
     def shared_state(self) -> dict[str, Tensor]:
-        """What all tasks need of this piece as it is after the last one, as copies on the CPU."""
-        return {} if self.isolated else self._copies()
+        """What all tasks need of this piece as the last task left it, as copies on the CPU."""
+        return {} if self.isolated else copies(self.parameters)
 
     def load_shared_state(self, state: dict[str, Tensor]) -> None:
-        """Takes a shared state back.
+        """Loads what `shared_state` returned.
 
         Raises:
             PatchError: If names or shapes differ from this piece's.
@@ -176,7 +237,7 @@ class Piece:
         self._load(state, {} if self.isolated else self.parameters)
 
     def restart(self) -> None:
-        """Sets the parameters back to where the first task began."""
+        """Resets the parameters to where the first task began."""
         self.begin_task()
 
     def training_state(self) -> dict[str, Tensor]:
@@ -184,20 +245,17 @@ class Piece:
         return {}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Takes a training state back."""
+        """Loads what `training_state` returned."""
 
     def describe(self) -> list[RenderableType]:
         """What to print once the piece is attached."""
         return []
 
     def save_base(self, folder: Path) -> None:
-        """Writes what tasks are learnt upon into the run folder, atomically, unless it is there."""
+        """Writes what all tasks start from into the run folder, atomically, unless the file exists."""
 
     def load_base(self, folder: Path) -> None:
-        """Takes what tasks are learnt upon from the run folder, if it is there."""
-
-    def _copies(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        """Uses what all tasks start from in the run folder, if the file exists."""
 
     @torch.no_grad()
     def _load(self, state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
@@ -206,50 +264,60 @@ class Piece:
             parameter.copy_(state[name])
 
 
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU, without gradient."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
 def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Names that match at least one of several patterns.
+    """The names that match at least one of several patterns.
 
     Args:
-        owner: Of the patterns, for messages.
+        owner: Class of the piece that asks, for messages.
         names: Names of weights or modules.
         patterns: Regular expressions, searched in the names.
 
     Raises:
-        MethodError: If a pattern is no regular expression, or no name matches.
+        MethodError: If a pattern is not a regular expression, or no name matches.
     """
     known = list(names)
     try:
         selected = [name for name in known if any(re.search(pattern, name) for pattern in patterns)]
     except re.error as cause:
-        raise MethodError(f"{owner}: targets {list(patterns)} are no regular expressions ({cause})") from cause
+        raise MethodError(f"{owner}: targets {list(patterns)} are not regular expressions ({cause})") from cause
     if not selected:
         raise MethodError(
             f"{owner}: targets {list(patterns)} match none of {len(known)} names (such as {', '.join(known[:3])}); "
-            "set targets to regular expressions that do"
+            "set targets to regular expressions that match"
         )
     return selected
 
 
 def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a state whose names, shapes or values are not what they must be.
+    """Checks the names, shapes and values of a state.
+
+    Args:
+        owner: Class of the piece that the state is for, for messages.
+        state: Tensors by name.
+        expected: Shapes by name.
 
     Raises:
-        PatchError: Naming the difference.
+        PatchError: If a name or shape differs, or a value is NaN or infinite.
     """
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != expected:
         wrong = dict(sorted(found.items() - expected.items()))
         right = dict(sorted(expected.items() - found.items()))
-        raise PatchError(f"the patch holds {wrong} for {owner} where {right} is needed; it is of another method")
+        raise PatchError(f"the patch holds {wrong} for {owner}, which needs {right}; it belongs to another method")
     check_finite(owner, state)
 
 
 def check_finite(owner: str, state: Mapping[str, Tensor]) -> None:
-    """Refuses NaN and infinity.
+    """Checks that no value is NaN or infinite.
 
     Raises:
-        PatchError: Naming the tensors that hold them.
+        PatchError: Naming the tensors that hold such values.
     """
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
-        raise PatchError(f"the patch holds NaN or infinity in {', '.join(bad)} of {owner}; learn the task anew")
+        raise PatchError(f"the patch holds NaN or infinity in {', '.join(bad)} of {owner}; train the task again")

@@ -1,4 +1,12 @@
-"""Binary masks."""
+"""Piggyback: a binary mask on every weight.
+
+Mallya, Davis and Lazebnik, "Piggyback: Adapting a Single Network to Multiple Tasks by Learning to Mask Weights",
+ECCV 2018.
+
+    W' = W ⊙ [S > threshold]; the scores S receive the gradient of the mask (straight-through estimate)
+
+A patch stores one bit for each weight. Batch normalisation keeps the pretrained statistics.
+"""
 
 import numpy as np
 import torch
@@ -10,12 +18,12 @@ from recast_pl.methods.piece import check_state
 
 
 class BinaryMask(Adaptation):
-    """W ⊙ [scores > threshold]; scores get the gradient that the mask would (a straight-through estimate).
+    """W ⊙ [scores > threshold].
 
     Args:
-        weight: What is masked.
+        weight: The weight to mask.
         start: First value of the scores.
-        threshold: What a score must exceed.
+        threshold: What a score must exceed to keep its weight.
     """
 
     def __init__(self, weight: Tensor, start: float, threshold: float) -> None:
@@ -24,25 +32,25 @@ class BinaryMask(Adaptation):
         self.scores = nn.Parameter(torch.full_like(weight, start))
 
     def reset(self, weight: Tensor) -> None:
-        """All scores the same."""
+        """All scores are the same."""
         nn.init.constant_(self.scores, self.start)
 
     def change(self, weight: Tensor) -> Tensor:
-        """The masked weight; the second term is zero, and has the gradient of the scores."""
+        """The masked weight; the second term is zero and carries the gradient of the scores."""
         return weight * (self.scores > self.threshold) + (self.scores - self.scores.detach()) * weight.detach()
 
 
-class Piggyback(WeightPiece):
-    """A binary mask on every weight (Mallya et al., 2018), learned through real-valued scores; on disk a bit each.
+class Piggyback(WeightPiece[BinaryMask]):
+    """A binary mask on every weight (Mallya et al., 2018), trained through real-valued scores; one bit each on disk.
 
     Args:
         start: First value of the scores.
-        threshold: What a score must exceed for its weight to be kept; below `start`, so that nothing changes at first.
+        threshold: What a score must exceed to keep its weight; below `start`, so that nothing changes at first.
         targets: Regular expressions for names of weights.
-        learning_rate: Rate of the scores; None for that of the head.
+        learning_rate: Learning rate of the scores; None for that of the head.
 
     Raises:
-        MethodError: If the scores would start at or below the threshold.
+        MethodError: If `start` is not above the threshold.
     """
 
     def __init__(
@@ -57,18 +65,18 @@ class Piggyback(WeightPiece):
             raise MethodError(f"Piggyback: start={start} must exceed threshold={threshold}, or every weight is masked")
         self.start, self.threshold = start, threshold
 
-    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+    def adapt(self, name: str, weight: Tensor) -> BinaryMask:
         """Scores for the weight."""
         return BinaryMask(weight, self.start, self.threshold)
 
     def task_state(self) -> dict[str, Tensor]:
-        """The masks, weight after weight, eight to a byte."""
+        """The masks, weight after weight, eight entries to a byte."""
         bits = [(scores.detach() > self.threshold).flatten() for scores in self.parameters.values()]
         return {"mask": torch.from_numpy(np.packbits(torch.cat(bits).cpu().numpy()))}
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Sets scores that give the masks; their own values are not kept."""
+        """Sets scores that give the masks; the trained scores are not stored."""
         sizes = [scores.numel() for scores in self.parameters.values()]
         check_state("Piggyback", state, {"mask": (-(-sum(sizes) // 8),)})
         bits = torch.from_numpy(np.unpackbits(state["mask"].numpy(), count=sum(sizes))).bool()

@@ -1,4 +1,14 @@
-"""Sparse adaptation."""
+"""RoSA: a sparse update of each weight, on the entries whose gradients are largest.
+
+Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation", ICML 2024.
+
+    W' = W + B·A + S, where S has k = ⌊density · entries of W⌋ entries that are not zero
+
+`RoSA` is S; listed after `LoRA` it is the full method. The k entries are those of the largest mean squared gradient
+over the first steps, and are chosen again for every task.
+
+Here gradients are summed while the low-rank part warms up, and training simply continues once entries are chosen.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +22,10 @@ from recast_pl.methods.piece import check_state
 
 
 class Sparse(Adaptation):
-    """W + S, where S is zero but for k entries, which are chosen by the gradients of all.
+    """W + S, where S is zero except for k entries, chosen by the gradients of all.
 
     Args:
-        weight: What is changed.
+        weight: The weight to change.
         count: k.
     """
 
@@ -27,29 +37,33 @@ class Sparse(Adaptation):
         self.values, self.size = nn.Parameter(weight.new_zeros(count)), weight.numel()
         self.chosen = False
         self.squares: Tensor | None = None
-        """Sum over steps of the squared gradient of every entry (size,), while it is watched."""
+        """Sum over the observed steps of every entry's squared gradient (size,); None before the first."""
         self.dense: Tensor | None = None
-        """Zeros (*shape) that are added while gradients are watched, to receive them."""
+        """Zeros (*shape) added to the weight during the warm-up, so that they receive its gradient."""
 
     def reset(self, weight: Tensor) -> None:
         """No entry is chosen."""
         nn.init.zeros_(self.values)
         self.chosen, self.squares, self.dense = False, None, None
 
-    def watch(self, shape: Sequence[int]) -> None:
-        """Adds the gradients of the step before to the sums; to be called before each step that is watched."""
+    def observe(self, shape: Sequence[int]) -> None:
+        """Adds the gradient of the previous step to the sums; call it before each step of the warm-up.
+
+        Args:
+            shape: Shape of the weight.
+        """
         device = self.values.device
         self.squares = torch.zeros(self.size, device=device) if self.squares is None else self.squares.to(device)
         if self.dense is None:
             self.dense = torch.zeros(*shape, device=device, requires_grad=True)
         elif self.dense.grad is not None:
             squares = self.dense.grad.flatten().square()
-            if squares.isfinite().all():  # in half precision a step may overflow, which the optimizer leaves out, too
+            if squares.isfinite().all():  # the optimizer, too, skips a step that overflows in half precision
                 self.squares += squares
             self.dense.grad = None
 
     def choose(self) -> None:
-        """Chooses the entries of the largest mean squared gradient, over the processes, too."""
+        """Chooses the entries of the largest mean squared gradient over all processes."""
         assert self.squares is not None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.squares)
@@ -57,10 +71,10 @@ class Sparse(Adaptation):
         self.chosen, self.squares, self.dense = True, None, None
 
     def change(self, weight: Tensor) -> Tensor:
-        """W + S; W as long as no entry is chosen."""
+        """W + S; W before entries are chosen."""
         if self.chosen:
             return weight.flatten().index_add(0, self.indices, self.values).view_as(weight)
-        changed = weight + 0 * self.values.sum()  # part of the graph, as DDP wants of all that is trained
+        changed = weight + 0 * self.values.sum()  # DDP needs every trained parameter in the graph
         return changed if self.dense is None else changed + self.dense
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
@@ -71,17 +85,17 @@ class Sparse(Adaptation):
         y.scatter_add_(2, into, x.gather(2, out_of) * self.values[:, None])
 
 
-class RoSA(WeightPiece):
+class RoSA(WeightPiece[Sparse]):
     """The sparse part of robust adaptation (Nikdan et al., 2024): W + S, S free on the entries that matter most.
 
-    The entries are those of the largest mean squared gradient over the first steps of the task, during which the rest
-    of the method warms up. After `LoRA` in the list of pieces it is RoSA in full; alone it is sparse adaptation.
+    The entries are those of the largest mean squared gradient over the first steps of the task, in which only the rest
+    of the method trains. After `LoRA` in the list of pieces it is the full RoSA; alone it is sparse adaptation.
 
     Args:
         density: Fraction of each weight's entries, rounded down.
         warm_up: Steps before the entries are chosen.
         targets: Regular expressions for names of weights.
-        learning_rate: Rate of the entries; None for that of the head.
+        learning_rate: Learning rate of the entries; None for that of the head.
 
     Raises:
         MethodError: If the density is not in (0, 1], or leaves a weight without an entry.
@@ -99,79 +113,78 @@ class RoSA(WeightPiece):
             raise MethodError(f"RoSA: density={density} must be in (0, 1], and warm_up={warm_up} at least 1")
         self.density, self.warm_up, self.steps = density, warm_up, 0
 
-    def adapt(self, name: str, weight: Tensor) -> Adaptation:
+    def adapt(self, name: str, weight: Tensor) -> Sparse:
         """⌊density·numel⌋ entries."""
         count = int(self.density * weight.numel())
         if not count:
             raise MethodError(
-                f"RoSA: density={self.density} leaves no entry of {name} with {weight.numel():,}; raise the density"
+                f"RoSA: density={self.density} leaves no entry of {name}, which has {weight.numel():,}; "
+                "raise the density"
             )
         return Sparse(weight, count)
 
     def begin_task(self) -> None:
-        """Forgets the entries chosen for the task before."""
+        """Forgets the entries of the previous task."""
         super().begin_task()
         self.steps = 0
 
     def begin_step(self, progress: float) -> None:
-        """Watches gradients, and chooses the entries when the warm-up is over."""
+        """Observes gradients, and chooses the entries at the end of the warm-up."""
         if self.steps <= self.warm_up:
-            self._watch()
+            self._observe()
         if self.steps == self.warm_up:
-            for sparse in self._sparse():
+            for sparse in self.adaptations.values():
                 sparse.choose()
         self.steps += 1
 
     def task_state(self) -> dict[str, Tensor]:
-        """Places and values of the entries, weight after weight (Σ k,)."""
-        values = torch.cat([sparse.values.detach() for sparse in self._sparse()]).cpu()
-        return {"indices": torch.cat([sparse.indices for sparse in self._sparse()]).int().cpu(), "values": values}
+        """Indices and values of the entries, weight after weight (Σ k,)."""
+        indices = torch.cat([sparse.indices for sparse in self.adaptations.values()])
+        values = torch.cat([sparse.values.detach() for sparse in self.adaptations.values()])
+        return {"indices": indices.int().cpu(), "values": values.cpu()}
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Takes places and values back."""
-        counts = [len(sparse.indices) for sparse in self._sparse()]
+        """Loads indices and values."""
+        counts = [len(sparse.indices) for sparse in self.adaptations.values()]
         check_state("RoSA", state, {"indices": (sum(counts),), "values": (sum(counts),)})
         parts = zip(state["indices"].split(counts), state["values"].split(counts), strict=True)
-        for (name, sparse), (indices, values) in zip(self._named_sparse(), parts, strict=True):
+        for (name, sparse), (indices, values) in zip(self.adaptations.items(), parts, strict=True):
             if int(indices.min()) < 0 or int(indices.max()) >= sparse.size:
-                raise PatchError(f"the patch has an entry outside of {name} with {sparse.size:,}; learn the task anew")
+                raise PatchError(
+                    f"the patch has an entry outside of {name}, which has {sparse.size:,}; train the task again"
+                )
             sparse.reset(values)
             sparse.chosen = True
             sparse.indices.copy_(indices)
             sparse.values.copy_(values)
 
     def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
-        """Places and values of T tasks (T, k) for each weight."""
-        counts = [len(sparse.indices) for sparse in self._sparse()]
+        """Indices and values of T tasks (T, k) for each weight."""
+        sparse = list(self.adaptations.values())
+        counts = [len(each.indices) for each in sparse]
         indices, values = (states[name].split(counts, 1) for name in ("indices", "values"))
-        of_places = {sparse.indices: part.long() for sparse, part in zip(self._sparse(), indices, strict=True)}
-        return of_places | {sparse.values: part for sparse, part in zip(self._sparse(), values, strict=True)}
+        placed = {each.indices: part.long() for each, part in zip(sparse, indices, strict=True)}
+        return placed | {each.values: part.to(each.values.dtype) for each, part in zip(sparse, values, strict=True)}
 
     def training_state(self) -> dict[str, Tensor]:
-        """Steps done, and the entries or, before they are chosen, what they will be chosen by."""
+        """The steps done, and the chosen entries or, during the warm-up, the sums of squared gradients."""
         if 0 < self.steps <= self.warm_up:
-            self._watch()
-        named = self._named_sparse()
+            self._observe()
+        named = self.adaptations.items()
         entries = {f"indices:{name}": sparse.indices for name, sparse in named if sparse.chosen}
         sums = {f"squares:{name}": sparse.squares for name, sparse in named if sparse.squares is not None}
         return {"steps": torch.tensor(self.steps)} | entries | sums
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the steps, and entries or sums, back."""
+        """Loads the steps, and entries or sums."""
         self.steps = int(state["steps"])
-        for name, sparse in self._named_sparse():
+        for name, sparse in self.adaptations.items():
             sparse.chosen, sparse.dense = f"indices:{name}" in state, None
             sparse.squares = state.get(f"squares:{name}")
             sparse.indices = state.get(f"indices:{name}", sparse.indices).to(sparse.values.device)
 
-    def _watch(self) -> None:
-        for name, sparse in self._named_sparse():
+    def _observe(self) -> None:
+        for name, sparse in self.adaptations.items():
             module, attribute = self._sites[name]
-            sparse.watch(getattr(module, attribute).shape)
-
-    def _named_sparse(self) -> list[tuple[str, Sparse]]:
-        return [(name, a) for name, a in self.adaptations.items() if isinstance(a, Sparse)]
-
-    def _sparse(self) -> list[Sparse]:
-        return [sparse for _, sparse in self._named_sparse()]
+            sparse.observe(getattr(module, attribute).shape)

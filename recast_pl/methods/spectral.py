@@ -1,4 +1,10 @@
-"""Spectral templates."""
+"""Spectral templates: a coefficient for each of the leading singular directions of each weight.
+
+    W' = W + Σ_j c_j · σ_j·u_j·v_jᵀ over the r leading singular directions of W
+
+It is not from a paper. The directions are templates like those of RECAST's equation 1 that no file needs to hold, as
+they are computed from the backbone. With r = 1 it equals LoRA-XS of rank 1.
+"""
 
 from recast_pl.methods.adaptation import EVERY_LAYER
 from recast_pl.methods.lora_xs import LoRAXS
@@ -7,16 +13,10 @@ from recast_pl.methods.lora_xs import LoRAXS
 class Spectral(LoRAXS):
     """Spectral templates: the r leading singular directions σuvᵀ of each weight, with a coefficient for each.
 
-    They are templates like those of equation 1 that no file holds, as they are worked out from the backbone. With r = 1
-    this is `LoRAXS` of rank 1.
-
     Args:
-        rank: r: there are r numbers for each weight.
+        rank: r, also the number of coefficients for each weight.
         targets: Regular expressions for names of weights.
-        learning_rate: Rate of the coefficients; None for that of the head.
-
-    Raises:
-        MethodError: If the rank is below 1, or not below the rows and columns of a target.
+        learning_rate: Learning rate of the coefficients; None for that of the head.
     """
 
     diagonal = True

@@ -12,7 +12,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.measures import MEASURES, measures
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
-from recast_pl.runs.collection import PLAN, Label, is_whole
+from recast_pl.runs.collection import PLAN, Label, is_complete
 from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
@@ -130,7 +130,7 @@ class Comparison:
             found[point.name] = [RunFolder(path.parent).read_summary() for path in paths]
         tasks = max((len(run["tasks"]) for runs in found.values() for run in runs), default=0)
         finished = {  # a run with fewer tasks than another one is still missing some
-            name: {run["seed"]: run for run in runs if is_whole(run) and len(run["tasks"]) == tasks}
+            name: {run["seed"]: run for run in runs if is_complete(run) and len(run["tasks"]) == tasks}
             for name, runs in found.items()
         }
         return {name: runs for name, runs in finished.items() if runs}

@@ -1,1 +1,1 @@
-"""Learnt tasks over HTTP: what is let in, what is classified together, the page; needs the extra `serve`."""
+"""Trained tasks over HTTP: request checks, batching and a web page; needs the extra `serve`."""

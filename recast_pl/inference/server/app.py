@@ -19,15 +19,15 @@ from starlette.responses import HTMLResponse
 from recast_pl.errors import PatchError, RunError
 from recast_pl.inference.predictor import Prediction, Predictor
 from recast_pl.inference.server.batching import Batcher
-from recast_pl.inference.server.gate import LOCAL_HOSTS, Gate, failure
 from recast_pl.inference.server.limits import Limits
-from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, Observed
+from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, RequestMetrics
+from recast_pl.inference.server.request_filter import LOCAL_HOSTS, RequestFilter, error_response
 from recast_pl.learning.patch import TaskPatch
 
 TOKEN_VARIABLE = "RECAST_PL_TOKEN"
-"""The environment variable with which a server is told who may add tasks."""
+"""The environment variable with the secret that clients need to add tasks."""
 
-Value = TypeVar("Value")
+Field = TypeVar("Field", str, UploadFile)
 
 _PATHS = ("/", "/predict", "/tasks", "/health", "/metrics")
 
@@ -56,8 +56,8 @@ class Task:
     """A task that is served.
 
     Args:
-        name: Of the task.
-        classes: Its class names, in order of label.
+        name: Its name.
+        classes: Its class names; the index of each is its label.
     """
 
     name: str
@@ -70,24 +70,24 @@ def create_app(
     token: str | None = None,
     hosts: Collection[str] = LOCAL_HOSTS,
 ) -> FastAPI:
-    """A server of learnt tasks, to be run by any ASGI server in one process.
+    """Makes the ASGI application, for any ASGI server that uses a single process.
 
     Args:
         predictor: The tasks.
-        limits: What it takes on; None for the defaults of `Limits`.
-        token: What those who may add tasks send as `Authorization: Bearer TOKEN`; None if nobody may.
-        hosts: Names that requests may be addressed to; with `*`, any.
+        limits: Limits of the load; None for the defaults of `Limits`.
+        token: Clients that add tasks must send it as `Authorization: Bearer TOKEN`; None if none may add tasks.
+        hosts: Host names that requests may be addressed to; `*` allows all.
 
     Returns:
-        The application: `POST /predict`, `GET` and `POST /tasks`, `GET /health` and `/metrics`, and a page at `/`.
+        The application: `POST /predict`, `GET` and `POST /tasks`, `GET /health` and `/metrics`, and a web page at `/`.
     """
     service = _Service(predictor, limits or Limits(), token)
     app = FastAPI(
         title="recast_pl",
         lifespan=service.lifespan,
-        docs_url=None,  # this page, and the next, would fetch scripts from elsewhere
+        docs_url=None,  # this page and the next would fetch scripts from other servers
         redoc_url=None,
-        exception_handlers={HTTPException: _refused, Exception: _failed},
+        exception_handlers={HTTPException: _on_http_error, Exception: _on_failure},
     )
     app.add_api_route("/", service.page, include_in_schema=False)
     app.add_api_route("/predict", service.predict, methods=["POST"], openapi_extra=_body(_FORM, _FORM_SCHEMA))
@@ -95,18 +95,18 @@ def create_app(
     app.add_api_route("/tasks", service.add, methods=["POST"], status_code=201, openapi_extra=_body(_FILE, _BINARY))
     app.add_api_route("/health", service.health)
     app.add_api_route("/metrics", service.metrics)
-    app.add_middleware(Gate, limits=service.limits, hosts=hosts)
-    app.add_middleware(Observed, metrics=service.counts, paths=_PATHS)
+    app.add_middleware(RequestFilter, limits=service.limits, hosts=hosts)
+    app.add_middleware(RequestMetrics, metrics=service.counts, paths=_PATHS)
     return app
 
 
 class _Service:
-    """What is done for each path.
+    """The handlers of all paths.
 
     Args:
         predictor: The tasks.
-        limits: What the server takes on.
-        token: Of those who may add tasks; None if nobody may.
+        limits: Limits of the load.
+        token: The secret of clients that may add tasks; None if none may.
     """
 
     def __init__(self, predictor: Predictor, limits: Limits, token: str | None) -> None:
@@ -118,19 +118,19 @@ class _Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Between start and end of the server."""
+        """Runs the batcher from the start of the server to its end."""
         async with self._batcher.running():
             yield
 
     async def page(self) -> Response:
-        """The page for people."""
+        """The web page."""
         return HTMLResponse(_PAGE.read_bytes(), headers=_PAGE_HEADERS)
 
     async def predict(self, request: Request) -> Prediction:
         """Classifies an image (a file) by a task (a name)."""
         _check_type(request, _FORM)
-        async with request.form(max_files=4, max_fields=4, max_part_size=4096) as form:  # names of files are not used
-            task, image = _field(form, "task", str), _field(form, "image", UploadFile)
+        async with request.form(max_files=4, max_fields=4, max_part_size=4096) as form:  # file names are not used
+            task, image = _single_field(form, "task", str), _single_field(form, "image", UploadFile)
             content = await image.read()
         try:
             async with asyncio.timeout(self.limits.timeout):
@@ -138,7 +138,7 @@ class _Service:
         except RunError as error:
             raise HTTPException(404, str(error)) from error
         except TimeoutError as cause:
-            reason = f"there was no answer in {self.limits.timeout:g} seconds; come back when the server is less busy"
+            reason = f"there was no answer in {self.limits.timeout:g} seconds; try again when the server is less busy"
             raise HTTPException(504, reason) from cause
 
     async def tasks(self) -> list[Task]:
@@ -146,25 +146,25 @@ class _Service:
         return [Task(name, self._predictor.classes(name)) for name in self._predictor.tasks]
 
     async def add(self, request: Request) -> Task:
-        """Serves one more task, until the server ends: the body is a file of `patches/`."""
-        self._authorise(request)
+        """Adds a task until the server ends. The body is a file of `patches/`."""
+        self._check_token(request)
         _check_type(request, _FILE)
         return await run_in_threadpool(self._add, await request.body())
 
     async def health(self) -> dict[str, Any]:
-        """That it answers."""
+        """Shows that the server answers."""
         return {"status": "ok", "tasks": len(self._predictor.tasks), "waiting": self._batcher.waiting}
 
     async def metrics(self) -> Response:
-        """What has been counted."""
+        """The metrics."""
         return Response(self.counts.text(), media_type=CONTENT_TYPE)
 
-    def _authorise(self, request: Request) -> None:
+    def _check_token(self, request: Request) -> None:
         if self._token is None:
             raise HTTPException(403, f"adding tasks is off; start the server with {TOKEN_VARIABLE} set to allow it")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.encode("latin-1"), self._token.encode())
-        if not (right and scheme.lower() == "bearer"):
+        valid = hmac.compare_digest(given.encode("latin-1"), self._token.encode())
+        if not (valid and scheme.lower() == "bearer"):
             reason = f"adding tasks needs the header Authorization: Bearer TOKEN with the server's {TOKEN_VARIABLE}"
             raise HTTPException(401, reason, {"WWW-Authenticate": "Bearer"})
 
@@ -183,34 +183,34 @@ class _Service:
 
 
 def _body(content_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAPI is told of a body that the handlers read themselves, after what is cheaper to check."""
+    """The OpenAPI description of a body. Handlers read bodies themselves, after cheaper checks."""
     return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
 
 
 def _check_type(request: Request, wanted: str) -> None:
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != wanted:
-        raise HTTPException(415, f"the body is {given[:80] or 'of no type'}; send it with Content-Type: {wanted}")
+        raise HTTPException(415, f"the body has {given[:80] or 'no content type'}; send it with Content-Type: {wanted}")
 
 
-def _field(form: FormData, name: str, kind: type[Value]) -> Value:
-    """The one value that a form has of a field."""
+def _single_field(form: FormData, name: str, kind: type[Field]) -> Field:
+    """The value of a field that a form must have exactly once."""
     values = form.getlist(name)
     if len(values) != 1 or not isinstance(values[0], kind):
-        wanted = "a text" if kind is str else "a file"
+        wanted = "text" if kind is str else "a file"
         raise HTTPException(422, f"the form has {len(values)} fields {name!r}; send one, with {wanted}")
     return values[0]
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = error.detail
-    if reason == HTTPStatus(error.status_code).phrase:  # of the router
-        asked = f"{request.method} {request.url.path[:80]}"
-        reason = f"{reason}: {asked}; docs/using.md tells what {', '.join(_PATHS)} take"
-    return failure(error.status_code, reason, dict(error.headers or {}))
+    if reason == HTTPStatus(error.status_code).phrase:  # raised by the router
+        request_line = f"{request.method} {request.url.path[:80]}"
+        reason = f"{reason}: {request_line}; docs/howto/serving.md describes {', '.join(_PATHS)}"
+    return error_response(error.status_code, reason, dict(error.headers or {}))
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    """What clients learn of a fault of the program; its traceback goes to the log."""
-    return failure(500, "the server failed at this request; its log says why")
+async def _on_failure(request: Request, error: Exception) -> Response:
+    """The answer where the program fails; the traceback goes to the log."""
+    return error_response(500, "the server failed at this request; see its log")

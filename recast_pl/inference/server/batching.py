@@ -1,4 +1,4 @@
-"""Images of many requests, classified together."""
+"""Images of concurrent requests, classified together."""
 
 import asyncio
 import io
@@ -17,17 +17,17 @@ from recast_pl.errors import DataError
 from recast_pl.inference.predictor import Prediction, Predictor
 from recast_pl.inference.server.limits import Limits
 
-# no others, because Pillow hands some (PostScript) to other programs
+# no other formats, because Pillow passes some (PostScript) on to other programs
 _FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
 
 
 def decode(content: bytes, size: int, max_pixels: int) -> Tensor:
-    """An image that came from somewhere, as `predict` would decode it.
+    """Decodes an image from an untrusted source, as `Predictor.predict` would.
 
     Args:
         content: The image file.
         size: Height and width in pixels of the result.
-        max_pixels: Of the image as it is.
+        max_pixels: Largest number of pixels that the file may have.
 
     Returns:
         uint8 (3, size, size).
@@ -36,38 +36,37 @@ def decode(content: bytes, size: int, max_pixels: int) -> Tensor:
         HTTPException: 413 if it has more pixels; 422 if it cannot be read.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:  # which reads no more than the header
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:  # reads only the header
             pixels = image.width * image.height
             if pixels <= max_pixels:
                 return decode_any(image, size)
     except Image.DecompressionBombError:
         pixels = 0
-    except Exception as cause:  # on damaged files decoders raise nearly anything
-        reason = cause.__cause__ if isinstance(cause, DataError) else "it is damaged, or of no known format"
+    except Exception as cause:  # decoders raise nearly anything on damaged files
+        reason = cause.__cause__ if isinstance(cause, DataError) else "it is damaged or of an unknown format"
         raise HTTPException(422, f"the image cannot be read ({reason}); send a {', '.join(_FORMATS)} file") from cause
-    raise HTTPException(
-        413, f"the image has {pixels or 'far too many'} pixels, of at most {max_pixels}; send a smaller one"
-    )
+    count = pixels or "far too many"
+    raise HTTPException(413, f"the image has {count} pixels, more than the {max_pixels} allowed; send a smaller one")
 
 
 class _Job(NamedTuple):
-    """An image (3, S, S) that waits for its turn, and where its prediction goes."""
+    """A decoded image (3, S, S) that waits to be classified, and the future of its prediction."""
 
     pixels: Tensor
     task: str
-    found: asyncio.Future[Prediction]
+    prediction: asyncio.Future[Prediction]
 
 
 class Batcher:
-    """Classifies images of concurrent requests together, by whichever tasks they ask for.
+    """Classifies the images of concurrent requests together, whatever their tasks.
 
-    While one batch is computed, images are decoded by other threads and wait; what has gathered is the next batch. So
-    nobody waits for a batch to fill, and batches are the larger, the busier the server is.
+    While one batch is computed, other threads decode images, which wait; all that wait form the next batch. So no
+    request waits for a batch to fill, and batches grow with the load.
 
     Args:
         predictor: The tasks.
-        limits: How many images a batch has and how many may wait.
-        observe: Is told the size of each batch.
+        limits: How many images a batch may have and how many may wait.
+        observe: Called with the size of each batch.
     """
 
     def __init__(self, predictor: Predictor, limits: Limits, observe: Callable[[int], object]) -> None:
@@ -80,7 +79,7 @@ class Batcher:
 
         Args:
             content: The image file.
-            task: Name of a learnt task.
+            task: Name of a task.
 
         Raises:
             RunError: If there is no such task.
@@ -88,20 +87,20 @@ class Batcher:
         """
         size = self._predictor.image_size(task)
         if self.waiting >= self._limits.queue_size:
-            raise HTTPException(503, f"{self.waiting} images are waiting; come back", {"Retry-After": "1"})
+            raise HTTPException(503, f"{self.waiting} images are waiting; try again later", {"Retry-After": "1"})
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
             pixels = await loop.run_in_executor(self._decoders, decode, content, size, self._limits.max_pixels)
             job = _Job(pixels, task, loop.create_future())
             self._jobs.put_nowait(job)
-            return await job.found
+            return await job.prediction
         finally:
             self.waiting -= 1
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Classifies what is asked for within."""
+        """A context in which `classify` works."""
         with (
             ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode") as self._decoders,
             ThreadPoolExecutor(1, "classify") as self._computer,
@@ -119,21 +118,21 @@ class Batcher:
             batch = [await self._jobs.get()]
             while len(batch) < self._limits.batch_size and not self._jobs.empty():
                 batch.append(self._jobs.get_nowait())
-            batch = [job for job in batch if not job.found.done()]  # the others have been given up
+            batch = [job for job in batch if not job.prediction.done()]  # the others have timed out
             if batch:
-                await self._answer(batch)
+                await self._compute(batch)
 
-    async def _answer(self, batch: list[_Job]) -> None:
+    async def _compute(self, batch: list[_Job]) -> None:
         self._observe(len(batch))
         images, tasks = [job.pixels for job in batch], [job.task for job in batch]
-        compute = asyncio.get_running_loop().run_in_executor
+        run = asyncio.get_running_loop().run_in_executor
         try:
-            found = await compute(self._computer, self._predictor.predict, images, None, tasks)
-        except Exception as error:  # whatever it is, the next batch may do better
+            predictions = await run(self._computer, self._predictor.predict_tensors, images, tasks)
+        except Exception as error:  # of any kind; the next batch may succeed
             for job in batch:
-                if not job.found.done():
-                    job.found.set_exception(error)
+                if not job.prediction.done():
+                    job.prediction.set_exception(error)
             return
-        for job, prediction in zip(batch, found, strict=True):
-            if not job.found.done():
-                job.found.set_result(prediction)
+        for job, prediction in zip(batch, predictions, strict=True):
+            if not job.prediction.done():
+                job.prediction.set_result(prediction)

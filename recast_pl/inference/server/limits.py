@@ -1,4 +1,4 @@
-"""What a server takes on, at most."""
+"""Limits of the server's load."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,14 +8,17 @@ from recast_pl.errors import RunError
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on, at most; all are above 0.
+    """Limits of the server's load; all are above 0.
 
     Args:
         max_body: Bytes of a request.
         max_pixels: Pixels of an image, by its header; decoding takes up to 26 bytes for each, of four images at a time.
         timeout: Seconds in which a request must have arrived, and then must be answered.
-        batch_size: Images that are classified together, of whatever tasks.
-        queue_size: Images that wait or are being classified; those that come then are told to come back.
+        batch_size: Images that are classified together, whatever their tasks.
+        queue_size: Images that wait or are being classified; requests beyond that are told to try again.
+
+    Raises:
+        RunError: If a limit is not a finite number above 0.
     """
 
     max_body: int = 20_000_000

@@ -1,4 +1,4 @@
-"""What a server counts, in the text format of Prometheus."""
+"""The server's metrics, in the text format of Prometheus."""
 
 import time
 from collections.abc import Collection
@@ -12,12 +12,12 @@ _BATCHES = tuple(2**power for power in range(9))  # images
 
 
 class Metrics:
-    """Counts of one server; others in the same process have their own."""
+    """The metrics of one server; other servers in the same process have their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        of_requests = ("path", "status")
-        self.requests = Counter("recast_pl_requests", "Requests answered.", of_requests, registry=self._registry)
+        labels = ("path", "status")
+        self.requests = Counter("recast_pl_requests", "Requests answered.", labels, registry=self._registry)
         self.seconds = Histogram(
             "recast_pl_request_seconds", "Time until a request is answered.", ("path",), registry=self._registry
         )
@@ -28,37 +28,37 @@ class Metrics:
         self.tasks = Gauge("recast_pl_tasks", "Tasks that are served.", registry=self._registry)
 
     def text(self) -> bytes:
-        """All of them."""
+        """All metrics."""
         return generate_latest(self._registry)
 
 
-class Observed:
-    """Counts and times requests.
+class RequestMetrics:
+    """ASGI middleware that counts and times requests.
 
     Args:
-        app: What answers.
-        metrics: Where they are counted.
-        paths: Those that are told apart; what clients make up is counted together.
+        app: The application.
+        metrics: The metrics to update.
+        paths: Paths that are counted one by one; all others are counted together.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through."""
+        """Passes a request on, and records its status and time."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, begun = 500, time.perf_counter()
+        status, start = 500, time.perf_counter()
 
-        async def observed(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            await self._app(scope, receive, observed)
+            await self._app(scope, receive, send_observed)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()
-            self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - start)

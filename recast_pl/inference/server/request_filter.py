@@ -1,4 +1,4 @@
-"""What is let in: requests to known hosts from the server's own pages, of bounded size and in bounded time."""
+"""Requests that the server accepts: to known hosts, from its own pages, of bounded size, in bounded time."""
 
 import asyncio
 from collections.abc import Collection
@@ -12,38 +12,41 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from recast_pl.inference.server.limits import Limits
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""What a server is called by programs of its own machine."""
+"""Host names by which programs on the same machine reach a server."""
 
-_BODIES = 16  # of the greatest size; so many bytes of requests are held at a time
+_BODIES = 16  # all requests together may hold this many bodies of the largest size
 
 
-def failure(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
-    """Tells what is wrong, as JSON.
+def error_response(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
+    """An error as JSON.
 
     Args:
-        status: Of HTTP.
+        status: HTTP status code.
         reason: What is wrong, and what to do.
-        headers: More headers; None for no more.
+        headers: Additional headers; None for none.
     """
     return JSONResponse({"error": reason}, status, headers)
 
 
-class Gate:
-    """Refuses requests before they are read, or while they are.
+class RequestFilter:
+    """ASGI middleware that refuses requests before they are read, or while they are read.
+
+    Starlette's TrustedHostMiddleware would check the hosts, too. But its answer names no remedy, only its recent
+    versions understand IPv6 addresses, and the check of the origin needs the host anyway.
 
     Args:
-        app: What is behind the gate.
+        app: The application that answers the other requests.
         limits: Bytes and seconds that a request may take.
-        hosts: Names that requests may be addressed to, which keeps pages of other sites from reaching a local server
-            by a name of their own; with `*`, any.
+        hosts: Host names that requests may be addressed to; `*` allows all. They keep web pages of other sites from
+            reaching a local server through a host name of their own (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, hosts: Collection[str]) -> None:
         self._app, self._limits, self._hosts = app, limits, hosts
-        self._held = 0  # bytes of all requests under way
+        self._held = 0  # bytes of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or says why not."""
+        """Passes a request on, or answers why not."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -53,40 +56,42 @@ class Gate:
             return
         size, deadline = 0, asyncio.get_running_loop().time() + self._limits.timeout
 
-        async def bounded() -> Message:
+        async def receive_bounded() -> Message:
             nonlocal size
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError as cause:
-                raise HTTPException(
-                    408, f"the request did not arrive in {self._limits.timeout:g} seconds; send it faster"
-                ) from cause
+                reason = f"the request did not arrive in {self._limits.timeout:g} seconds; send it faster"
+                raise HTTPException(408, reason) from cause
             count = len(message.get("body", b""))
             size += count
             self._held += count
             if size > self._limits.max_body:
                 raise HTTPException(413, _too_large(self._limits))
             if self._held > _BODIES * self._limits.max_body:
-                raise HTTPException(503, "too many large requests arrive at once; come back", {"Retry-After": "1"})
+                reason = "the server receives too many large requests at once; try again later"
+                raise HTTPException(503, reason, {"Retry-After": "1"})
             return message
 
         try:
-            await self._app(scope, bounded, send)
+            await self._app(scope, receive_bounded, send)
         finally:
             self._held -= size
 
     def _refusal(self, headers: Headers) -> Response | None:
-        """What headers alone are refused for."""
+        """The answer to a request whose headers alone are reason to refuse it."""
         host = headers.get("host", "")
         if "*" not in self._hosts and _host_name(host) not in self._hosts:
-            return failure(403, f"host {host[:80]!r} is not served; start the server with --allowed_hosts to allow it")
+            reason = f"host {host[:80]!r} is not allowed; start the server with --allowed_hosts to allow it"
+            return error_response(403, reason)
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
-            return failure(403, f"requests of pages of {origin[:80]!r} are refused; use the server's own page")
+            reason = f"requests from pages of {origin[:80]!r} are refused; use the server's own page"
+            return error_response(403, reason)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_body:
-            return failure(413, _too_large(self._limits))
+            return error_response(413, _too_large(self._limits))
         return None
 
 
@@ -95,7 +100,7 @@ def _too_large(limits: Limits) -> str:
 
 
 def _host_name(host: str) -> str | None:
-    """The name in a `Host` header, without the port; None if there is none."""
+    """The name in a `Host` header, without the port; None if it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:

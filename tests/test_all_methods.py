@@ -1,0 +1,323 @@
+"""What holds for every method: what is trained, what is kept, what a patch brings back.
+
+A method is one line of `METHODS`.
+"""
+
+import json
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+from conftest import ROOT, TINY_VIT
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+import recast_pl as rp
+from recast_pl import (
+    BackboneConfig,
+    BankLayout,
+    SequentialTaskDataModule,
+    SharedState,
+    TaskConfig,
+    TaskPatch,
+    TILModule,
+)
+from recast_pl.learning.checkpoint import trainable_state
+from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
+
+VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
+RESNET = BackboneConfig("resnet10t", "random", {"zero_init_last": False})  # else no gradient reaches its convolutions
+VIT_MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
+VIT_ATTENTION = BankLayout([r"attn\.qkv"], groups=3, templates=2, coefficient_sets=3)
+RESNET_CONV = BankLayout([r"conv\d\.weight"])
+
+
+def recast(layout=VIT_MLP):
+    return rp.Recast(layout, learning_rate=2e-2)
+
+
+ON_BOTH = {
+    "probe": lambda: [rp.LinearProbe()],
+    "melo": lambda: [rp.LoRA()],
+    "lora-r2": lambda: [rp.LoRA(rank=2, alpha=3, targets=[MLP, ATTENTION, CONVOLUTIONS], parts=["q", "k"])],
+    "dora": lambda: [rp.DoRA()],
+    "rosa": lambda: [rp.LoRA(parts="qkv"), rp.RoSA(0.003, 2, [ATTENTION, CONVOLUTIONS])],
+    "rosa-sparse": lambda: [rp.RoSA(0.001, warm_up=2)],
+    "piggyback": lambda: [rp.Piggyback(learning_rate=1e-2)],
+    "adaptformer": lambda: [rp.AdaptFormer(rank=4)],  # the ReLU of a single unit may be dead
+    "clr": lambda: [rp.CLR()],
+    "finetune": lambda: [rp.FullFineTune()],
+    "scale": lambda: [rp.Scale(learning_rate=2e-2)],
+    "spectral": lambda: [rp.Spectral(learning_rate=2e-2)],
+    "sequential": lambda: [rp.FineTune()],
+    "ewc": lambda: [rp.FineTune(), rp.EWC()],
+    "lwf": lambda: [rp.FineTune(), rp.LwF()],
+    "gdumb": lambda: [rp.FineTune(), rp.GDumb()],
+    "erace": lambda: [rp.FineTune(), rp.ERACE(per_class=4)],
+    "derpp": lambda: [rp.FineTune(), rp.DERPP(per_class=None, total=9)],
+    "hat": lambda: [rp.FineTune(), rp.HAT()],
+}
+ON_VIT = {
+    "recast": lambda: [recast()],
+    "two-recasts": lambda: [recast(), recast(VIT_ATTENTION)],
+    "recast+adaptformer": lambda: [recast(), rp.AdaptFormer()],
+    "recast+melo": lambda: [recast(), rp.LoRA()],
+    "recast+dora-mlp": lambda: [recast(), rp.DoRA(targets=[MLP])],
+    "recast+rosa": lambda: [recast(), rp.LoRA(targets=[MLP]), rp.RoSA(0.003, 2)],
+    "recast+rosa-sparse": lambda: [recast(), rp.RoSA(0.001, 2)],
+    "recast+spectral": lambda: [recast(), rp.Spectral(learning_rate=2e-2)],
+    "recast+growth": lambda: [recast(), rp.Growth(learning_rate=2e-2)],
+    "lossy": lambda: [recast(VIT_ATTENTION)],
+    "loraxs": lambda: [rp.LoRAXS(learning_rate=2e-2)],
+    "inflora": lambda: [rp.InfLoRA(rank=3)],
+    "ewc+erace": lambda: [rp.FineTune(), rp.EWC(), rp.ERACE(per_class=4)],
+    "l2p": lambda: [rp.L2P()],
+}
+ON_RESNET = {
+    "recast": lambda: [recast(RESNET_CONV)],
+    "recast+piggyback": lambda: [recast(RESNET_CONV), rp.Piggyback(learning_rate=1e-2)],
+    "recast+clr": lambda: [recast(RESNET_CONV), rp.CLR()],
+    "inflora": lambda: [rp.InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])],
+}
+METHODS = {
+    f"{name}-{suffix}": lambda backbone=backbone, pieces=pieces: (backbone, pieces())
+    for suffix, backbone, methods in (("vit", VIT, ON_BOTH | ON_VIT), ("resnet", RESNET, ON_BOTH | ON_RESNET))
+    for name, pieces in methods.items()
+}
+ISOLATED = {name: make for name, make in METHODS.items() if all(piece.isolated for piece in make()[1])}
+SHARED = {name: make for name, make in METHODS.items() if name not in ISOLATED}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(params=METHODS)
+def module(request):
+    torch.manual_seed(0)
+    backbone, pieces = METHODS[request.param]()
+    return TILModule(backbone, pieces)
+
+
+@pytest.fixture(params=ISOLATED)
+def isolated(request):
+    torch.manual_seed(0)
+    return TILModule(*ISOLATED[request.param]())
+
+
+@pytest.fixture(params=SHARED)
+def sharing(request):
+    torch.manual_seed(0)
+    module = TILModule(*SHARED[request.param]())
+    module.build(32)
+    return module
+
+
+def fit(module, data, index=0, **settings):
+    data.select(index)
+    trainer = L.Trainer(**{"max_epochs": 2, "accelerator": "cpu", "num_sanity_val_steps": 0, **QUIET, **settings})
+    trainer.fit(module, datamodule=data)
+    return module.patch({})
+
+
+def snapshot(module):
+    return {name: t.clone() for name, t in module.backbone.state_dict(keep_vars=False).items()}
+
+
+def logits(module, images):
+    module.eval()
+    with torch.no_grad():
+        return module(images)
+
+
+def test_only_the_declared_parameters_change(module, data):
+    module.build(32)
+    before = snapshot(module)
+    fit(module, data)
+    trained = {id(p) for piece in module.pieces for p in piece.parameters.values()}
+    own = {n for n, p in module.backbone.named_parameters(remove_duplicate=False) if id(p) in trained}
+    for name, after in snapshot(module).items():  # batch normalisation's statistics are in it, too
+        changed = not torch.equal(after, before[name])
+        # InfLoRA has moved B into the sum, Growth has made a template of it
+        ended = (".A", ".merged", ".B", ".left", ".right", ".coefficients")
+        kept = name.endswith(ended) and not module.isolated
+        assert changed == (name in own) or kept, name
+    assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
+
+
+def test_old_logits_are_bit_identical_after_later_tasks(isolated, data):
+    module = isolated
+    images = torch.rand(3, 3, 32, 32)
+    first = fit(module, data)
+    module.activate(first)
+    before = logits(module, images)
+    second = fit(module, data, index=1)
+    module.activate(second)
+    assert logits(module, images).shape == (3, 2)
+    module.activate(first)
+    assert torch.equal(logits(module, images), before)
+
+
+def test_a_patch_file_gives_identical_logits_in_a_fresh_module(module, data, tmp_path, request):
+    module.build(32)
+    images = torch.rand(3, 3, 32, 32)
+    patch = fit(module, data)
+    module.activate(patch)
+    expected = logits(module, images)
+    patch.save(tmp_path / "patch.safetensors")
+    module.shared_state().save(tmp_path / "shared.safetensors")
+    torch.manual_seed(0)
+    fresh = TILModule(*METHODS[request.node.callspec.params["module"]]())
+    fresh.build(32)
+    if not fresh.isolated:
+        fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
+    fresh.activate(TaskPatch.load(tmp_path / "patch.safetensors"))
+    assert torch.equal(logits(fresh, images), expected)
+
+
+def test_a_patch_in_half_precision_loads_and_unpacks_in_that_of_the_network(module):
+    module.build(32)
+    module.begin_task("first", ["a", "b"])
+    for piece in module.pieces:
+        state = {n: t.half() if t.is_floating_point() else t for n, t in piece.task_state().items()}
+        piece.load_task_state(state)
+        assert {p.dtype for p in piece.parameters.values()} <= {torch.float32}
+        unpacked = piece.unpack({n: t[None] for n, t in state.items()})
+        for tensor, (values,) in (unpacked or {}).items():
+            assert values.dtype == tensor.dtype
+            assert torch.equal(values, tensor)
+
+
+def test_a_task_starts_from_the_pretrained_features(isolated, data):
+    module = isolated
+    module.build(32)
+    images = torch.rand(2, 3, 32, 32)
+    start = module.backbone(images).detach()
+    fit(module, data)
+    module.begin_task("other", ["a", "b"])
+    assert torch.equal(module.backbone(images), start)
+
+
+def test_old_tasks_use_the_state_shared_after_the_last(sharing, data, tmp_path, request):
+    module, images = sharing, torch.rand(3, 3, 32, 32)
+    first = fit(module, data)
+    module.activate(first)
+    before = logits(module, images)
+    second = fit(module, data, index=1)
+    module.shared_state().save(tmp_path / "shared.safetensors")
+    module.activate(first)
+    expected = logits(module, images)
+    assert expected.shape == before.shape
+    if not {"HAT", "Growth"} & set(module.method):  # they protect units, or templates, of old tasks
+        assert not torch.equal(expected, before)
+    torch.manual_seed(0)
+    fresh = TILModule(*SHARED[request.node.callspec.params["sharing"]]())
+    fresh.build(32)
+    fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
+    for patch in (second, first):
+        fresh.activate(patch)
+    assert torch.equal(logits(fresh, images), expected)
+    for ours, theirs in zip(fresh.shared_state().pieces, module.shared_state().pieces, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_trains_in_bf16_mixed(module, data):
+    patch = fit(module, data, precision="bf16-mixed")
+    states = [*patch.pieces, *module.shared_state().pieces]
+    numbers = [t for state in states for name, t in state.items() if t.is_floating_point() and name != "logits"]
+    assert all(t.dtype in (torch.float32, torch.float64) and t.isfinite().all() for t in numbers)
+
+
+class Change(L.Callback):
+    """How training has changed everything that is trained."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = trainable_state(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self.values = {name: value - self.before[name] for name, value in trainable_state(pl_module).items()}
+
+
+QUICK = ("recast-vit", "clr-resnet")
+# methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks
+STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ISOLATED]
+
+
+def change_in_an_epoch(name, folder, batch_size, **settings):
+    """The change by plain gradient descent on 18 images: the negative gradient, if one batch holds them all."""
+    torch.manual_seed(0)
+    backbone, pieces = METHODS[name]()
+    for piece in pieces:
+        piece.learning_rate = None
+    module = TILModule(backbone, pieces, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    data = SequentialTaskDataModule([TaskConfig("first", str(folder), flip=False)], 32, batch_size=batch_size)
+    change = Change()
+    fit(module, data, max_epochs=1, callbacks=[change], **settings)
+    return change.values
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_accumulated_half_batches_equal_a_whole_one_and_clipping_bounds_the_step(name, image_folder):
+    folder = image_folder("first", 3)
+    whole = change_in_an_epoch(name, folder, 18)
+    halves = change_in_an_epoch(name, folder, 9, accumulate_grad_batches=2)
+    norm = torch.stack([value.norm() for value in whole.values()]).norm()
+    clipped = change_in_an_epoch(name, folder, 18, gradient_clip_val=float(norm) / 4)
+    assert norm > 1e-3
+    for key, value in whole.items():
+        assert torch.allclose(halves[key], value, atol=1e-5 * float(norm)), key
+        assert torch.allclose(clipped[key], value / 4, atol=1e-5 * float(norm)), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_trains_in_fp16_with_scaled_gradients_that_may_overflow(module, device, data):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    if device == "cpu" and module.backbone_config is RESNET:
+        pytest.skip("convolutions in fp16 take minutes on a CPU")
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)  # so that the first steps overflow, whatever the method
+    change = Change()
+    settings = {"accelerator": "gpu", "devices": 1} if device == "cuda" else {}
+    precision = MixedPrecision("16-mixed", device, scaler)
+    patch = fit(module, data, max_epochs=8, plugins=[precision], callbacks=[change], **settings)
+    assert scaler.get_scale() < 2.0**40
+    assert any(value.count_nonzero() for value in change.values.values())
+    states = [patch.head, *patch.pieces, *module.shared_state().pieces]
+    assert all(t.isfinite().all() for state in states for t in state.values())
+
+
+# every method on one backbone
+ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_state(image_folder, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(ROOT / "tests" / "two_processes.py")
+    words = [*launch, script, str(image_folder("first", 3)), str(tmp_path), *ONCE]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr[-2000:]
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert list(one) == ONCE
+    assert [name for name in ONCE if one[name] != other[name]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONCE)
+def test_compiles_into_one_graph(name, data):
+    backbone, pieces = METHODS[name]()
+    module = TILModule(backbone, pieces)
+    torch._dynamo.reset()  # or graphs of the module before would be taken for those of this one
+    images = torch.rand(2, 3, 32, 32)
+    module.build(32)
+    module.begin_task("first", ["a", "b"])
+    trained = [p for piece in module.pieces for p in piece.parameters.values()]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(images), module(images), atol=1e-5)
+    parameters = [*trained, *module.head.parameters()]
+    gradients = [torch.autograd.grad(f(images).sum(), parameters, allow_unused=True) for f in (compiled, module)]
+    for ours, plain in zip(*gradients, strict=True):
+        assert (ours is None and plain is None) or torch.allclose(ours, plain, atol=1e-4)
