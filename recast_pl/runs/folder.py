@@ -106,11 +106,8 @@ class RunFolder:
         path: The folder; it need not exist.
     """
 
-    CONFIG = "config.yaml"
-    SUMMARY = "summary.json"
-    MIMICRY = "mimicry.json"
-    IMAGENET = "imagenet.json"
-    ANALYSIS = "analysis.json"
+    CONFIG, SUMMARY = "config.yaml", "summary.json"
+    MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -130,11 +127,7 @@ class RunFolder:
         return [cls(path) for path in sorted({p.parent for n in (cls.SUMMARY, cls.CONFIG) for p in folder.rglob(n)})]
 
     def check_unused(self) -> None:
-        """Refuses to write a new run over files that exist.
-
-        Raises:
-            RunError: If the folder has content.
-        """
+        """Raises RunError if the folder has content, which a new run would overwrite."""
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue it, or name another --run_dir"
@@ -152,7 +145,7 @@ class RunFolder:
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
             same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
-            return all(same)
+        return all(same)
 
     def read_summary(self) -> Summary:
         """Reads `summary.json`; raises RunError if it is missing or damaged."""
@@ -208,10 +201,6 @@ class RunFolder:
 
 def write_once(path: Path, content: bytes) -> bool:
     """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
-
-    Args:
-        path: The file; its folder is created.
-        content: Its bytes.
 
     Returns:
         Whether the file has this content now.

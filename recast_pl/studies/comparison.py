@@ -12,7 +12,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.measures import MEASURES, measures
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
-from recast_pl.runs.collection import PLAN, Label, is_whole
+from recast_pl.runs.collection import PLAN, Label, is_complete
 from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
@@ -74,7 +74,7 @@ class Comparison:
         if twice:
             raise RunError(f"two {self.HEADING}s are named {twice[0]!r}; rename one, which names the folder")
         if self.alone is not None and self.alone not in names:
-            raise RunError(f"no {self.HEADING} is named --alone {self.alone!r}; choose one of {', '.join(names)}")
+            raise RunError(f"--alone {self.alone!r} is not one of the {self.HEADING}s; choose from {', '.join(names)}")
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
         """Trains the runs that are not finished, and writes the table after every run.
@@ -130,7 +130,7 @@ class Comparison:
             found[point.name] = [RunFolder(path.parent).read_summary() for path in paths]
         tasks = max((len(run["tasks"]) for runs in found.values() for run in runs), default=0)
         finished = {  # a run with fewer tasks than another one is still missing some
-            name: {run["seed"]: run for run in runs if is_whole(run) and len(run["tasks"]) == tasks}
+            name: {run["seed"]: run for run in runs if is_complete(run) and len(run["tasks"]) == tasks}
             for name, runs in found.items()
         }
         return {name: runs for name, runs in finished.items() if runs}
@@ -152,7 +152,7 @@ class Comparison:
 
     def _measures(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
         runs = finished[name]
-        cells = measures(list(runs.values()))
+        cells = list(measures(list(runs.values())).values())
         if self.alone is not None:
             alone = finished.get(self.alone, {})
             gains = [

@@ -15,9 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from recast_pl.errors import RunError
 from recast_pl.optional_imports import extra
@@ -32,14 +31,8 @@ _RETRIES = 5  # of a command line whose worker died; one that kills more workers
 _REQUEUES = 20  # of a job that ran out of time; each continues from the checkpoint of the previous one
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command line ended.
-
-    Args:
-        status: Its exit status.
-        output: Its output, or the engine's error message; empty if the user has already seen it.
-    """
+class Outcome(NamedTuple):
+    """How a command line ended; `output` may be the engine's error message, and is empty if the user has seen it."""
 
     status: int
     output: str = ""

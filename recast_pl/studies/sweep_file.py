@@ -53,16 +53,7 @@ class PlannedPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep as its file describes it; `read_sweep` makes one.
-
-    Args:
-        base: Configs that every point starts from.
-        seeds: Seeds of the runs; empty for the default seeds.
-        points: Points by name.
-        x: Key on the horizontal axis of the figure, or `task_parameters`.
-        series: Keys that tell lines or bars apart.
-        over: Key over which the second table takes means; None for no second table.
-    """
+    """The entries of a sweep's file, with points by name; `seeds` may be empty, and `over` None."""
 
     base: Sequence[str]
     seeds: Sequence[int]
