@@ -341,7 +341,7 @@ def test_coefficients_of_another_decomposition_are_refused(count):
     ("words", "named"),
     [
         ([], ["--run_dir", "--decomposition"]),
-        (["--decomposition", "FILE", "--run_dir", "x"], ["--decomposition", "leave out either"]),
+        (["--decomposition", "FILE", "--run_dir", "x"], ["--decomposition", "leave out one of them"]),
         (["--run_dir", "/no/such/run"], ["/no/such/run", "config.yaml"]),
         (["--decomposition", "/no/such/file"], ["/no/such/file", "check the path"]),
         (["--decomposition", "FILE", "--images", "IMAGE"], ["--images", "--backbone"]),
