@@ -117,7 +117,7 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
     except (BackboneError, ExportError, RuntimeError, TypeError, ValueError, KeyError) as cause:
         raise ExportError(
             f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: it "
-            f"changes more than weights or has an unknown architecture; choose onnx or torch_export ({str(cause)[:200]})"
+            f"changes more than weights or its architecture is unknown; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
     facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"
