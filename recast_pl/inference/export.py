@@ -116,8 +116,8 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
         difference = _difference(plain((images - backbone.mean) / backbone.std), network(images))
     except (BackboneError, ExportError, RuntimeError, TypeError, ValueError, KeyError) as cause:
         raise ExportError(
-            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: "
-            f"it changes more than weights or is an unknown architecture; use onnx or torch_export ({str(cause)[:200]})"
+            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: it "
+            f"changes more than weights or its architecture is unknown; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
     facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"
