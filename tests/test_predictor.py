@@ -164,7 +164,7 @@ def test_the_error_for_a_wrong_image_says_what_it_is(model, name):
 
 
 def test_tasks_that_do_not_fit_are_refused(model):
-    with pytest.raises(RunError, match="no task 'fool'; the tasks are food, signs"):
+    with pytest.raises(RunError, match="no task is named 'fool'; the tasks are food, signs"):
         model.predict("nowhere.jpg", "fool")
     for words in ({}, {"task": "food", "tasks": ["food"]}):
         with pytest.raises(DataError, match="either task=NAME"):
@@ -186,7 +186,7 @@ def test_a_patch_is_added_and_removed(run, model, tmp_path):
     assert of_first[0].probabilities != of_second[0].probabilities != before[0].probabilities
     model.remove("food1")
     assert model.tasks == ["food", "signs", "food2"]
-    with pytest.raises(RunError, match="no task 'food1'"):
+    with pytest.raises(RunError, match="no task is named 'food1'"):
         model.remove("food1")
     model.add_patch(tuned(food, "food3", 3))  # after one was removed
     model.add_patch(first)

@@ -193,7 +193,7 @@ REFUSED = {  # request, status, part of the error
     "path as task": (
         {"data": {"task": "../../etc/passwd"}, "files": {"image": FILE}},
         404,
-        "no task '../../etc/passwd'",
+        "no task is named '../../etc/passwd'",
     ),
     "no task": ({"files": {"image": FILE}}, 422, "0 fields 'task'; send one, with text"),
     "task as file": ({"files": {"image": FILE, "task": FILE}}, 422, "fields 'task'; send one, with text"),
