@@ -1,4 +1,4 @@
-"""Callbacks that end a run in the ways in which runs end."""
+"""Callbacks that end a run in different ways."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from lightning import Callback
 
 
 class KillAt(Callback):
-    """Kills its own process, as a power cut would, at a given hook of a given task and epoch."""
+    """Kills its own process, as a power cut would, in a given hook of a given task and epoch."""
 
     def __init__(self, hook: str, task: str, epoch: int) -> None:
         def kill(trainer, pl_module, *_):
@@ -20,7 +20,7 @@ class KillAt(Callback):
 
 
 class SignalAt(Callback):
-    """Sends its own process a signal in the middle of an epoch."""
+    """Sends a signal to its own process in the middle of an epoch."""
 
     def __init__(self, number: int, task: str, epoch: int) -> None:
         self.number, self.task, self.epoch = number, task, epoch
@@ -31,7 +31,7 @@ class SignalAt(Callback):
 
 
 class Poison(Callback):
-    """Makes the head NaN, as a step too long would."""
+    """Sets the head to NaN, as too long a step would."""
 
     def __init__(self, task: str, epoch: int) -> None:
         self.task, self.epoch = task, epoch
@@ -42,7 +42,7 @@ class Poison(Callback):
 
 
 class SignalOnce(SignalAt):
-    """The same, the first time only: a marker tells a process that comes later."""
+    """Sends the signal only the first time; a marker file tells later processes."""
 
     def __init__(self, number: int, task: str, epoch: int, marker: str) -> None:
         super().__init__(number, task, epoch)
@@ -55,7 +55,7 @@ class SignalOnce(SignalAt):
 
 
 class WaitOnce(Callback):
-    """Waits in the middle of an epoch to be killed, the first time, and says on which node of Ray."""
+    """Waits in the middle of an epoch, the first time, until it is killed; the marker file names the node of Ray."""
 
     def __init__(self, task: str, epoch: int, marker: str) -> None:
         self.task, self.epoch, self.marker = task, epoch, Path(marker)

@@ -18,7 +18,7 @@ from recast_pl import TILModule
 from recast_pl.cli import main
 from recast_pl.config.run import open_run
 from recast_pl.data.images import FileDataset
-from recast_pl.runs.evaluation import open_task
+from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
 PICTURES = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:5]
@@ -33,7 +33,9 @@ def expected(run, task, size=32):
     files = FileDataset(PICTURES, size)
     images = torch.stack([files[index][0] for index in range(len(files))])
     module = open_run(str(run))[1].model
-    open_task(module, RunFolder(run), RunFolder(run).load_patches()[task])
+    patch = RunFolder(run).load_patches()[task]
+    restore(module, RunFolder(run), patch.image_size)
+    module.activate(patch)
     with torch.no_grad():
         return images, module.eval()(images)
 

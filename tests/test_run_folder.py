@@ -50,7 +50,7 @@ def test_a_file_that_is_not_named_as_a_patch_is_refused(tmp_path):
     folder = RunFolder(tmp_path)
     with pytest.raises(RunError, match="holds no trained task"):
         folder.finished()
-    store(folder.files(0, "t"), a_patch("t"), {})
+    store(folder.files(0, "t"), a_patch("t"), {"task": {"name": "t"}})
     a_patch("t").save(tmp_path / "patches" / "mean.safetensors")
     with pytest.raises(RunError, match=r"mean\.safetensors is not named POSITION_TASK"):
         folder.load_patches(["t"])
@@ -59,7 +59,7 @@ def test_a_file_that_is_not_named_as_a_patch_is_refused(tmp_path):
 def test_a_task_name_may_look_like_a_position(tmp_path):
     folder = RunFolder(tmp_path)
     for index, name in enumerate(["9_9", "_a", "10"]):
-        store(folder.files(index, name), a_patch(name), {})
+        store(folder.files(index, name), a_patch(name), {"task": {"name": name}})
     assert list(folder.load_patches()) == ["9_9", "_a", "10"]
     with pytest.raises(RunError, match=r"task '9' is not trained in .*; trained are 9_9, _a, 10"):
         folder.load_patches(["9"])

@@ -9,7 +9,7 @@ from recast_pl.config.run import open_run
 from recast_pl.errors import ExportError
 from recast_pl.files import write_atomic
 from recast_pl.inference.export import FORMATS, ExportFormat, bank_inputs
-from recast_pl.runs.evaluation import choose_patch, open_task
+from recast_pl.runs.evaluation import choose_patch, restore
 from recast_pl.runs.folder import RunFolder
 
 
@@ -38,7 +38,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     export, ending = FORMATS[config.format]
     fed = RunFolder(run_dir).load_patches() if config.format == "onnx_bank" else {}
     patch = next(iter(fed.values())) if fed else choose_patch(RunFolder(run_dir), config.task, config.patch)
-    open_task(init.model, RunFolder(run_dir), patch)
+    restore(init.model, RunFolder(run_dir), patch.image_size)
+    init.model.activate(patch)
     exported = export(init.model, patch)
     path = Path(config.output or RunFolder(run_dir).export / f"{'bank' if fed else patch.task}{ending}")
     files = {path: exported.content}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,8 +12,6 @@ from recast_pl.files import pack_tensors, read_tensors, write_atomic
 from recast_pl.methods.piece import check_state
 
 _FORMAT = 1
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,8 @@ class TaskPatch:
         Raises:
             PatchError: If the file is missing, damaged, of another kind or of a newer format.
         """
-
-        def build(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> TaskPatch:
-            parts = _nested(tensors, {"head": 1, "pieces": len(facts["method"])})
-            return cls(head=parts["head"][0], pieces=parts["pieces"], **facts)
-
-        return _load(path, "patch", _PATCH_FACTS, build)
+        content = _load(path, "patch", _PATCH_FACTS, lambda facts: {"head": 1, "pieces": len(facts["method"])})
+        return cls(**content | {"head": content["head"][0]})
 
 
 @dataclass(frozen=True)
@@ -138,15 +132,7 @@ class SharedState:
         return sum(tensor.nbytes for state in (*self.heads, *self.pieces) for tensor in state.values())
 
     def check(self, base: str, method: list[str]) -> None:
-        """Checks that the state belongs to a network.
-
-        Args:
-            base: Fingerprint of the frozen network.
-            method: Names of the pieces.
-
-        Raises:
-            PatchError: If the base or the method is another one.
-        """
+        """Raises PatchError if the base (a fingerprint) or the method (names of pieces) is another one."""
         if (self.base, self.method) != (base, method):
             raise PatchError(
                 f"the shared state is of method {self.method} on base {self.base[:12]}…, not of {method} on base "
@@ -165,12 +151,8 @@ class SharedState:
         Raises:
             PatchError: If the file is missing, damaged, of another kind or of a newer format.
         """
-
-        def build(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> SharedState:
-            parts = _nested(tensors, {"heads": len(facts["tasks"]), "pieces": len(facts["method"])})
-            return cls(heads=parts["heads"], pieces=parts["pieces"], **facts)
-
-        return _load(path, "shared", _SHARED_FACTS, build)
+        counts = lambda facts: {"heads": len(facts["tasks"]), "pieces": len(facts["method"])}  # noqa: E731
+        return cls(**_load(path, "shared", _SHARED_FACTS, counts))
 
 
 def head_state(head: nn.Module) -> dict[str, Tensor]:
@@ -216,12 +198,9 @@ _PATCH_FACTS: dict[str, Check] = {
 
 
 def _load(
-    path: str | Path,
-    kind: str,
-    checks: Mapping[str, Check],
-    build: Callable[[Mapping[str, Tensor], Mapping[str, Any]], _T],
-) -> _T:
-    """Reads a file of a kind, checks its metadata, and builds a value from its tensors and its metadata."""
+    path: str | Path, kind: str, checks: Mapping[str, Check], counts: Callable[[Mapping[str, Any]], Mapping[str, int]]
+) -> dict[str, Any]:
+    """Reads a file of a kind: its checked metadata, and lists of states, of which `counts` gives the lengths."""
     tensors, facts = read_tensors(path, PatchError)
     found, version = facts.pop("kind", None), facts.pop("format", None)
     if (found, version) != (kind, _FORMAT):
@@ -229,7 +208,7 @@ def _load(
         raise PatchError(f"{path} is a {found} of format {version}, not a {name} of format {_FORMAT}; check the path")
     try:
         _check_facts(facts, checks)
-        return build(tensors, facts)
+        return facts | _nested(tensors, counts(facts))
     except (KeyError, TypeError, ValueError, IndexError) as cause:
         raise PatchError(f"{path} is incomplete or damaged ({cause}); train its tasks again") from cause
 

@@ -131,7 +131,7 @@ class TaskNetwork(nn.Module):
         """The backbone, and the head of the current task.
 
         Raises:
-            RunError: If there is no task yet.
+            RunError: If no task has begun.
         """
         if self.backbone is None or self.head is None:
             raise RunError("TILModule has no task yet; call Trainer.fit, or build and then begin_task or activate")

@@ -15,19 +15,14 @@ PLAN = "plan.json"
 """File of a comparison or sweep that lists its points and seeds."""
 
 
-def is_whole(summary: Summary) -> bool:
+def is_complete(summary: Summary) -> bool:
     """Whether a run has trained all its tasks, according to its summary."""
     return bool(summary["tasks"]) and not summary.get("unlearnt")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
-
-    Args:
-        folder: The run folder.
-        summary: The content of `summary.json`.
-    """
+    """A finished run: its folder, and the content of its `summary.json`."""
 
     folder: RunFolder
     summary: Summary
@@ -55,13 +50,7 @@ class Collection:
 
 
 def find_collections(folders: Iterable[Path]) -> list[Collection]:
-    """Finds all runs in some folders and groups them.
-
-    Args:
-        folders: Run folders, or folders that hold them at any depth.
-
-    Returns:
-        The groups, in order of folders.
+    """Groups all runs in some folders, at any depth, in order of folders.
 
     Raises:
         RunError: If a folder holds no run, or a file of a run is damaged.
@@ -94,12 +83,12 @@ def _leave_out_parts(collection: Collection) -> None:
     """Moves runs with fewer tasks than others to the unfinished ones: all runs of a collection have the same tasks."""
     tasks = max((len(run.summary["tasks"]) for runs in collection.runs.values() for run in runs), default=0)
     for name, runs in list(collection.runs.items()):
-        whole = [run for run in runs if is_whole(run.summary) and len(run.summary["tasks"]) == tasks]
+        complete = [run for run in runs if is_complete(run.summary) and len(run.summary["tasks"]) == tasks]
         for run in runs:
-            if run not in whole:
+            if run not in complete:
                 trained = ", ".join(task["name"] for task in run.summary["tasks"]) or "nothing"
                 collection.unfinished[run.folder.path] = f"only {trained} trained"
-        collection.runs[name] = sorted(whole, key=lambda run: run.summary["seed"])
+        collection.runs[name] = sorted(complete, key=lambda run: run.summary["seed"])
     collection.runs = {name: runs for name, runs in collection.runs.items() if runs}
 
 

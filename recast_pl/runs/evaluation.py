@@ -28,7 +28,7 @@ def evaluate_run(
         trainers: Makes the trainer that evaluates.
 
     Returns:
-        Task, recorded accuracy in percent and measured accuracy in percent, in the order of the stream.
+        The name, recorded and measured accuracy in percent of each task, in the order of the stream.
 
     Raises:
         RunError: If no task is trained.
@@ -40,33 +40,23 @@ def evaluate_run(
     restore(module, folder, data.image_size)
     results = accuracy_matrix([files.load_record() for files in finished.values()])[-1]
     recorded = dict(zip(finished, results, strict=True))
-    positions = {task.name: index for index, task in enumerate(data.tasks)}
+    names = [task.name for task in data.tasks]
     return [
-        (name, accuracy, measure(module, data, positions[name], finished[name].load()[0], evaluator))
+        (name, accuracy, measure(module, data, names.index(name), finished[name].load()[0], evaluator))
         for name, accuracy in recorded.items()
         if accuracy is not None
     ]
 
 
 def check_choice(folder: RunFolder, task: str | None, file: str | None) -> None:
-    """Makes sure that just one of a task's name and a patch file is given.
-
-    Raises:
-        RunError: If neither or both are given.
-    """
+    """Raises RunError unless exactly one of a task's name and a patch file is given."""
     if (task is None) == (file is None):
-        given = "neither" if task is None else "both"
-        tasks = ", ".join(folder.finished())
+        given, tasks = "neither" if task is None else "both", ", ".join(folder.finished())
         raise RunError(f"{given} of --task and --patch are given; give one, trained are {tasks}")
 
 
 def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskPatch:
-    """Reads the patch of a trained task, or a patch file.
-
-    Args:
-        folder: The run folder.
-        task: Name of a trained task; None for the file.
-        file: Path of a patch; None for the task.
+    """Reads the patch of a trained task, or a patch file; exactly one of the two must be given.
 
     Raises:
         RunError: If neither or both are given, or the run has no such task.
@@ -74,18 +64,6 @@ def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskP
     """
     check_choice(folder, task, file)
     return folder.load_patches([task])[task] if task is not None else TaskPatch.load(str(file))
-
-
-def open_task(module: TILModule, folder: RunFolder, patch: TaskPatch) -> None:
-    """Builds a module on the base of a run and activates one task.
-
-    Args:
-        module: The run's method and backbone.
-        folder: The run folder.
-        patch: The task.
-    """
-    restore(module, folder, patch.image_size)
-    module.activate(patch)
 
 
 def restore(module: TILModule, folder: RunFolder, image_size: int) -> None:
@@ -100,19 +78,16 @@ def restore(module: TILModule, folder: RunFolder, image_size: int) -> None:
         piece.load_base(folder.path)
     module.build(image_size)
     if not module.isolated:
-        last = list(folder.finished().values())[-1]
+        *_, last = folder.finished().values()
         module.load_shared_state(SharedState.load(last.shared))
 
 
 def trained_coefficients(module: TILModule, folder: RunFolder) -> dict[str, Tensor]:
-    """The coefficients of every trained task of a run.
+    """Mean coefficients (Σ n,) of all weights, by trained task of a run.
 
     Args:
         module: The run's method; it need not be built.
         folder: The run folder.
-
-    Returns:
-        Mean coefficients of all weights, one after the other (Σ n,), by task; empty if no task is trained.
     """
     if not folder.is_trained:
         return {}
@@ -122,15 +97,7 @@ def trained_coefficients(module: TILModule, folder: RunFolder) -> dict[str, Tens
 
 
 def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
-    """Test images of the first task, evenly spaced, so that they come from many classes.
-
-    Args:
-        data: The stream.
-        count: The largest number of images.
-
-    Returns:
-        Images (N, 3, S, S) in [0, 1].
-    """
+    """Up to `count` test images (N, 3, S, S) in [0, 1] of the first task, evenly spaced to show many classes."""
     data.prepare_data()
     data.select(0)
     split = data.plain_dataloader("test").dataset

@@ -75,8 +75,11 @@ class TaskFiles:
         self.checkpoints = run / "checkpoints" / self.name
 
     def load_record(self) -> Record:
-        """Reads the record; raises RunError if it is missing or damaged."""
-        return cast(Record, read_sealed_json(self.record, RunError))
+        """Reads the record; raises RunError if it is missing or damaged, or belongs to another task."""
+        record = cast(Record, read_sealed_json(self.record, RunError))
+        if record["task"]["name"] != self.task:
+            raise RunError(f"{self.record} is the record of task {record['task']['name']!r}; restore the original one")
+        return record
 
     def load(self) -> tuple[TaskPatch, Record]:
         """Reads the patch and the record.
@@ -103,11 +106,8 @@ class RunFolder:
         path: The folder; it need not exist.
     """
 
-    CONFIG = "config.yaml"
-    SUMMARY = "summary.json"
-    MIMICRY = "mimicry.json"
-    IMAGENET = "imagenet.json"
-    ANALYSIS = "analysis.json"
+    CONFIG, SUMMARY = "config.yaml", "summary.json"
+    MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -127,11 +127,7 @@ class RunFolder:
         return [cls(path) for path in sorted({p.parent for n in (cls.SUMMARY, cls.CONFIG) for p in folder.rglob(n)})]
 
     def check_unused(self) -> None:
-        """Refuses to write a new run over files that exist.
-
-        Raises:
-            RunError: If the folder has content.
-        """
+        """Raises RunError if the folder has content, which a new run would overwrite."""
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue it, or name another --run_dir"
@@ -149,7 +145,7 @@ class RunFolder:
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
             same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
-            return all(same)
+        return all(same)
 
     def read_summary(self) -> Summary:
         """Reads `summary.json`; raises RunError if it is missing or damaged."""
@@ -205,10 +201,6 @@ class RunFolder:
 
 def write_once(path: Path, content: bytes) -> bool:
     """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
-
-    Args:
-        path: The file; its folder is created.
-        content: Its bytes.
 
     Returns:
         Whether the file has this content now.

@@ -48,8 +48,7 @@ def backward_transfer(matrix: Matrix) -> float:
     Lopez-Paz and Ranzato, 2017, equation 3. 0 for a single task; a negative value means forgetting.
     """
     square = _square(matrix)
-    changes = square[-1] - square.diagonal()
-    return float(changes[:-1].mean()) if len(changes) > 1 else 0.0
+    return _mean((square[-1] - square.diagonal())[:-1])
 
 
 def forgetting(matrix: Matrix) -> float:
@@ -58,10 +57,8 @@ def forgetting(matrix: Matrix) -> float:
     Chaudhry et al., 2018, equation 3. 0 for a single task.
     """
     square = _square(matrix)
-    if len(square) == 1:
-        return 0.0
-    best = np.nanmax(square[:-1, :-1], axis=0)  # the upper triangle is NaN
-    return float((best - square[-1, :-1]).mean())
+    best = np.fmax.reduce(square[:-1, :-1], axis=0, initial=0)  # the upper triangle is NaN
+    return _mean(best - square[-1, :-1])
 
 
 def average_anytime_accuracy(matrix: Matrix) -> float:
@@ -73,26 +70,17 @@ def forward_transfer(matrix: Matrix, alone: Sequence[float]) -> float:
     """Mean over all tasks but the first of the accuracy just after training minus the accuracy of the task alone.
 
     The original measure (Lopez-Paz and Ranzato, 2017) uses the accuracy before training, which is chance when every
-    task has its own head.
+    task has its own head. 0 for a single task.
 
     Args:
         matrix: Accuracies of the stream.
         alone: Accuracy in percent of each task in an independent run that trains nothing else.
-
-    Returns:
-        The mean difference in points; 0 for a single task.
     """
-    differences = _square(matrix).diagonal() - np.asarray(alone, dtype=float)
-    return float(differences[1:].mean()) if len(differences) > 1 else 0.0
+    return _mean((_square(matrix).diagonal() - np.asarray(alone, dtype=float))[1:])
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation of several values.
-
-    Args:
-        mean: The mean.
-        deviation: The sample standard deviation; None for a single value.
-    """
+    """Mean and sample standard deviation of several values; the latter is None for a single value."""
 
     mean: float
     deviation: float | None = None
@@ -103,13 +91,13 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Computes mean and sample standard deviation.
-
-    Args:
-        values: At least one value.
-    """
+    """Computes mean and sample standard deviation of at least one value."""
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _square(matrix: Matrix) -> np.ndarray:
     return np.array([[np.nan if value is None else value for value in row] for row in matrix], dtype=float)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -12,11 +12,11 @@ from recast_pl.runs.folder import RunFolder
 def fit_mimicry(
     module: MimicryModule, folder: RunFolder, trainers: TrainerFactory, seed: int = 42, config: str | None = None
 ) -> tuple[Decomposition, dict[str, float]]:
-    """Fits templates by gradient, and writes the decomposition and `mimicry.json`, which says what the fit took.
+    """Fits templates by gradient, and writes the decomposition and `mimicry.json` with the time and memory it took.
 
     Args:
         module: What to fit.
-        folder: The run folder; TensorBoard's events go there too.
+        folder: The run folder.
         trainers: Makes the trainer.
         seed: Seed of the initial values and of the noise.
         config: Content of `config.yaml`; None to write none.

@@ -15,8 +15,6 @@ from recast_pl.methods.piece import check_finite
 FULL_PRECISION = "accuracy_fp32"
 """Metric of a patch in half precision: the accuracy of the same task in single precision."""
 
-_FACTS_OF_A_TASK = ("task", "base", "classes", "method", "image_size", "mean", "std")
-
 
 @dataclass(frozen=True)
 class TensorDifference:
@@ -40,8 +38,7 @@ class PatchDifference:
     """The differences between two patches.
 
     Args:
-        facts: Each fact that differs: its name and both values, None where a patch lacks it. Metrics, and shapes and
-            types of tensors, count as facts.
+        facts: Name and both values of each fact that differs, such as a metric or a tensor's shape; None for missing.
         tensors: The distance of all tensors that both patches have in one shape.
     """
 
@@ -59,11 +56,7 @@ def compare_patches(first: TaskPatch, second: TaskPatch) -> PatchDifference:
 
 
 def check_patch(patch: TaskPatch) -> None:
-    """Checks what a patch alone can show, beyond the checks of `TaskPatch.load`.
-
-    Raises:
-        PatchError: If the head does not fit the class names, or a number is NaN or infinite.
-    """
+    """Raises PatchError if a patch's head does not fit its class names, or a number is NaN or infinite."""
     shapes = {name: tuple(tensor.shape) for name, tensor in patch.head.items()}
     weight, count = shapes.get("weight", ()), len(patch.classes)
     if len(weight) != 2 or shapes != {"weight": (count, weight[1]), "bias": (count,)}:
@@ -93,22 +86,20 @@ def average_patches(patches: Sequence[TaskPatch], weights: Sequence[float] = ())
     first, *others = patches
     for other in others:
         _check_same_task(first, other)
+    shares, means = [weight / sum(weights) for weight in weights], {}
     for name, tensor in first.tensors.items():
         if not tensor.is_floating_point():
             raise PatchError(
                 f"{name} of task {first.task!r} holds {tensor.dtype}; positions and masks have no mean; average "
                 "patches of a method without them"
             )
-    shares = [weight / sum(weights) for weight in weights]
-    means = {}
-    for name, tensor in first.tensors.items():
         parts = [share * patch.tensors[name].double() for share, patch in zip(shares, patches, strict=True)]
         means[name] = torch.stack(parts).sum(0).to(tensor.dtype)
     return first.with_tensors(means, metrics={})
 
 
 def quantize_patch(patch: TaskPatch) -> TaskPatch:
-    """Converts a patch to half precision; whole numbers stay. `TILModule.activate` computes in single precision.
+    """Converts a patch to half precision, except for whole numbers.
 
     The metric `accuracy` becomes `accuracy_fp32`, because the new patch was not measured.
 
@@ -124,9 +115,9 @@ def quantize_patch(patch: TaskPatch) -> TaskPatch:
 
 
 def _facts(patch: TaskPatch) -> dict[str, Any]:
-    """All that can be compared for equality, by name."""
-    facts = {name: fact for name, fact in patch.facts.items() if name != "metrics"}
-    metrics = {f"metrics.{name}": value for name, value in patch.metrics.items()}
+    """Everything that can be compared for equality, by name."""
+    facts = patch.facts
+    metrics = {f"metrics.{name}": value for name, value in facts.pop("metrics").items()}
     shapes = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in patch.tensors.items()}
     return facts | metrics | shapes
 
@@ -140,9 +131,9 @@ def _distance(name: str, first: Tensor, second: Tensor) -> TensorDifference:
 
 
 def _check_same_task(first: TaskPatch, other: TaskPatch) -> None:
-    for name in _FACTS_OF_A_TASK:
-        one, two = first.facts[name], other.facts[name]
-        if one != two:
+    for name, one in first.facts.items():
+        two = other.facts[name]
+        if name != "metrics" and one != two:
             raise PatchError(
                 f"{name} is {str(one)[:80]} in one patch and {str(two)[:80]} in another; average patches of one task"
             )

@@ -44,9 +44,8 @@ class Stream:
     """Trains the tasks of a datamodule in order, into a run folder.
 
     A task is finished when its patch exists; all results are made from the records in `tasks/`. Finished tasks are
-    kept, and an interrupted task continues after its last epoch. If the method keeps tasks apart, they may be trained
-    in any order and by several processes. If it does not, `shared/` holds what they share, as it was after the last
-    finished task.
+    kept, and an interrupted task continues after its last epoch. If the method keeps tasks apart, several processes
+    may train them, in any order. If it does not, `shared/` holds what they share, as the last finished task left it.
 
     Args:
         module: The method and backbone.
@@ -54,8 +53,7 @@ class Stream:
         run_dir: The run folder.
         trainers: Makes a trainer for each task.
         seed: Decides all randomness, together with task, epoch and process.
-        config: Content of `config.yaml`, which the command line needs to open the run; None to write none. With `only`,
-            a file that exists stays.
+        config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
     """
@@ -83,20 +81,16 @@ class Stream:
         """Trains all tasks that are not finished.
 
         Args:
-            only: Names of the tasks to train; all other tasks are ignored, and `merge` makes the results of all. Empty
-                for all tasks.
+            only: Names of the tasks to train, when other processes train the others; empty for all.
 
         Returns:
-            The content of `summary.json`. With `only` it covers these tasks and is not written, because other
-            processes may be training others.
+            The content of `summary.json`. With `only` it covers these tasks and is not written; `merge` writes it.
 
         Raises:
             RunError: If there is no such task, or tasks cannot be trained apart.
         """
         for name in self.begin(only):
-            index = self._names.index(name)
-            epochs, seconds = self._train(index)
-            self._finish(index, epochs, seconds)
+            self._train(self._names.index(name))
             if not only:
                 self._write_results()
         return self._conclude(write=not only)
@@ -104,14 +98,10 @@ class Stream:
     def begin(self, only: Sequence[str] = ()) -> list[str]:
         """Prepares the images, builds the module, writes the base of the run, and reads the finished tasks.
 
-        Args:
-            only: As in `run`.
+        Arguments and errors are those of `run`.
 
         Returns:
             Names of the tasks that are left to train, in order.
-
-        Raises:
-            RunError: As in `run`.
         """
         unknown = [name for name in only if name not in self._names]
         if unknown:
@@ -131,14 +121,7 @@ class Stream:
             self._conclude(write=True)
 
     def check_isolated(self, option: str) -> None:
-        """Refuses to train tasks apart if later tasks need what earlier ones leave.
-
-        Args:
-            option: The option that asks for it.
-
-        Raises:
-            RunError: If a piece shares weights between tasks.
-        """
+        """Raises RunError, naming the option that trains tasks apart, if a piece shares weights between tasks."""
         sharing = [type(piece).__name__ for piece in self.module.pieces if not piece.isolated]
         if sharing:
             raise RunError(
@@ -150,12 +133,9 @@ class Stream:
         """Builds the module on the base in the run folder; writes the base and the config if they are missing.
 
         Machines of other kinds solve the same decomposition to other bits, and a patch fits only the bits that it was
-        trained on. So the first process that writes its base decides, and all others take that one.
-
-        Args:
-            beside_others: Whether other processes may be doing the same at this moment.
+        trained on. So if other processes may be doing the same now (`beside_others`), all take the base of the first.
         """
-        unattached = copy.deepcopy(self.module.pieces) if beside_others else []
+        unbuilt = copy.deepcopy(self.module) if beside_others else self.module
         self._build_on_base()
         if not self.evaluator.is_global_zero:
             return
@@ -165,7 +145,7 @@ class Stream:
         if not beside_others:
             self._save_base(self.folder.path)
         elif not self.folder.add_files(self._save_base):
-            self.module.pieces, self.module.backbone = unattached, None
+            self.module = unbuilt
             self._build_on_base()
         for piece in self.module.pieces:
             for part in piece.describe():
@@ -182,21 +162,20 @@ class Stream:
             piece.save_base(folder)
 
     def _read_finished(self, indices: Iterable[int]) -> None:
-        """Reads the patches and records of finished tasks, and what tasks share; checks that all fit the module."""
+        """Reads the files of finished tasks, and checks that they fit the module."""
         files = {index: self._files(index) for index in indices}
         finished = [index for index in files if files[index].patch.exists()]
         if not self.module.isolated:  # a task counts only if all before it are finished
             finished = [index for place, index in enumerate(finished) if index == place]
-        both = {index: files[index].load() for index in finished}
-        self.patches = {index: patch for index, (patch, _) in both.items()}
-        self.records = {index: record for index, (_, record) in both.items()}
-        if finished and not self.module.isolated:
-            self.module.load_shared_state(SharedState.load(files[finished[-1]].shared))
-        for patch in self.patches.values():
-            self.module.activate(patch)
+            if finished:
+                self.module.load_shared_state(SharedState.load(files[finished[-1]].shared))
+        self.patches, self.records = {}, {}
+        for index in finished:
+            self.patches[index], self.records[index] = files[index].load()
+            self.module.activate(self.patches[index])
 
-    def _train(self, index: int) -> tuple[int, float]:
-        """Trains one task, from its checkpoint if there is one; returns its epochs and seconds."""
+    def _train(self, index: int) -> None:
+        """Trains one task, from its checkpoint if there is one."""
         self.data.select(index)
         name, files = self.data.task_name, self._files(index)
         if self.evaluator.is_global_zero:
@@ -211,17 +190,15 @@ class Stream:
         watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
         trainer = self.trainers.for_training(self.folder.path, files.name, [BestEpoch(), timer, saving, *watching])
         trainer.fit(self.module, datamodule=self.data, ckpt_path=self._checkpoint(files), weights_only=True)
-        return trainer.current_epoch, timer.time_elapsed("train")
+        self._finish(index, trainer.current_epoch, timer.time_elapsed("train"))
 
     def _checkpoint(self, files: TaskFiles) -> Path | None:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
         last = files.checkpoints / "last.ckpt"
-        if not last.exists():
+        if last.exists() and not is_whole_checkpoint(last):
+            self.console.print(f"{last} is damaged; the task is trained again from its start", soft_wrap=True)
             return None
-        if is_whole_checkpoint(last):
-            return last
-        self.console.print(f"{last} is damaged; the task is trained again from its start", soft_wrap=True)
-        return None
+        return last if last.exists() else None
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures the task and those before it, then writes its files."""
@@ -271,7 +248,6 @@ class Stream:
         shutil.rmtree(files.checkpoints, ignore_errors=True)
 
     def _conclude(self, write: bool) -> Summary:
-        """Writes the results if asked, and shows them."""
         if write:
             self._write_results()
         summary = self._summary()
@@ -283,11 +259,10 @@ class Stream:
         """Writes the results of all finished tasks, unless the folder has them."""
         summary, path = self._summary(), self.folder.summary
         content = json_text(summary)
-        if not self.evaluator.is_global_zero or (path.exists() and path.read_text() == content):
-            return
-        if self.presentation:
-            self.presentation.write(self.folder, summary)
-        write_atomic(path, content)
+        if self.evaluator.is_global_zero and not (path.exists() and path.read_text() == content):
+            if self.presentation:
+                self.presentation.write(self.folder, summary)
+            write_atomic(path, content)
 
     def _summary(self) -> Summary:
         records = [record for _, record in sorted(self.records.items())]
