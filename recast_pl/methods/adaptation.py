@@ -50,7 +50,7 @@ class Adaptation(nn.Module):
             cls.product = Adaptation.product  # type: ignore[method-assign]
 
     def reset(self, weight: Tensor) -> None:
-        """Resets the parameters to the start of every task; `change` would receive this weight (*shape) there."""
+        """Resets the parameters to the start of every task, where `change` receives this weight (*shape)."""
         raise NotImplementedError
 
     def change(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The buffer that methods share which replay images of earlier tasks, and the piece that fills it while training."""
+"""The buffer of images from earlier tasks, and the base of methods that replay them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -151,13 +151,13 @@ class Buffer:
         return slots
 
     def _put(self, slots: dict[int, int], samples: Samples) -> None:
-        """Writes samples into slots; memory for all of them is reserved at once, but used only when written."""
+        """Writes samples into slots; memory for all slots is reserved at once, but used only when written."""
         held = self._slots if len(self) else samples.take(torch.empty(0, dtype=torch.long))
         width = max(held.logits.shape[1], samples.logits.shape[1])
         held, samples = (each._replace(logits=widen(each.logits, width)) for each in (held, samples))
         if len(held.labels) < self.capacity:
-            full, held = held, Samples(*(part.new_empty(self.capacity, *part.shape[1:]) for part in held))
-            for part, old in zip(held, full, strict=True):
+            short, held = held, Samples(*(part.new_empty(self.capacity, *part.shape[1:]) for part in held))
+            for part, old in zip(held, short, strict=True):
                 part[: len(old)] = old
         where, which = torch.tensor(list(slots)), torch.tensor(list(slots.values()))
         for part, new in zip(held, samples, strict=True):
@@ -198,9 +198,9 @@ class Replay(Guard):
             self.buffer.add(samples)
 
     def draw(self, step: Step) -> tuple[Tensor, Samples]:
-        """As many samples as a step has images, after what their own heads output now for the augmented images (B, C).
+        """Draws as many samples as a step has images; returns what their own heads output now (B, C), and the samples.
 
-        Both are on the device of the step.
+        The images are augmented again. Both results are on the device of the step.
         """
         samples = self.buffer.draw(len(step.labels))
         images = self.learner.augment(samples.images, samples.tasks)

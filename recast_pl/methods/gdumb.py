@@ -16,7 +16,7 @@ from recast_pl.methods.buffer import Replay, Samples, to_uint8
 class GDumb(Replay):
     """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains from the start on a balanced buffer.
 
-    List it after `FineTune`, which trains the weights.
+    List it after `FineTune`, which trains the weights. Training augments the images as their own tasks ask.
 
     Args:
         per_class: Images kept of each class; None to bound them in total.

@@ -9,7 +9,7 @@ Serrà et al., "Overcoming Catastrophic Forgetting with Hard Attention to the Ta
 The gradient of e is compensated for the annealing, and e is kept within ±6 (section 2.5).
 
 Deviations:
-- Embeddings start around 2, not 0, which would lose half of the units of a pretrained network.
+- Embeddings start around 2. With 0, as published, a pretrained network would lose half of its units at once.
 - The protection scales the optimizer's step, not the gradient, so that momentum and weight decay move nothing.
 - Sums of the residual stream cannot be masked and count as used by every task. So weights that lead neither into nor
   out of a masked unit stay fixed after the first task, normalisation included.
