@@ -17,4 +17,7 @@ else:
         """Imports the public names on first use, so that the help of the command line does not wait for torch."""
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)
-        return getattr(importlib.import_module("recast_pl.api"), name)
+        api = importlib.import_module("recast_pl.api")
+        if name == "__all__":
+            return sorted(public for public in vars(api) if not public.startswith("_"))
+        return getattr(api, name)

@@ -1,4 +1,5 @@
-"""All public names of `import recast_pl`."""
+# ruff: noqa: F401
+"""The public names of `import recast_pl`: all that this module imports."""
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.data.datamodule import SequentialTaskDataModule
@@ -35,51 +36,3 @@ from recast_pl.methods.rosa import RoSA
 from recast_pl.methods.scale import Scale
 from recast_pl.methods.spectral import Spectral
 from recast_pl.studies.engines import Engine, Processes, Ray, Slurm
-
-__all__ = [
-    "CLR",
-    "DERPP",
-    "ERACE",
-    "EWC",
-    "HAT",
-    "L2P",
-    "AdaptFormer",
-    "Backbone",
-    "BackboneConfig",
-    "BankLayout",
-    "Decomposition",
-    "DoRA",
-    "Engine",
-    "FineTune",
-    "FreeTemplates",
-    "FullFineTune",
-    "GDumb",
-    "Growth",
-    "InfLoRA",
-    "LinearProbe",
-    "LoRA",
-    "LoRAXS",
-    "LwF",
-    "MimicryModule",
-    "Piece",
-    "Piggyback",
-    "Prediction",
-    "Predictor",
-    "Processes",
-    "Ray",
-    "Recast",
-    "RecastError",
-    "RoSA",
-    "Scale",
-    "SequentialTaskDataModule",
-    "SharedState",
-    "Slurm",
-    "Spectral",
-    "TILModule",
-    "TaskConfig",
-    "TaskPatch",
-    "TemplateAutoencoder",
-    "decompose",
-    "install",
-    "load",
-]

@@ -35,3 +35,9 @@ class ExportError(RecastError):
 
 class StorageError(RecastError):
     """A file cannot be written: the disk is full, or writing is not allowed."""
+
+
+def one_line(cause: Exception) -> str:
+    """The text of an exception on one line, cut after 300 characters; the name of its type if it has no text."""
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

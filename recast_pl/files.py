@@ -32,7 +32,7 @@ _METADATA_KEY = "recast_pl"  # a single key, because safetensors keeps several k
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes a file atomically: a reader, or a crash, sees the old content or the new content, never a part.
+    """Writes a file atomically: readers see the old content or the new content, even after a crash, never a part.
 
     Args:
         path: The file. Missing folders are created.
@@ -78,11 +78,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the temporary files that a killed `write_atomic` left below a folder.
-
-    Args:
-        folder: No other process may be writing there.
-    """
+    """Removes the temporary files that a killed `write_atomic` left in a folder, where nobody may be writing now."""
     for part in folder.rglob(f".*{_PART}"):
         part.unlink(missing_ok=True)
 
@@ -204,14 +200,13 @@ def is_whole_checkpoint(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             # testzip ignores these two fields, but torch would load garbage from a member of wrong size or a folder
-            members = archive.infolist()
-            stored = all(m.compress_size == m.file_size and not m.external_attr for m in members)
-            whole = stored and archive.testzip() is None
-        if whole:
-            torch.load(path, map_location="cpu", weights_only=True)
+            stored = all(m.compress_size == m.file_size and not m.external_attr for m in archive.infolist())
+            if not stored or archive.testzip() is not None:
+                return False
+        torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         return False
-    return whole
+    return True
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

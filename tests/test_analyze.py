@@ -1,4 +1,4 @@
-"""`analyze` compared with numpy and scipy in float64, on files and on runs."""
+"""The command `analyze` on files and runs, compared with numpy and scipy in float64."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def analysis_of(decomposition, folder, *words):
 
 @pytest.fixture
 def _no_pictures(monkeypatch):
-    """Skips the pictures, which take most of the time and are not part of the test."""
+    """Skips the pictures, which take most of the time and are not tested here."""
     monkeypatch.setattr("recast_pl.cli.analyze.write_figure", lambda figure, path: None)
 
 
@@ -65,7 +65,7 @@ def flat(tensor):
     return tensor.detach().double().numpy().ravel()
 
 
-# a file by itself
+# files
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -121,13 +121,13 @@ def test_the_savings_match_a_count_by_hand(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_the_papers_symbols_have_no_value_if_groups_differ(tmp_path):
+def test_the_papers_formula_is_left_out_if_groups_differ(tmp_path):
     found = analysis_of(Decomposition((bank("a", 2, 3, (4, 4)), bank("b", 2, 3, (4, 5)))), tmp_path)
     assert found["paper"] is None
     assert found["scaling"]["approximation"] == 16 * (3 - 2) + 20 * (3 - 2)
 
 
-def test_all_files_can_be_read(tmp_path, capsys):
+def test_all_output_files_are_readable_and_the_same_every_time(tmp_path, capsys):
     decomposition, folder = Decomposition((bank("a", 2, 3, (4, 4)), bank("b", 1, 8, (4, 5)))), tmp_path / "o"
     decomposition.save(tmp_path / "d.safetensors")
     words = ["analyze", "--decomposition", str(tmp_path / "d.safetensors"), "--output", str(folder)]
@@ -158,9 +158,8 @@ def test_pictures_show_the_numbers():
     for axes, key in ((frobenius, "frobenius"), (entropy, "entropy")):
         values = [getattr(group, key) for group in groups]
         assert [line.get_ydata().tolist() for line in axes.lines] == [values[:2], values[2:]]  # a line for each kind
-        assert (
-            len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
-        )  # distinguishable without colour
+        styles = {(line.get_marker(), line.get_linestyle()) for line in axes.lines}
+        assert len(styles) == 2  # distinguishable without colour
         assert axes.get_xlabel()
         assert "(" in axes.get_ylabel()
     shown = maps(plot_coefficient_similarity(groups))
@@ -168,7 +167,7 @@ def test_pictures_show_the_numbers():
     assert maps(plot_displacements({"t": {"a": 1.0, "b": 3.0}}))[0] == [[1.0, 3.0]]
 
 
-def test_kinds_with_one_group_are_side_by_side():
+def test_kinds_with_one_group_each_share_a_row():
     groups = analyze(Decomposition(tuple(bank(f"k{i}", 2, 3, (4, 4), seed=i) for i in range(6)))).groups
     (line,) = plot_template_diversity(groups).axes[0].lines
     assert line.get_ydata().tolist() == [group.frobenius for group in groups]
@@ -177,7 +176,7 @@ def test_kinds_with_one_group_are_side_by_side():
     assert [axes.get_title() for axes in figure.axes[:6]] == [f"k{i}.*.weight" for i in range(6)]
 
 
-# with the network
+# files and runs with their network
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ def dense_network(seed=42):
 
 
 def features_by_hooks(backbone, batch):
-    """Outputs of layers, blocks and network, recorded by hooks of the test."""
+    """Returns the outputs of layers, blocks and network, recorded by the test's own hooks."""
     names = [f"blocks.{i}" for i in range(4)] + [name.removesuffix(".weight") for name in TARGETS]
     kept = {}
     for name in names:
@@ -295,7 +294,7 @@ def test_a_gradient_fit_is_compared_with_its_teacher(tmp_path, images):
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_an_exact_decomposition_of_a_file_has_the_features_of_its_backbone(tmp_path, images):
+def test_an_exact_decomposition_keeps_the_features_of_its_backbone(tmp_path, images):
     torch.save(dense_network().net.state_dict(), tmp_path / "vit.pth")
     decomposition = decompose(dense_network().net, BankLayout([r"mlp\.fc[12]\.weight"], groups=2))
     backbone = {"name": VIT.name, "weights": str(tmp_path / "vit.pth"), "args": SMALL}
@@ -306,7 +305,7 @@ def test_an_exact_decomposition_of_a_file_has_the_features_of_its_backbone(tmp_p
     assert analysis_of(decomposition, tmp_path, *network)["features"] == []  # nothing to compare without images
 
 
-def test_the_output_projection_of_attention_is_compared_by_the_attention():
+def test_the_output_projection_is_compared_at_the_output_of_attention():
     backbone = BackboneConfig("torchvision/vit_b_16", "random", {"image_size": 32}).build(32)
     decomposition = decompose(backbone.net, BankLayout([r"self_attention\.out_proj\.weight"]))
     found = feature_similarity(decomposition, backbone, [torch.rand(2, 3, 32, 32)])
@@ -315,14 +314,14 @@ def test_the_output_projection_of_attention_is_compared_by_the_attention():
     assert all(feature.lowest == pytest.approx(1) for feature in found)
 
 
-def test_a_network_in_half_precision_is_compared():
+def test_a_network_in_half_precision_can_be_compared():
     network = dense_network().net
     decomposition = decompose(network, BankLayout([r"mlp\.fc[12]\.weight"], groups=2))
     found = weight_similarity(decomposition, network.bfloat16())
     assert all(1e-4 < target.relative_error < 1e-2 for target in found)  # the rounding to bfloat16
 
 
-def test_infinity_is_null_in_the_file():
+def test_infinity_is_written_as_null():
     scaling = Scaling.of([])
     content = Analysis((), scaling, None, (TargetSimilarity("zero", 0.0, math.inf),)).content()
     assert content["targets"] == [{"name": "zero", "cosine": 0.0, "relative_error": None}]
@@ -341,16 +340,18 @@ def test_coefficients_of_another_decomposition_are_refused(count):
     ("words", "named"),
     [
         ([], ["--run_dir", "--decomposition"]),
-        (["--decomposition", "FILE", "--run_dir", "x"], ["--decomposition", "leave out either"]),
+        (["--decomposition", "FILE", "--run_dir", "x"], ["--decomposition", "leave out one of them"]),
+        (["--image_size", "32", "--run_dir", "x"], ["--image_size", "leave out one of them"]),
+        (["--image_size", "32", "--decomposition", "FILE"], ["--image_size", "give --backbone"]),
         (["--run_dir", "/no/such/run"], ["/no/such/run", "config.yaml"]),
         (["--decomposition", "/no/such/file"], ["/no/such/file", "check the path"]),
         (["--decomposition", "FILE", "--images", "IMAGE"], ["--images", "--backbone"]),
         (["--decomposition", "FILE", "--images", "EMPTY"], ["empty", "no image"]),
         (["--decomposition", "FILE", "--backbone.name", "resnet18", "--backbone.weights", "random"], ["a.0.weight"]),
     ],
-    ids=["nothing", "both", "run", "file", "no backbone", "empty folder", "other backbone"],
+    ids=["nothing", "both", "size of a run", "size alone", "run", "file", "no backbone", "empty", "other backbone"],
 )
-def test_mistakes_of_the_user_are_one_line(words, named, tmp_path, images, capsys):
+def test_user_errors_are_one_line(words, named, tmp_path, images, capsys):
     (tmp_path / "empty").mkdir()
     Decomposition((bank("a", 2, 3, (4, 4)),)).save(tmp_path / "d.safetensors")
     real = {"FILE": tmp_path / "d.safetensors", "IMAGE": images / "class0" / "000.png", "EMPTY": tmp_path / "empty"}

@@ -1,4 +1,4 @@
-"""The command line: configs, help, errors of one line with exit status 2, permissions of files, and `compare`."""
+"""The command line: configs, help, one-line errors with exit status 2, permissions of files, and `compare`."""
 
 import csv
 import json
@@ -43,9 +43,9 @@ def test_every_method_config_changes_only_the_method(method, capsys):
     shipped = yaml.safe_load((ROOT / "configs" / "methods" / f"{method}.yaml").read_text())["model"]["init_args"]
     classes = [[piece["class_path"] for piece in settings["pieces"]] for settings in (printed, shipped)]
     assert classes[0] == classes[1]
-    whole = yaml.safe_load((ROOT / "configs" / base).read_text())["model"]["init_args"]
-    assert printed["backbone"]["name"] == whole["backbone"]["name"]
-    assert printed["optimizer"]["init_args"]["weight_decay"] == whole["optimizer"]["init_args"]["weight_decay"]
+    plain = yaml.safe_load((ROOT / "configs" / base).read_text())["model"]["init_args"]
+    assert printed["backbone"]["name"] == plain["backbone"]["name"]
+    assert printed["optimizer"]["init_args"]["weight_decay"] == plain["optimizer"]["init_args"]["weight_decay"]
 
 
 @pytest.mark.slow
@@ -88,11 +88,15 @@ def test_the_resnet_config_runs(tiny_fit, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"] == 168
 
 
-def test_the_resnet_mimicry_config_runs(tmp_path):
+def test_the_resnet_mimicry_config_runs_and_a_fit_is_not_resumed(tmp_path, capsys):
     run = ["fit", "--config", "mimicry_resnet34.yaml", "--run_dir", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
     small = ["--model.backbone.name", "torchvision/resnet18", "--model.backbone.weights", "random"]
-    assert main([*run, *small, "--model.image_size", "32", "--trainer.enable_progress_bar", "false"]) == 0
-    assert (tmp_path / "run" / "decomposition.safetensors").exists()
+    words = [*run, *small, "--model.image_size", "32", "--trainer.enable_progress_bar", "false"]
+    assert main(words) == 0
+    fitted = (tmp_path / "run" / "decomposition.safetensors").read_bytes()
+    assert main([*words, "--resume", "true", "--trainer.max_epochs", "2"]) == 2
+    assert "cannot be resumed" in capsys.readouterr().err
+    assert (tmp_path / "run" / "decomposition.safetensors").read_bytes() == fitted
 
 
 def test_the_quickstart_trains_on_real_images_with_real_weights(tmp_path):
@@ -183,8 +187,8 @@ def test_predict_of_an_unknown_task_or_an_unreadable_image(tiny_fit, tmp_path, c
     assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
     predict = ["predict", "--run_dir", str(tmp_path / "run"), "--output", str(tmp_path / "o.csv")]
     assert main([*predict, "--task", "third", "--images", "i.png"]) == 2
-    assert "learnt are first, second" in capsys.readouterr().err
-    (tmp_path / "text.jpg").write_text("no image")
+    assert "trained are first, second" in capsys.readouterr().err
+    (tmp_path / "text.jpg").write_text("not an image")
     assert main([*predict, "--task", "first", "--images", str(tmp_path / "text.jpg")]) == 2
     assert "text.jpg" in capsys.readouterr().err
     assert not (tmp_path / "o.csv").exists()
@@ -235,7 +239,7 @@ def test_help_imports_nothing_heavy():
     assert not any(f"'{name}'" in process.stdout for name in ("torch", "lightning", "jsonargparse", "numpy"))
 
 
-@pytest.mark.parametrize(("words", "named"), [([], "a command is missing"), (["learn"], "invalid choice: 'learn'")])
+@pytest.mark.parametrize(("words", "named"), [([], "a command is missing"), (["train"], "invalid choice: 'train'")])
 def test_a_missing_or_unknown_command_is_one_line(words, named, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
@@ -359,6 +363,24 @@ def test_compare_reports_errors(tmp_path, capsys):
     assert main([*words, "methods/probe.yaml", "probe.yaml"]) == 2
     assert "two methods are named 'probe'" in capsys.readouterr().err
     assert main([*words, "methods/probe.yaml", "--alone", "melo"]) == 2
-    assert "--alone 'melo' is none of" in capsys.readouterr().err
+    assert "--alone 'melo' is not one of" in capsys.readouterr().err
     assert main([*words, "methods/nothing.yaml", "--base", "vit.yaml"]) == 2
     assert "methods/nothing.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--options", "--run_dir elsewhere"], "--run_dir"),
+        (["--options=--resume=false"], "--resume"),
+        (["--options", "--seed_everything 3"], "--seed_everything"),
+        (["--options", "--trainer.devices 2", "--engine", "Processes"], "--trainer.devices"),
+        (["--options", "'open"], "correct the quotes"),
+    ],
+)
+def test_compare_refuses_options_that_it_sets_itself(words, named, tmp_path, capsys):
+    compare = ["compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "--output", str(tmp_path / "out")]
+    assert main([*compare, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert not (tmp_path / "out").exists()

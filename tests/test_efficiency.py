@@ -232,7 +232,7 @@ def test_refuses_a_fraction_of_tokens_outside_of_0_to_1(fraction):
 
 def test_refuses_to_sample_tokens_of_convolutions():
     module = TILModule(BackboneConfig("resnet10t", "random"), (Recast(BankLayout(["conv"]), gradient_tokens=0.5),))
-    with pytest.raises(MethodError, match=r"needs weights of nn\.Linear, conv1.* is none"):
+    with pytest.raises(MethodError, match=r"needs weights of nn\.Linear, which conv1.* is not"):
         module.build(32)
 
 

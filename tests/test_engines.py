@@ -1,4 +1,4 @@
-"""Tasks and runs spread over processes, a Ray cluster and SLURM jobs: the same bytes as one process gives."""
+"""Tasks and runs distributed over processes, a Ray cluster and SLURM jobs give the same bytes as one process."""
 
 import csv
 import json
@@ -21,8 +21,8 @@ from recast_pl.studies.engines import Engine, Outcome, Ray, Slurm, run_units
 
 
 @pytest.fixture(autouse=True)
-def _like_a_program(monkeypatch):
-    """Processes find the callbacks of tests, and nothing is asked of a Ray cluster's users."""
+def _environment(monkeypatch):
+    """Lets processes find the tests' callbacks, and use a Ray cluster without a token."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
 
@@ -41,16 +41,16 @@ def assert_same(run, other):
 
 
 def once(tmp_path, number, task="second", epoch=1):
-    """Words for a callback that sends its process a signal in mid-epoch, the first time."""
+    """Returns options of `fit` that send the process a signal in the middle of an epoch, once."""
     arguments = {"number": int(number), "task": task, "epoch": epoch, "marker": str(tmp_path / "signalled")}
     callback = {"class_path": "crash_callbacks.SignalOnce", "init_args": arguments}
     return "--trainer.callbacks", json.dumps([callback])
 
 
-# some of the tasks
+# single tasks
 
 
-def test_tasks_are_learnt_one_by_one_in_any_order_and_merged(sequential, tiny_fit, tmp_path, capsys):
+def test_tasks_can_be_trained_one_by_one_in_any_order_and_merged(sequential, tiny_fit, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(tiny_fit("--only", "second")) == 0
     assert list(patches(run)) == ["01_second.safetensors"]
@@ -64,13 +64,13 @@ def test_tasks_are_learnt_one_by_one_in_any_order_and_merged(sequential, tiny_fi
     capsys.readouterr()
     assert main(["test", "--run_dir", str(run)]) == 0
     assert capsys.readouterr().out.count("equal") == 1
-    (run / "tasks" / "00_first.json").write_text("{}")  # as a kill between record and patch leaves it
+    (run / "tasks" / "00_first.json").write_text("{}")  # as if killed between record and patch
     assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
     assert_same(run, sequential)
     assert main(["test", "--run_dir", str(run)]) == 0
 
 
-def test_a_process_for_one_task_leaves_the_runs_config_as_it_is(tiny_fit, tmp_path):
+def test_training_one_task_leaves_the_config_of_the_run_unchanged(tiny_fit, tmp_path):
     assert main(tiny_fit("--only", "first")) == 0
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     words = ["fit", "--run_dir", str(tmp_path / "run"), "--resume", "true", "--only", "second"]
@@ -89,14 +89,16 @@ def test_a_process_for_one_task_leaves_the_runs_config_as_it_is(tiny_fit, tmp_pa
         (["--engine", "Nowhere"], ["Nowhere"]),
     ],
 )
-def test_what_cannot_be_learnt_apart_is_one_line_and_touches_nothing(words, named, tiny_fit, tmp_path, capsys):
+def test_tasks_that_cannot_be_trained_separately_are_refused_before_anything_is_written(
+    words, named, tiny_fit, tmp_path, capsys
+):
     assert main(tiny_fit(*words)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(name in message for name in named), message
     assert not (tmp_path / "run").exists()
 
 
-def test_templates_are_not_fitted_on_an_engine(tmp_path, capsys):
+def test_fitting_templates_on_an_engine_is_refused(tmp_path, capsys):
     words = ["fit", "--config", "mimicry_vit.yaml", "--run_dir", str(tmp_path / "run"), "--engine", "Processes"]
     assert main(words) == 2
     assert "MimicryModule does not train tasks" in capsys.readouterr().err
@@ -105,7 +107,7 @@ def test_templates_are_not_fitted_on_an_engine(tmp_path, capsys):
 # engines
 
 
-def test_processes_learn_the_bytes_of_one(sequential, tiny_fit, tmp_path, capsys):
+def test_processes_give_the_bytes_of_a_single_process(sequential, tiny_fit, tmp_path, capsys):
     capsys.readouterr()
     assert main(tiny_fit("--engine", "recast_pl.Processes", "--engine.workers", "2")) == 0
     out = capsys.readouterr().out
@@ -116,9 +118,7 @@ def test_processes_learn_the_bytes_of_one(sequential, tiny_fit, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_task_that_fails_is_named_the_others_are_learnt_and_the_command_goes_on(
-    sequential, tiny_fit, tmp_path, capsys
-):
+def test_a_failed_task_is_named_the_others_are_trained_and_the_run_can_continue(sequential, tiny_fit, tmp_path, capsys):
     callback = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}
     assert main(tiny_fit("--engine", "Processes", "--trainer.callbacks", json.dumps([callback]))) == 1
     error = capsys.readouterr().err
@@ -133,20 +133,20 @@ def test_a_task_that_fails_is_named_the_others_are_learnt_and_the_command_goes_o
 
 @pytest.mark.slow
 def test_compare_on_an_engine(tiny_fit, tmp_path):
-    options = shlex.join(tiny_fit("--trainer.max_epochs", "1")[5:])  # less fit, config and run folder
+    options = shlex.join(tiny_fit("--trainer.max_epochs", "1")[5:])  # without fit, config and run folder
     words = ["compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "--seeds", "1", "2"]
     words += ["--options", options, "--output"]
-    assert main([*words, str(tmp_path / "spread"), "--engine", "Processes"]) == 0
+    assert main([*words, str(tmp_path / "processes"), "--engine", "Processes"]) == 0
     assert main([*words, str(tmp_path / "here")]) == 0
     for seed in "12":
-        assert patches(tmp_path / "spread" / "probe" / seed) == patches(tmp_path / "here" / "probe" / seed)
-    tables = [list(csv.DictReader((tmp_path / name / "comparison.csv").open())) for name in ("spread", "here")]
+        assert patches(tmp_path / "processes" / "probe" / seed) == patches(tmp_path / "here" / "probe" / seed)
+    tables = [list(csv.DictReader((tmp_path / name / "comparison.csv").open())) for name in ("processes", "here")]
     assert tables[0] == tables[1]
     assert tables[0][0]["seeds"] == "2"
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
+def test_ctrl_c_also_ends_the_processes(tiny_fit, tmp_path):
     markers = [tmp_path / "at_first", tmp_path / "at_second"]
     callbacks = [
         {"class_path": "crash_callbacks.WaitOnce", "init_args": {"task": name, "epoch": 1, "marker": str(marker)}}
@@ -154,7 +154,7 @@ def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
     ]
     words = tiny_fit("--engine", "Processes", "--trainer.callbacks", json.dumps(callbacks))
     driver = subprocess.Popen([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    started = waits_for(lambda: all(marker.exists() for marker in markers))
+    started = wait_for(lambda: all(marker.exists() for marker in markers))
     driver.send_signal(signal.SIGINT)
     _, error = driver.communicate(timeout=600)
     assert started
@@ -163,26 +163,26 @@ def test_ctrl_c_ends_the_processes_too(tiny_fit, tmp_path):
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
-def waits_for(condition, seconds=600):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.2)
     return condition()
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     for engine, extra, module in ((Ray(), "ray", "ray"), (Slurm(), "slurm", "submitit")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(RecastError, match=rf"pip install \"recast-pl\[{extra}\]\""):
             next(engine.run([["fit"]]))
 
 
-def test_slurm_is_refused_where_there_is_none(tmp_path):
+def test_slurm_is_refused_where_it_is_not_installed(tmp_path):
     with pytest.raises(RecastError, match="SLURM takes no jobs here"):
         next(Slurm(str(tmp_path)).run([["fit"]]))
 
 
-def test_units_are_run_even_if_one_fails(capsys):
+def test_command_lines_run_even_if_one_fails(capsys):
     class Two(Engine):
         def run(self, commands):
             yield 1, Outcome(3, "line\n" * 30 + "the end")
@@ -202,7 +202,7 @@ def test_units_are_run_even_if_one_fails(capsys):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Two machines of one core each, as far as Ray can tell."""
+    """A cluster that Ray believes to have two machines of one core each."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -213,7 +213,7 @@ def cluster(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ray_learns_on_when_a_machine_dies(sequential, tiny_fit, tmp_path, cluster):
+def test_ray_continues_when_a_machine_dies(sequential, tiny_fit, tmp_path, cluster):
     cluster, machines = cluster
     run = tmp_path / "run"
     where = tmp_path / "where"
@@ -223,7 +223,7 @@ def test_ray_learns_on_when_a_machine_dies(sequential, tiny_fit, tmp_path, clust
     }
 
     def remove():
-        assert waits_for(where.exists)
+        assert wait_for(where.exists)
         node = where.read_text()
         (machine,) = [m for m in machines if m.node_id == node]
         cluster.remove_node(machine, allow_graceful=False)
@@ -238,7 +238,7 @@ def test_ray_learns_on_when_a_machine_dies(sequential, tiny_fit, tmp_path, clust
 
 
 @pytest.mark.slow
-def test_ray_learns_on_when_a_worker_dies_and_names_what_fails(sequential, tiny_fit, tmp_path, cluster, capsys):
+def test_ray_continues_when_a_worker_dies_and_names_failures(sequential, tiny_fit, tmp_path, cluster, capsys):
     run, (cluster, _) = tmp_path / "run", cluster
     engine = ("--engine", "Ray", "--engine.address", cluster.address)
     callbacks = json.loads(once(tmp_path, signal.SIGKILL)[1])
@@ -257,7 +257,7 @@ def test_ray_learns_on_when_a_worker_dies_and_names_what_fails(sequential, tiny_
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_is_requeued_goes_on(sequential, tiny_fit, tmp_path):
+def test_a_requeued_slurm_job_continues(sequential, tiny_fit, tmp_path):
     engine = ("--engine", "Slurm", "--engine.folder", tmp_path / "jobs", "--engine.cluster", "local")
     assert main(tiny_fit(*engine, *once(tmp_path, signal.SIGUSR2))) == 0
     assert (tmp_path / "signalled").exists()
@@ -266,14 +266,14 @@ def test_a_slurm_job_that_is_requeued_goes_on(sequential, tiny_fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_fails_is_named(tiny_fit, tmp_path, capsys):
+def test_a_failed_slurm_job_is_named(tiny_fit, tmp_path, capsys):
     callback = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}
     engine = ("--engine", "Slurm", "--engine.folder", tmp_path / "jobs", "--engine.cluster", "local")
     assert main(tiny_fit(*engine, "--trainer.callbacks", json.dumps([callback]))) == 1
     error = capsys.readouterr().err
     assert "task first failed with status 2:" in error
     assert "loss of task 'first' has become NaN" in error
-    assert f"all that it said: {tmp_path / 'jobs'}" in error
+    assert f"full output: {tmp_path / 'jobs'}" in error
     assert list(patches(tmp_path / "run")) == ["01_second.safetensors"]
 
 
@@ -299,7 +299,7 @@ kill "$(cat "$CALLS.srun")"
 
 
 @pytest.mark.slow
-def test_the_slurm_script_learns_with_two_processes_and_requeues_itself(tiny_fit, tmp_path):
+def test_the_slurm_script_trains_with_two_processes_and_requeues_itself(tiny_fit, tmp_path):
     stubs = tmp_path / "bin"
     stubs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -317,8 +317,8 @@ def test_the_slurm_script_learns_with_two_processes_and_requeues_itself(tiny_fit
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]))[1:]
     command = ["bash", str(ROOT / "examples" / "slurm.sh"), *words]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    started = waits_for((tmp_path / "here").exists)
-    job.send_signal(signal.SIGUSR1)  # SLURM: the time is nearly up
+    started = wait_for((tmp_path / "here").exists)
+    job.send_signal(signal.SIGUSR1)  # SLURM's warning before the time limit
     job.communicate(timeout=600)
     assert started
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"

@@ -1,4 +1,4 @@
-"""The command `imagenet`, on a real network with its own ImageNet head and real images."""
+"""The command `imagenet` on real images, and on a real network with its own ImageNet head."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def compare(images, output, *words):
 
 @pytest.fixture(scope="module")
 def predicted():
-    """The class that timm's own network and preprocessing predict, by image of some clip art."""
+    """The class that timm's own network and preprocessing predict for each of some clip-art images."""
     net = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     net.load_state_dict(_lite0_weights(net))
     net.eval()
@@ -92,8 +92,7 @@ def test_other_classifiers_use_their_own_head_and_preprocessing(name, predicted,
 
 @pytest.mark.slow
 def test_predictions_are_equal_on_all_clip_art(tmp_path):
-    facts = compare(
-        ROOT / "data" / "clipart", tmp_path / "out", "--batch_size", "8"
-    )  # larger batches need too much memory
-    assert facts["images"] == len(list((ROOT / "data" / "clipart").rglob("*.jpg")))
+    images = ROOT / "data" / "clipart"
+    facts = compare(images, tmp_path / "out", "--batch_size", "8")  # larger batches need too much memory
+    assert facts["images"] == len(list(images.rglob("*.jpg")))
     assert facts["agreement"] == 100

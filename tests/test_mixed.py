@@ -16,7 +16,7 @@ from recast_pl.inference.mixed_batch import MixedBatch
 
 COUNTS = [2, 1, 3]
 APART = {"piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"}
-"""Methods of which a task is more than a few numbers for each layer."""
+"""Methods whose tasks need too much memory, or more than new values of parameters, for a common pass."""
 
 
 class TokenOffset(Piece):
@@ -94,7 +94,7 @@ def trained(name, count=3):
             for piece in module.pieces:
                 for parameter in piece.parameters.values():
                     parameter.add_(0.3 * parameter.abs().mean().clamp_min(0.03) * torch.randn_like(parameter))
-                for sparse in piece._sparse() if isinstance(piece, RoSA) else ():
+                for sparse in piece.adaptations.values() if isinstance(piece, RoSA) else ():
                     sparse.indices = torch.randperm(sparse.size)[: len(sparse.indices)].sort().values
                     sparse.chosen = True
         states.append([piece.task_state() for piece in module.pieces])

@@ -274,9 +274,9 @@ def test_weights_that_tasks_share_are_restored(tiny_fit, tmp_path):
     model = recast_pl.load(tmp_path / "run")
     images = sorted((tmp_path / "first").rglob("*.png"))
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
-    learnt = patches(tmp_path / "run")
+    trained = patches(tmp_path / "run")
     module = model._module
-    for name, patch in learnt.items():
+    for name, patch in trained.items():
         module.activate(patch)
         with torch.no_grad():
             batch = torch.stack([pil_to_tensor(Image.open(path)) for path in images]) / 255
@@ -284,7 +284,7 @@ def test_weights_that_tasks_share_are_restored(tiny_fit, tmp_path):
         found = model.predict(images, name)
         torch.testing.assert_close(torch.tensor([list(f.probabilities.values()) for f in found]), wanted)
     with pytest.raises(PatchError, match=r"FineTune.* share weights, which the patch of 'more' does not hold"):
-        model.add_patch(dataclasses.replace(learnt["first"], task="more"))
+        model.add_patch(dataclasses.replace(trained["first"], task="more"))
 
 
 def test_without_jsonargparse_the_module_is_given(run, model, monkeypatch):

@@ -1,4 +1,4 @@
-"""The report: its numbers against those of the runs, what is missing, and the page in a browser."""
+"""The report: its numbers compared with the runs, missing runs, and the page in a browser."""
 
 import json
 import re
@@ -24,7 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def write_run(folder, seed, method, accuracies, backbone="vit_small", **facts):
-    """A summary as `fit` writes it, of made-up accuracies after the last task."""
+    """Writes a summary like that of `fit`, with invented accuracies after the last task."""
     numbers, shared, pieces = METHODS.get(method, (48, 0, "Recast"))
     tasks = [
         {"name": name, "accuracy": accuracy, "task_parameters": numbers, "patch_bytes": 1000 + seed}
@@ -43,7 +43,7 @@ def write_run(folder, seed, method, accuracies, backbone="vit_small", **facts):
 
 @pytest.fixture
 def compared(tmp_path):
-    """A comparison of four methods and two seeds, of which some are missing."""
+    """A comparison of four methods and two seeds, in which some runs are missing."""
     folder, generator, accuracies = tmp_path / "all runs" / "compared", np.random.default_rng(0), {}
     for method in METHODS:
         for seed in (7, 42):
@@ -97,12 +97,12 @@ def report(*folders, output):
     return Page(output / "report.html")
 
 
-def test_every_number_is_that_of_the_runs_it_leads_to(compared, tmp_path):
+def test_numbers_equal_those_of_the_linked_runs(compared, tmp_path):
     folder, accuracies = compared
     page = report(folder, output=tmp_path / "out")
     table = {row["run"]: row for row in page.tables["Tables 1 and 2: accuracy on vit_small"]}
     by_task = {row["run"]: row for row in page.tables["Table 4: accuracy on each task % on vit_small"]}
-    assert list(table) == ["ewc", "probe", "recast", "recast_melo"]  # those that share above
+    assert list(table) == ["ewc", "probe", "recast", "recast_melo"]  # methods with shared weights come first
     assert [table["ewc"]["tasks"], table["recast"]["tasks"]] == ["shared", "apart"]
     for method in ("probe", "recast"):
         values = np.array([accuracies[method, seed] for seed in (7, 42)])
@@ -119,7 +119,7 @@ def test_every_number_is_that_of_the_runs_it_leads_to(compared, tmp_path):
     assert {folder / method / "7" / "summary.json" for method in METHODS} <= set(targets)
 
 
-def test_what_is_missing_is_named_and_in_no_table(compared, tmp_path, capsys):
+def test_missing_runs_are_listed_and_left_out_of_tables(compared, tmp_path, capsys):
     folder, _ = compared
     (folder / "begun" / "3").mkdir(parents=True)
     (folder / "begun" / "3" / "config.yaml").write_text("model: {}")
@@ -132,7 +132,7 @@ def test_what_is_missing_is_named_and_in_no_table(compared, tmp_path, capsys):
     assert "begun" not in {row["run"] for rows in page.tables.values() for row in rows}
 
 
-def test_the_page_needs_nothing_else_and_markdown_has_its_files(compared, tmp_path):
+def test_the_page_is_self_contained_and_the_files_of_markdown_exist(compared, tmp_path):
     output = tmp_path / "out"
     page = report(compared[0], output=output)
     source = (output / "report.html").read_text()
@@ -155,7 +155,7 @@ def test_the_page_needs_nothing_else_and_markdown_has_its_files(compared, tmp_pa
     assert accumulator.Tags()["images"] == ["compared_parameters"]
 
 
-def test_names_are_text_and_never_markup(tmp_path):
+def test_markup_in_names_is_escaped(tmp_path):
     write_run(tmp_path / "a & <b>|`x`" / "recast", 1, "recast", [50.0, 60.0])
     page = report(tmp_path / "a & <b>|`x`", output=tmp_path / "out")
     assert "a & <b>|`x`" in page.text
@@ -163,7 +163,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert r"a & \<b\>\|\`x\`" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_backbones_sweeps_and_reconstructions_have_their_figures(tmp_path):
+def test_backbones_sweeps_and_reconstructions_get_their_figures(tmp_path):
     for backbone, accuracy in (("vit_small", 60.0), ("vit_base", 70.0)):
         for method in ("probe", "recast"):
             write_run(tmp_path / "in" / backbone / method / "1", 1, method, [accuracy, 80.0], backbone)
@@ -200,7 +200,7 @@ def test_a_folder_without_runs_is_refused(place, tmp_path, capsys):
     assert f"{tmp_path / place} holds no run" in capsys.readouterr().err
 
 
-def test_what_the_commands_write_is_what_the_report_reads(tiny_fit, tmp_path):
+def test_the_report_reads_what_the_commands_write(tiny_fit, tmp_path):
     options = shlex.join(tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")[5:])
     words = ["compare", "--base", "vit.yaml", "--configs", "methods/recast.yaml", "--seeds", "1", "--options", options]
     assert main([*words, "--output", str(tmp_path / "in" / "compared")]) == 0
@@ -219,9 +219,9 @@ def test_what_the_commands_write_is_what_the_report_reads(tiny_fit, tmp_path):
     assert float(row["cores busy (%)"]) > 0
 
 
-# A browser is no dependency: where none is installed, on CI too, only this test is left out.
+# A browser is optional: without one, also on CI, only this test is skipped.
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_a_browser_without_a_network_shows_every_image_and_has_nothing_to_say(compared, tmp_path):
+def test_a_browser_without_a_network_shows_every_image_and_logs_nothing(compared, tmp_path):
     output = tmp_path / "out"
     page = report(compared[0], output=output)
     script = """<script>addEventListener("load", () => { document.body.dataset.widths =

@@ -1,4 +1,4 @@
-"""Sweeps as a user makes them: points learnt with several seeds, gone on with, and stated in tables and a figure."""
+"""The command `sweep`: points trained with several seeds, continued, and shown in tables and a figure."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ GRID = {
 
 @pytest.fixture
 def sweep(tiny_fit, tmp_path):
-    """The command line of `sweep` for a file of such content, on two small tasks and a tiny ViT."""
+    """Makes the command line of `sweep` for a file with the given content, on two small tasks and a tiny ViT."""
 
     def words(content, *more, options=()):
         path = tmp_path / "mine.yaml"
@@ -47,7 +47,7 @@ def summary(path):
     return json.loads((path / "summary.json").read_text())
 
 
-def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, capsys):
+def test_a_grid_is_trained_tabulated_drawn_and_continued(sweep, tmp_path, capsys):
     out, grid = tmp_path / "out", {"groups": [6, 3], "targets": {"both MLP": r"mlp\.fc[12]\.weight"}}
     content = {**GRID, "grid": grid}
     assert main(sweep(content, "--seeds", "1")) == 0
@@ -60,7 +60,7 @@ def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, caps
     assert "2 of 4 runs are finished" in printed.err
     assert printed.out.count("task 1 of 2") == 2  # seed 2 of each point
     assert "sweep.md" in printed.out
-    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*")}.items()  # not even touched
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*")}.items()  # untouched
     table = rows(out / "sweep.csv")
     assert [(row["point"], row["groups"], row["targets"]) for row in table] == [
         (name, name[7], "both MLP") for name in names
@@ -78,7 +78,7 @@ def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, caps
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     svg = (out / "sweep.svg").read_text()
     assert all(f"<!-- {text} -->" in svg for text in ("both MLP", "groups", "average accuracy (%)"))
-    content["grid"]["targets"]["both MLP"] = r"fc1\.weight"  # a point that has changed is not mixed with the one before
+    content["grid"]["targets"]["both MLP"] = r"fc1\.weight"  # a changed point is not mixed with its old runs
     assert main(sweep(content)) == 2
     assert "model differs from" in capsys.readouterr().err
 
@@ -86,8 +86,8 @@ def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, caps
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"grid": {"groups": []}}, "no point"),
-        ({"grid": {}}, "no point"),
+        ({"grid": {"groups": []}}, "no points"),
+        ({"grid": {}}, "no points"),
         ({"grid": {"groups": [6]}}, "${targets}"),
         ({"grid": {"groups": [[6]]}}, "needs a label"),
         (
@@ -99,6 +99,8 @@ def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, caps
         ({"grid": {"a": [True, "a true"]}, "config": {"data": "${a}"}}, "'a-true'"),
         ({"x": "depth"}, "'depth' is not a key"),
         ({"over": "depth"}, "'depth' is not a key"),
+        ({"over": "task_parameters"}, "'task_parameters' is not a key"),
+        ({"series": ["task_parameters"]}, "'task_parameters' is not a key"),
         ({"points": [{"groups": 6}]}, "both of grid and points"),
         ({"gird": {}}, "'gird'"),
         ({"seeds": ["one"]}, "'one'"),
@@ -107,7 +109,7 @@ def test_a_grid_is_learnt_tabulated_drawn_and_gone_on_with(sweep, tmp_path, caps
         ({"base": ["nothing.yaml"]}, "nothing.yaml"),
     ],
 )
-def test_what_is_wrong_is_one_line_before_anything_is_learnt(change, named, sweep, tmp_path, capsys):
+def test_errors_are_one_line_before_any_training(change, named, sweep, tmp_path, capsys):
     assert main(sweep({**GRID, **change})) == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
@@ -115,13 +117,19 @@ def test_what_is_wrong_is_one_line_before_anything_is_learnt(change, named, swee
     assert not list(tmp_path.glob("out/**/config.yaml"))
 
 
-@pytest.mark.parametrize("content", ["[1", "- 1", "points: [1]", "points: [{groups: {a: 1, b: 2}}]", "seeds: [1]"])
-def test_what_is_no_sweep_is_refused(content, sweep, capsys):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[1", "- 1", "points: [1]", "points: [{groups: {a: 1, b: 2}}]", "seeds: [1]"),
+        "{x: rate, points: [{name: a, rate: 1}, {name: b, rate: [2]}]}",  # a list has no label
+    ],
+)
+def test_malformed_files_are_refused(content, sweep, capsys):
     assert main(sweep(content)) == 2
     assert capsys.readouterr().err.startswith("recast_pl: error: ")
 
 
-def test_the_order_of_tasks_is_nothing_to_methods_that_keep_them_apart(sweep, tiny_fit, tmp_path, capsys):
+def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, tiny_fit, tmp_path, capsys):
     content = {
         "base": ["vit.yaml"],
         "grid": {"method": ["methods/recast.yaml", "methods/finetune.yaml"], "data.order_seed": {"a": None, "b": 3}},
@@ -144,19 +152,19 @@ def test_the_order_of_tasks_is_nothing_to_methods_that_keep_them_apart(sweep, ti
     assert shared["largest change of a task"] == f"{max(abs(final[0][t] - final[1][t]) for t in final[0]):.2f}"
     assert "over data.order_seed" in capsys.readouterr().out
     words = ("--config", "methods/recast.yaml", "--data.order_seed", "3", "--trainer.max_epochs", "1")
-    assert main(tiny_fit(*words, "--seed_everything", "1")) == 0  # a point is what fit makes of the same options
+    assert main(tiny_fit(*words, "--seed_everything", "1")) == 0  # `fit` with the options of a point
     ours, theirs = (sorted((run / "patches").iterdir()) for run in (out / "recast_b" / "1", tmp_path / "run"))
     assert [path.name for path in ours] == ["00_second.safetensors", "01_first.safetensors"]
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
-def test_an_order_below_zero_is_refused(tiny_fit, capsys):
+def test_a_negative_order_seed_is_refused(tiny_fit, capsys):
     assert main(tiny_fit("--data.order_seed", "-1")) == 2
     assert "order_seed=-1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("length", [3, 15, 30, 60])
-def test_a_legend_stays_within_the_picture(length):
+def test_the_legend_fits_into_the_picture(length):
     marks = [Mark(str(i) * length, 24 * i, spread([70.0, 72.0 + i]), 24 * i) for i in range(1, 8)]
     figure = plot_marks(marks, "task_parameters")
     figure.draw_without_rendering()
@@ -171,16 +179,16 @@ def test_a_legend_stays_within_the_picture(length):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_shipped_sweep_runs(name, tiny_fit, tmp_path, monkeypatch):
     given = tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")[5:]
-    if name != "task_order":  # one task says whether a point can be learnt; only an order needs two
+    if name != "task_order":  # one task shows that a point trains; only an order needs two
         tasks = given.index("--data.tasks") + 1
         given[tasks] = json.dumps(json.loads(given[tasks])[:1])
     backbone = ["--model.backbone.name", "vit_small_patch16_224", "--model.backbone.weights", "random"]
-    if name == "figure4":  # whose numbers are those of a real ViT-Small
+    if name == "figure4":  # its names give the numbers of a real ViT-Small
         given = [*backbone, *given[given.index("--data.tasks") :]]
     out = tmp_path / "out"
     words = ["sweep", "--config", f"sweeps/{name}.yaml", "--output", str(out), "--seeds", "1"]
     monkeypatch.chdir(tmp_path)
-    if name == "figure5":  # which begins from what gradient fits have left
+    if name == "figure5":  # it starts from the results of gradient fits
         model = BackboneConfig("vit_tiny_patch16_224", "random", args=TINY_VIT).build(32).net
         for fit in (ROOT / "configs" / "mimicry").glob("*.yaml"):
             bank = decompose(model, BankLayout([r"mlp\.fc[12]\.weight"], groups=6))

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recast_pl.backbones.builders import Classifier, Recipe, Source, Statistics, find_source
-from recast_pl.backbones.weights import one_line
-from recast_pl.errors import BackboneError
+from recast_pl.backbones.builders import Source, Statistics, find_source
+from recast_pl.errors import BackboneError, one_line
 
 
 @dataclass(frozen=True)
@@ -43,46 +42,20 @@ class BackboneConfig:
 
     @property
     def source(self) -> Source:
-        """timm, torchvision or a function."""
+        """The timm model, torchvision model or function of this name; raises BackboneError if there is none."""
         return find_source(self.name, self.weights, self.args)
 
     def build(self, image_size: int) -> "Backbone":
-        """Creates the network and loads its weights.
+        """Creates the network in evaluation mode and loads its weights.
 
         Args:
             image_size: Height and width of the input in pixels.
-
-        Returns:
-            The backbone, in evaluation mode.
 
         Raises:
             BackboneError: If the name, the weights or the input size cannot be used.
         """
         net, mean, std = self.source.features(image_size)
         return Backbone(net, self.mean or mean, self.std or std, image_size, self.name)
-
-    def build_classifier(self) -> Classifier:
-        """Creates the network with the classifier and the preprocessing that it was pretrained with.
-
-        A function given by its dotted path must return a classifier; it is passed `classifier=True` if it takes it.
-
-        Raises:
-            BackboneError: If the name or the weights cannot be used.
-        """
-        return self.source.classifier()
-
-    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
-        """Returns the call that creates the same architecture, with a new classifier, without this package.
-
-        Args:
-            net: The network that `build` created.
-            classes: Number of outputs of the classifier.
-            image_size: Height and width of the input in pixels.
-
-        Raises:
-            BackboneError: If the network is not one of timm or torchvision.
-        """
-        return self.source.recipe(net, classes, image_size)
 
 
 class Backbone(nn.Module):

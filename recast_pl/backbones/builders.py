@@ -17,9 +17,9 @@ from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from recast_pl.backbones.weights import find_file, one_line, read_file
+from recast_pl.backbones.weights import find_file, read_file
 from recast_pl.compat.timm import refuse_missing_weights
-from recast_pl.errors import BackboneError
+from recast_pl.errors import BackboneError, one_line
 
 Statistics = tuple[float, ...]
 """One number for each of the three channels."""
@@ -30,24 +30,14 @@ FeatureNet = tuple[nn.Module, Statistics, Statistics]
 
 
 class Classifier(NamedTuple):
-    """A pretrained classifier.
-
-    Args:
-        net: Maps preprocessed images (B, 3, S, S) to logits (B, classes), in evaluation mode.
-        preprocess: Makes such an image (3, S, S) from an RGB picture.
-    """
+    """A network from images (B, 3, S, S) to logits (B, classes); `preprocess` turns a picture into such an image."""
 
     net: nn.Module
     preprocess: Callable[[Image.Image], Tensor]
 
 
 class Recipe(NamedTuple):
-    """The call that creates a network with its own library.
-
-    Args:
-        constructor: Dotted path of a function.
-        arguments: Its keyword arguments.
-    """
+    """The call that creates a network with its own library: the dotted path of a function, and its arguments."""
 
     constructor: str
     arguments: dict[str, Any]
@@ -82,11 +72,20 @@ class Source(ABC):
 
     @abstractmethod
     def classifier(self) -> Classifier:
-        """Creates the network with the classifier and the preprocessing that it was pretrained with."""
+        """Creates the network in evaluation mode, with the classifier and preprocessing it was pretrained with."""
 
     @abstractmethod
     def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
-        """Returns the call that creates the architecture of `net` with a classifier of so many classes."""
+        """Returns the call that creates the architecture of `net`, with a new classifier, without this package.
+
+        Args:
+            net: The network that `features` created.
+            classes: Number of outputs of the new classifier.
+            image_size: Height and width of the input in pixels.
+
+        Raises:
+            BackboneError: If neither timm nor torchvision has this architecture.
+        """
 
     def load_file(self, net: nn.Module) -> None:
         """Loads the weights into the network if they are a file."""
@@ -182,16 +181,12 @@ class FunctionSource(Source):
         return net, published.get("mean", IMAGENET_DEFAULT_MEAN), published.get("std", IMAGENET_DEFAULT_STD)
 
     def classifier(self) -> Classifier:
-        """Calls the function, which must return a classifier; timm derives the preprocessing from the network."""
+        """Calls the function, which must then return a classifier; timm derives the preprocessing from it."""
         net = self._call({"image_size": 224, "classifier": True})
         return Classifier(net.eval(), _timm_preprocessing(net))
 
     def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
-        """Returns a call of `timm.create_model` for the architecture that the network names.
-
-        Raises:
-            BackboneError: If timm did not create the network that the function returned.
-        """
+        """Returns a call of `timm.create_model`, if timm created the network that the function returned."""
         architecture = getattr(net, "pretrained_cfg", {}).get("architecture", "")
         if not timm.is_model(architecture):
             raise BackboneError(

@@ -10,11 +10,7 @@ from recast_pl.errors import BackboneError
 
 
 def find_file(weights: str) -> Path:
-    """The path of a weight file.
-
-    Raises:
-        BackboneError: If there is no such file.
-    """
+    """The path of a weight file; raises BackboneError if there is no such file."""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise BackboneError(f"weights {weights!r} is not a file; give 'hub', 'random' or the path of a file")
@@ -27,9 +23,3 @@ def read_file(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state)  # type: ignore[return-value]
-
-
-def one_line(cause: Exception) -> str:
-    """The text of an exception on one line, cut after 300 characters."""
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

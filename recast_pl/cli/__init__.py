@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        args: The command line; None for that of the process.
+        args: The command line; None for `sys.argv`.
 
     Returns:
         The exit status: 0; 1 if `test` finds a difference, `data verify` a fault, or a run on an engine fails; 2 after

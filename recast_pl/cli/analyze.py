@@ -1,13 +1,12 @@
 """The command `analyze`: measures and plots a decomposition."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
@@ -22,12 +21,7 @@ from recast_pl.decomposition.similarity import feature_similarity, weight_simila
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.methods.recast import load_decompositions
-from recast_pl.reporting.analysis_plots import (
-    plot_coefficient_similarity,
-    plot_displacements,
-    plot_feature_similarity,
-    plot_template_diversity,
-)
+from recast_pl.reporting.analysis_plots import analysis_figures
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
 from recast_pl.runs.evaluation import sample_images, trained_coefficients
@@ -35,12 +29,14 @@ from recast_pl.runs.folder import RunFolder
 
 _IMAGES = 16  # test images of the first task, if none are given
 
-_BATCH = 4  # images per batch, because the features of all layers are held at once
+_IMAGE_SIZE = 224  # of --backbone, in pixels
+
+_BATCH = 4  # images per batch; small, because the features of all layers are in memory at once
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A decomposition to analyse, and what is known about it."""
+    """A decomposition to analyse, with the network, tasks and coefficients of its run as far as there are any."""
 
     decomposition: Decomposition
     output: Path
@@ -48,33 +44,25 @@ class _Subject:
     image_size: int
     seed: int = 42
     data: SequentialTaskDataModule | None = None
-    coefficients: dict[str, Tensor] | None = None
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
 
 
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--run_dir", type=str | None, help="Folder of a run of tasks or of MimicryModule.")
     parser.add_argument("--decomposition", type=str | None, help="Or a decomposition.safetensors.")
-    parser.add_argument(
-        "--backbone", type=BackboneConfig | None, help="Backbone of the file, to compare weights and features."
-    )
-    parser.add_argument("--image_size", type=int, default=224, help="Image size for --backbone, in pixels.")
-    parser.add_argument(
-        "--images",
-        type=str,
-        nargs="+",
-        default=[],
-        help=f"Images or folders of images to compare features on (default: {_IMAGES} test images of the first task).",
-    )
-    parser.add_argument(
-        "--output",
-        type=str | None,
-        help="Folder for the results (default: analysis/ in DIR or beside FILE).",
-    )
+    backbone = "Backbone of the file, to compare weights and features."
+    parser.add_argument("--backbone", type=BackboneConfig | None, help=backbone)
+    size = f"Image size for --backbone, in pixels (default: {_IMAGE_SIZE})."
+    parser.add_argument("--image_size", type=int | None, help=size)
+    images = f"Images or folders of images to compare features on (default: {_IMAGES} test images of the first task)."
+    parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
+    output = "Folder for the results (default: analysis/ in DIR or beside FILE)."
+    parser.add_argument("--output", type=str | None, help=output)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
-    """Analyses a decomposition, prints tables, and writes `analysis.json`, `analysis.md` and figures."""
+    """Prints tables, and writes `analysis.json`, `analysis.md` and figures."""
     config = parser.instantiate(config)
     paths = find_images([Path(image) for image in config.images])
     subject = _of_file(config) if config.run_dir is None else _of_run(config)
@@ -86,7 +74,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     sheets = analysis_sheets(analysis)
     console.print(*(sheet.printed() for sheet in sheets))
     write_atomic(subject.output / "analysis.md", "\n".join(sheet.markdown() for sheet in sheets))
-    for name, figure in _figures(analysis).items():
+    for name, figure in analysis_figures(analysis).items():
         write_figure(figure, subject.output / name)
     write_atomic(subject.output / RunFolder.ANALYSIS, json_text(analysis.content()))
     console.print(f"analysis: {subject.output}", soft_wrap=True)
@@ -96,27 +84,27 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 def _of_file(config: Namespace) -> _Subject:
     if config.decomposition is None:
         raise RunError("there is nothing to analyse; give --run_dir or --decomposition")
+    if config.image_size is not None and config.backbone is None:
+        raise RunError("--image_size is the input size of a backbone; give --backbone, or leave it out")
     path = Path(config.decomposition)
-    output = path.parent / "analysis" if config.output is None else Path(config.output)
-    return _Subject(Decomposition.load(path), output, config.backbone, config.image_size)
+    output = Path(config.output or path.parent / "analysis")
+    image_size = _IMAGE_SIZE if config.image_size is None else config.image_size
+    return _Subject(Decomposition.load(path), output, config.backbone, image_size)
 
 
 def _of_run(config: Namespace) -> _Subject:
-    for option in ("decomposition", "backbone"):
+    for option in ("decomposition", "backbone", "image_size"):
         if config[option] is not None:
             raise RunError(f"--{option} does not work with --run_dir, which has its own; leave out one of them")
     run_dir, init = read_run(config.run_dir)
-    path = RunFolder(run_dir).decomposition
-    if not path.is_file():
+    folder, model, data, seed = RunFolder(run_dir), init.model, init.data, init.seed_everything
+    if not folder.decomposition.is_file():
         raise RunError(f"{run_dir} holds no decomposition; give a run with a Recast piece, or one of MimicryModule")
-    decomposition = load_decompositions(run_dir)
-    output = RunFolder(run_dir).analysis if config.output is None else Path(config.output)
-    model, seed = init.model, init.seed_everything
+    decomposition, output = load_decompositions(run_dir), Path(config.output or folder.analysis)
     if isinstance(model, MimicryModule):
         return _Subject(decomposition, output, model.backbone, model.image_size, seed)
-    model, folder = til(model), RunFolder(run_dir)
-    coefficients = trained_coefficients(model, folder)
-    return _Subject(decomposition, output, model.backbone_config, init.data.image_size, seed, init.data, coefficients)
+    backbone, coefficients = til(model).backbone_config, trained_coefficients(til(model), folder)
+    return _Subject(decomposition, output, backbone, data.image_size, seed, data, coefficients)
 
 
 def _images(subject: _Subject, paths: Sequence[Path], console: Console) -> Tensor | None:
@@ -126,35 +114,23 @@ def _images(subject: _Subject, paths: Sequence[Path], console: Console) -> Tenso
         return torch.stack([files[index][0] for index in range(len(files))])
     if subject.data is None:
         return None
-    subject.data.tasks = subject.data.tasks[:1]  # images of the others are not needed
+    subject.data.tasks = subject.data.tasks[:1]  # the only task whose images are needed
     try:
         return sample_images(subject.data, _IMAGES)
-    except DataError as error:  # the user did not ask for features: go on without them
+    except DataError as error:  # the user did not ask for features, so the rest is still worth showing
         console.print(f"features are not compared, because there are no images: {error}", soft_wrap=True)
         return None
 
 
 def _analyze(subject: _Subject, images: Tensor | None) -> Analysis:
-    analysis = analyze(subject.decomposition)
-    moved = {t: displacements(subject.decomposition, c) for t, c in (subject.coefficients or {}).items()}
-    analysis = replace(analysis, displacements=moved)
+    decomposition = subject.decomposition
+    moved = {task: displacements(decomposition, trained) for task, trained in subject.coefficients.items()}
+    analysis = replace(analyze(decomposition), displacements=moved)
     if subject.backbone is None:
         return analysis
-    seed_everything(subject.seed, verbose=False)  # if the run began with random weights, this makes the same ones
+    seed_everything(subject.seed, verbose=False)  # if the run started from random weights, this makes the same ones
     backbone = subject.backbone.build(subject.image_size)
-    analysis = replace(analysis, targets=weight_similarity(subject.decomposition, backbone.net))
+    analysis = replace(analysis, targets=weight_similarity(decomposition, backbone.net))
     if images is None:
         return analysis
-    return replace(analysis, features=feature_similarity(subject.decomposition, backbone, images.split(_BATCH)))
-
-
-def _figures(analysis: Analysis) -> dict[str, Figure]:
-    figures = {
-        "template_diversity": plot_template_diversity(analysis.groups),
-        "coefficient_similarity": plot_coefficient_similarity(analysis.groups),
-    }
-    if analysis.features:
-        figures["feature_similarity"] = plot_feature_similarity(analysis.features)
-    if analysis.displacements:
-        figures["coefficient_displacement"] = plot_displacements(analysis.displacements)
-    return figures
+    return replace(analysis, features=feature_similarity(decomposition, backbone, images.split(_BATCH)))

@@ -4,24 +4,19 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.cli.comparing import config_words, fit_options, run_comparison
-from recast_pl.studies.comparison import Comparison, Point
-from recast_pl.studies.engines import Engine
+from recast_pl.cli.comparing import DEFAULT_SEEDS, declare_fit_options, fit_options, run_comparison
+from recast_pl.studies.comparison import Comparison, Point, config_words
 
 
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs that all methods share.")
     parser.add_argument("--configs", type=str, nargs="+", required=True, help="One config for each method.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592], help="Seeds to train with.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*DEFAULT_SEEDS], help="Seeds to train with.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the table, and METHOD/SEED for each run.")
-    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
-    parser.add_argument(
-        "--alone",
-        type=str | None,
-        help="Method whose runs train each task alone, such as finetune_each; adds forward transfer to the table.",
-    )
-    parser.add_argument("--engine", type=Engine | None, help="Where to train the runs, each on one device.")
+    alone = "Method whose runs train each task alone, such as finetune_each; adds forward transfer to the table."
+    parser.add_argument("--alone", type=str | None, help=alone)
+    declare_fit_options(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:

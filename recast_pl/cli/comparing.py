@@ -1,9 +1,9 @@
-"""What `compare` and `sweep` share: the options of `fit` for all runs, and running a comparison."""
+"""What `compare` and `sweep` share: two options, and running a comparison."""
 
 import shlex
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
@@ -18,6 +18,10 @@ from recast_pl.runs.folder import RunFolder
 from recast_pl.studies.comparison import Comparison
 from recast_pl.studies.engines import ONE_DEVICE, Endings, Engine, Outcome
 
+DEFAULT_SEEDS = (42, 1998, 3142592)
+
+_RESERVED = ("--run_dir", "--resume", "--seed_everything")  # options of `fit` that a comparison sets for each run
+
 
 class Here(Engine):
     """Runs command lines in this process, one after the other; stops at the first that fails."""
@@ -31,38 +35,44 @@ class Here(Engine):
                 return
 
 
-def config_words(configs: Sequence[str]) -> list[str]:
-    """Returns the options of `fit` that lay configurations over one another.
-
-    Args:
-        configs: Their names, in order.
-    """
-    return [word for config in configs for word in ("--config", config)]
+def declare_fit_options(parser: ArgumentParser) -> None:
+    """Adds `--options` and `--engine`."""
+    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
+    parser.add_argument("--engine", type=Engine | None, help="Where to train the runs, each on one device.")
 
 
 def fit_options(options: str, engine: Engine | None) -> list[str]:
     """Returns the options of `fit` that all runs share.
 
     Args:
-        options: What the user gave, quoted as in a shell.
+        options: The user's, quoted as in a shell.
         engine: Where to run, with one device for each run; None for this process, with the configured devices.
+
+    Raises:
+        RunError: If the quotes are wrong, or an option is one that is set for each run.
     """
-    return [*shlex.split(options), *(ONE_DEVICE if engine else ())]
+    try:
+        words = shlex.split(options)
+    except ValueError as cause:
+        raise RunError(f"--options {options!r} cannot be split into words ({cause}); correct the quotes") from cause
+    one_device = ONE_DEVICE if engine else ()
+    for word in words:
+        name = word.partition("=")[0]
+        if name in (*_RESERVED, *one_device[:1]):
+            raise RunError(f"--options cannot set {name}, which is set for each run; leave it out")
+    return [*words, *one_device]
 
 
 def run_comparison(comparison: Comparison, engine: Engine | None) -> int:
-    """Runs what is not finished, and prints the table.
+    """Trains the runs that are not finished, prints the table, and returns the exit status.
 
     Args:
         comparison: The runs.
         engine: Where to run; None for this process.
-
-    Returns:
-        The exit status.
     """
     fit = command_parser("fit")
     with interruptible() as interruption:
-        status = comparison.run(engine or Here(), lambda words: is_finished(fit, words))
+        status = comparison.run(engine or Here(), lambda words: _is_finished(fit, words))
     if interruption.signal is not None:
         return 128 + interruption.signal
     if not status:
@@ -71,16 +81,8 @@ def run_comparison(comparison: Comparison, engine: Engine | None) -> int:
     return status
 
 
-def is_finished(fit: LightningArgumentParser, words: Sequence[str]) -> bool:
-    """Returns whether a run has trained all of its tasks.
-
-    Args:
-        fit: The parser of `fit`.
-        words: The command line of `fit` that would continue the run.
-
-    Raises:
-        RunError: If the options are wrong, or the folder holds a run with other options.
-    """
+def _is_finished(fit: LightningArgumentParser, words: Sequence[str]) -> bool:
+    """Returns whether the run of a command line of `fit` is finished; refuses what `fit` would refuse."""
     try:
         config = fit.parse_args(with_config_paths(words[1:]))
     except ArgumentError as cause:

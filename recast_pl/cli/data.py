@@ -31,8 +31,8 @@ def declare(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Lists, prepares or verifies data sets."""
-    action = config.pop("action")
-    return {"list": _list_data, "prepare": _prepare_data, "verify": _verify_data}[action](config[action])
+    actions = {"list": _list_data, "prepare": _prepare_data, "verify": _verify_data}
+    return actions[config.action](config[config.action])
 
 
 def _list_data(options: Namespace) -> int:
@@ -43,11 +43,10 @@ def _list_data(options: Namespace) -> int:
 def _prepare_data(options: Namespace) -> int:
     for name in options.names or PAPER:
         task = TaskConfig("prepared", dataset=name)
-        one = SequentialTaskDataModule(
-            (task,), options.image_size, root=options.root, on_bad_image=options.on_bad_image
-        )
-        one.prepare_data()
-        Console().print(f"{name}: {len(one.classes)} classes, {one.sizes}, in {one.root}", soft_wrap=True)
+        size, on_bad_image = options.image_size, options.on_bad_image
+        data = SequentialTaskDataModule((task,), size, root=options.root, on_bad_image=on_bad_image)
+        data.prepare_data()
+        Console().print(f"{name}: {len(data.classes)} classes, {data.sizes}, in {data.root}", soft_wrap=True)
     return 0
 
 

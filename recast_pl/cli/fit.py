@@ -3,11 +3,10 @@
 import os
 import shlex
 import signal
+import statistics
 import sys
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import seed_everything
@@ -60,11 +59,11 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
     seed_everything(config.seed_everything, verbose=False)
     init, console = parser.instantiate(config), Console()
     if isinstance(init.model, MimicryModule):
-        status = _fit_templates(init, run_dir, text, console)
+        _fit_templates(init, run_dir, text, console)
+        status = 0
     else:
-        train = _train_here if init.engine is None else _train_on_engine
         with interruptible() as interruption:
-            status = train(init, run_dir, text, console)
+            status = _train(init, run_dir, text, console)
         if interruption.signal is not None:
             return _report_interruption(run_dir, interruption.signal)
     if is_main_process():
@@ -72,68 +71,61 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
     return status
 
 
-def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
+def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:
     if init.engine is not None or init.only:
         raise RunError("MimicryModule does not train tasks; leave out --engine and --only")
-    fitted, cosines = fit_mimicry(
-        init.model, RunFolder(run_dir), TrainerFactory(init.trainer), init.seed_everything, text
-    )
+    if init.resume:
+        raise RunError("a fit of MimicryModule cannot be resumed; leave out --resume, and name a new --run_dir")
+    trainers = TrainerFactory(init.trainer)
+    fitted, cosines = fit_mimicry(init.model, RunFolder(run_dir), trainers, init.seed_everything, text)
     if is_main_process():
         console.print(fitted.table())
-        console.print(_quality(cosines), soft_wrap=True)
-    return 0
+        mean, name = statistics.mean(cosines.values()), min(cosines, key=lambda weight: cosines[weight])
+        quality = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {cosines[name]:.4f} ({name})"
+        remedy = "; such weights harm the tasks: fit with mimicry/vae_mse.yaml, or use the closed form"
+        console.print(quality + (remedy if cosines[name] < _GOOD_COSINE else ""), soft_wrap=True)
 
 
-def _quality(cosines: Mapping[str, float]) -> str:
-    """Describes how close fitted weights are to the pretrained ones, and what to do if they are too far."""
-    name, lowest = min(cosines.items(), key=lambda item: item[1])
-    mean = sum(cosines.values()) / len(cosines)
-    text = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {lowest:.4f} ({name})"
-    remedy = "; such weights harm the tasks: fit with mimicry/vae_mse.yaml, or use the closed form"
-    return text + (remedy if lowest < _GOOD_COSINE else "")
-
-
-def _train_here(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
-    trainers, seed = TrainerFactory(init.trainer), init.seed_everything
+def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
+    """Trains the tasks in this process or on the engine; returns 1 if one of them failed."""
+    trainers = TrainerFactory(init.trainer)
     results = StreamResults(console, trainers)
-    Stream(til(init.model), init.data, run_dir, trainers, seed, text, console, results).run(init.only)
+    if init.engine is not None:
+        trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
+    stream = Stream(til(init.model), init.data, run_dir, trainers, init.seed_everything, text, console, results)
+    if init.engine is not None:
+        return _train_on_engine(stream, init, console)
+    stream.run(init.only)
     return 0
 
 
-def _train_on_engine(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
-    """Trains each task by a command line of its own; returns 1 if one of them failed."""
-    seed, here = init.seed_everything, TrainerFactory(init.trainer).alone(accelerator="cpu")  # not the engine's device
-    results = StreamResults(console, TrainerFactory(init.trainer))
-    stream = Stream(til(init.model), init.data, run_dir, here, seed, text, console, results)
+def _train_on_engine(stream: Stream, init: Namespace, console: Console) -> int:
+    """Trains each task by its own command line."""
     stream.check_isolated("--engine")
-    _check_one_device(init.trainer)
-    left = stream.begin(init.only)
-    words = ["fit", "--run_dir", str(run_dir), "--resume", "true", *ONE_DEVICE, "--only"]
-    units = {f"task {name}": [*words, name] for name in left}
+    for key in ("devices", "num_nodes"):
+        if init.trainer.get(key) not in ("auto", 1, "1"):
+            raise RunError(
+                f"--trainer.{key} {init.trainer[key]} does not work with --engine, which gives each task one device; "
+                "leave out one of them"
+            )
+    words = _resuming(stream.folder.path)
+    units = {f"task {name}": [*words, *ONE_DEVICE, "--only", name] for name in stream.begin(init.only)}
     failed = run_units(init.engine, units, lambda name: console.print(f"{name} is trained"))
     stream.merge()
     if failed:
-        print(f"to continue: {_resuming(run_dir)}, with the engine", file=sys.stderr)
+        print(f"to continue: python -m recast_pl {shlex.join(words)}, with the engine", file=sys.stderr)
     return int(failed != 0)
 
 
-def _check_one_device(settings: Mapping[str, Any]) -> None:
-    for key in ("devices", "num_nodes"):
-        if settings.get(key) not in ("auto", 1, "1"):
-            raise RunError(
-                f"--trainer.{key} {settings.get(key)} does not work with --engine, which gives each task one device; "
-                "leave out one of them"
-            )
-
-
-def _resuming(run_dir: Path) -> str:
-    return f"python -m recast_pl {shlex.join(['fit', '--run_dir', str(run_dir), '--resume', 'true'])}"
+def _resuming(run_dir: Path) -> list[str]:
+    return ["fit", "--run_dir", str(run_dir), "--resume", "true"]
 
 
 def _report_interruption(run_dir: Path, number: int) -> int:
     """Prints how to continue; returns the exit status."""
     if is_main_process():
-        kept = f"everything trained so far is kept. To continue: {_resuming(run_dir)}"
+        resuming = shlex.join(_resuming(run_dir))
+        kept = f"everything trained so far is kept. To continue: python -m recast_pl {resuming}"
         after = kept if RunFolder(run_dir).config.is_file() else "nothing has been trained yet"
         print(f"recast_pl: interrupted by {signal.Signals(number).name}; {after}", file=sys.stderr)
     return 128 + number

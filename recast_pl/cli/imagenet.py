@@ -33,10 +33,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     if (init.layout is None) == (init.decomposition is None):
         given = "neither" if init.layout is None else "both"
         raise DecompositionError(f"{given} of --layout and --decomposition are given; give exactly one")
-    classifier = init.backbone.build_classifier()
-    decomposition = (
-        decompose(classifier.net, init.layout) if init.layout else Decomposition.load(Path(init.decomposition))
-    )
+    classifier, file = init.backbone.source.classifier(), init.decomposition
+    decomposition = decompose(classifier.net, init.layout) if file is None else Decomposition.load(Path(file))
     facts = compare_classifiers(classifier, decomposition, Path(init.images), init.batch_size, init.num_workers)
     path = RunFolder(init.output).imagenet
     write_atomic(path, json_text({"backbone": init.backbone.name, **facts}))

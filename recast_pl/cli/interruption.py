@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Interruption:
-    """The signal that ended a block; None if none did."""
+    """The signal that ended a block; None if no signal did."""
 
     signal: int | None = None
 
@@ -31,7 +31,7 @@ def interruptible() -> Iterator[Interruption]:
     before = {number: signal.signal(number, interrupt) for number in numbers if in_main_thread}
     try:
         yield interruption
-    except BaseException:  # Lightning turns it into SystemExit, and other processes may fail because this one ends
+    except BaseException:  # Lightning converts the interrupt to SystemExit, and DDP processes fail when one ends
         if interruption.signal is None:
             raise
     finally:

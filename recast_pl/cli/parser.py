@@ -16,16 +16,10 @@ from recast_pl.files import STORAGE_FAULTS
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs a command.
-
-    Args:
-        argv: The command line; its first word is one of `recast_pl.cli.COMMANDS`.
-
-    Returns:
-        The exit status.
+    """Runs a command line, whose first word is one of `recast_pl.cli.COMMANDS`, and returns the exit status.
 
     Raises:
-        RecastError: If the command line or what it refers to is wrong; jsonargparse and Lightning raise their own.
+        RecastError: If the user made a mistake; jsonargparse and Lightning raise their own errors.
     """
     _quieten_libraries()
     name, *words = argv
@@ -36,11 +30,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def command_parser(name: str) -> LightningArgumentParser:
-    """Creates the parser of a command, with its options declared.
-
-    Args:
-        name: The command.
-    """
+    """Returns the parser of a command, with its options declared."""
     parser = LightningArgumentParser(prog=f"recast_pl {name}", description=COMMANDS[name], **STRICT)
     _command(name).declare(parser)
     return parser
@@ -51,7 +41,7 @@ def _command(name: str) -> Any:
 
 
 def _quieten_libraries() -> None:
-    """Silences what Lightning would repeat for each task, and Pillow for each image; real warnings stay."""
+    """Silences what Lightning would print for each task, and Pillow for each image; other warnings stay."""
     threading.excepthook = _hide_full_disk
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -68,6 +58,6 @@ def _quieten_libraries() -> None:
 
 
 def _hide_full_disk(failure: threading.ExceptHookArgs) -> None:
-    """Prints no traceback if TensorBoard's thread cannot write: the main thread reports that error in one line."""
+    """Hides the traceback if TensorBoard's thread cannot write: the main thread reports that error in one line."""
     if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in STORAGE_FAULTS):
         threading.__excepthook__(failure)

@@ -21,9 +21,9 @@ def declare(parser: ArgumentParser) -> None:
     """Adds the actions of the command."""
     actions = parser.add_subcommands(dest="action")
     for name, text in (
-        ("show", "Show what is in patches."),
+        ("show", "Show the contents of patches."),
         ("diff", "Show the differences between two patches."),
-        ("verify", "Check that patches are whole and fit a run."),
+        ("verify", "Check that patches are undamaged and fit a run."),
         ("average", "Average patches of one task, for example from several seeds."),
         ("quantize", "Write a patch in half precision."),
     ):
@@ -36,18 +36,16 @@ def declare(parser: ArgumentParser) -> None:
         if name in ("average", "quantize"):
             action.add_argument("--output", type=str, required=True, help="File of the new patch.")
         if name == "average":
-            action.add_argument(
-                "--weights", type=float, nargs="+", default=[], help="Weights of the patches (default: equal)."
-            )
+            weights = "Weights of the patches (default: equal)."
+            action.add_argument("--weights", type=float, nargs="+", default=[], help=weights)
         actions.add_subcommand(name, action, help=text)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs one of the actions."""
-    action = config.pop("action")
     actions = {"show": _show, "diff": _diff, "verify": _verify, "average": _average, "quantize": _quantize}
-    options = config[action]
-    actions[action]([Path(file) for file in options.files], options)
+    options = config[config.action]
+    actions[config.action]([Path(file) for file in options.files], options)
     return 0
 
 
@@ -62,18 +60,17 @@ def _diff(paths: list[Path], options: Namespace) -> None:
 
 
 def _verify(paths: list[Path], options: Namespace) -> None:
-    init = None
+    init = None if options.run_dir is None else open_run(options.run_dir)[1]
     for path in paths:
         patch = TaskPatch.load(path)
         try:
             check_patch(patch)
-            if options.run_dir is not None:
-                run_dir, init = (Path(options.run_dir), init or open_run(options.run_dir)[1])
-                restore(init.model, RunFolder(run_dir), patch.image_size)
+            if init is not None:
+                restore(init.model, RunFolder(options.run_dir), patch.image_size)
                 init.model.activate(patch)
         except PatchError as cause:
             raise PatchError(f"{path}: {cause}") from cause
-        fits = "" if options.run_dir is None else f", and fits {options.run_dir}"
+        fits = "" if init is None else f", and fits {options.run_dir}"
         Console().print(f"{path}: whole{fits}", soft_wrap=True, highlight=False)
 
 
@@ -84,12 +81,12 @@ def _average(paths: list[Path], options: Namespace) -> None:
 def _quantize(paths: list[Path], options: Namespace) -> None:
     patch = TaskPatch.load(paths[0])
     half = quantize_patch(patch)
-    if options.run_dir is None:
-        _write(half, options.output, "not measured; give --run_dir to measure its accuracy")
-        return
-    before, after = _measure([patch, half], options.run_dir)
-    told = f"test accuracy {before:.2f} % before, {after:.2f} % after"
-    _write(replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after}), options.output, told)
+    note = "not measured; give --run_dir to measure its accuracy"
+    if options.run_dir is not None:
+        before, after = _measure([patch, half], options.run_dir)
+        half = replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after})
+        note = f"test accuracy {before:.2f} % before, {after:.2f} % after"
+    _write(half, options.output, note)
 
 
 def _measure(patches: list[TaskPatch], folder: str) -> list[float]:

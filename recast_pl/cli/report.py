@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from recast_pl.learning.trainer import tensorboard
-from recast_pl.reporting.document import Block, Chart, write_document
+from recast_pl.reporting.document import Chart, write_document
 from recast_pl.reporting.report import compose
 from recast_pl.runs.collection import find_collections
 
@@ -24,17 +23,12 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     collections = find_collections(folders)
     blocks = compose(collections, folders, output)
     write_document(blocks, output, "report")
-    _log_pictures(blocks, output)
-    unfinished = sum(len(collection.unfinished) for collection in collections)
-    missing = f" ({unfinished} unfinished runs, which it names)" if unfinished else ""
-    Console().print(f"report: {output}/report.html{missing}", soft_wrap=True, highlight=False)
-    return 0
-
-
-def _log_pictures(blocks: list[Block], output: Path) -> None:
     logger = tensorboard(output, "report")
-    assert isinstance(logger, TensorBoardLogger)
     for block in blocks:
         if isinstance(block, Chart):
             logger.experiment.add_figure(block.name, block.figure)
     logger.finalize("success")
+    unfinished = sum(len(collection.unfinished) for collection in collections)
+    missing = f" ({unfinished} unfinished runs, which it names)" if unfinished else ""
+    Console().print(f"report: {output}/report.html{missing}", soft_wrap=True, highlight=False)
+    return 0

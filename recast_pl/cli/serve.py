@@ -27,19 +27,13 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 for any free one.")
-    parser.add_argument(
-        "--allowed_hosts",
-        type=str,
-        nargs="+",
-        default=[],
-        help="Host names that requests may use, * for any (default: localhost if the server listens only there, else "
-        "any).",
-    )
+    hosts = "Host names that requests may use, * for any (default: any, or localhost if the server listens only there)."
+    parser.add_argument("--allowed_hosts", type=str, nargs="+", default=[], help=hosts)
     parser.add_class_arguments(Limits)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
-    """Serves until it is told to stop, and answers the requests that have arrived by then."""
+    """Serves until a signal arrives, and still answers the requests that have arrived by then."""
     for library in _LIBRARIES:
         extra(library, "serve")
     import uvicorn  # noqa: PLC0415
@@ -49,7 +43,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     from recast_pl.inference.server.request_filter import LOCAL_HOSTS  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients are told about their mistakes
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets its warnings as an error
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
@@ -72,7 +66,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
-    """Opens a socket, and gives its URL; done before anything is loaded, so that errors show at once."""
+    """Opens a socket, and yields it with its URL; called before anything is loaded, so that errors show at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)

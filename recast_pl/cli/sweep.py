@@ -4,12 +4,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.cli.comparing import fit_options, run_comparison
-from recast_pl.studies.engines import Engine
+from recast_pl.cli.comparing import DEFAULT_SEEDS, declare_fit_options, fit_options, run_comparison
 from recast_pl.studies.sweep import Sweep
 from recast_pl.studies.sweep_file import read_sweep
-
-_SEEDS = (42, 1998, 3142592)
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -17,11 +14,9 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("-c", "--config", type=str, required=True, help="YAML file of the sweep; also in configs/.")
     parser.add_argument("--base", type=str, nargs="+", default=[], help="Configs laid over the base of the sweep.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="Seeds to train with (default: the sweep's).")
-    parser.add_argument(
-        "--output", type=str | None, help="Folder for the tables, and POINT/SEED for each run (default: logs/SWEEP)."
-    )
-    parser.add_argument("--options", type=str, default="", help="Further options of fit, quoted as one word.")
-    parser.add_argument("--engine", type=Engine | None, help="Where to train the runs, each on one device.")
+    output = "Folder for the tables, and POINT/SEED for each run (default: logs/SWEEP)."
+    parser.add_argument("--output", type=str | None, help=output)
+    declare_fit_options(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
@@ -30,8 +25,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     path = Path(config.config)
     sweep = read_sweep(path)
     folder = Path(config.output or Path("logs") / path.stem)
-    points = sweep.write_points(folder, config.base)
     options = fit_options(config.options, engine)
-    seeds = config.seeds or sweep.seeds or _SEEDS
+    points = sweep.write_points(folder, config.base)
+    seeds = config.seeds or sweep.seeds or DEFAULT_SEEDS
     comparison = Sweep(folder, points, seeds, options, x=sweep.x, series=sweep.series, over=sweep.over)
     return run_comparison(comparison, engine)

@@ -1,20 +1,19 @@
-"""Decides whether a run may be resumed with given options."""
+"""Decides whether a run may be resumed with the given options."""
 
 from pathlib import Path
 
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.errors import RunError
 
 
 def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> None:
-    """Checks that a resumed run keeps its configuration; only settings that change no result may differ.
+    """Checks that a resumed run keeps its configuration; only learning rates, and where images are, may differ.
 
     Args:
         parser: A parser with the options of `declare_run`.
-        path: The config.yaml of the run; if it is missing, there is nothing to check.
-        text: The configuration to resume with, as `config_text` gives it.
+        path: The config.yaml of the run; if it does not exist, nothing is checked.
+        text: The configuration to resume with, as `config_text` returns it.
 
     Raises:
         RunError: If model, data or seed differ.
@@ -26,19 +25,14 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
     for config in (before, after):
         for key in ("root", "cache", "num_workers"):  # where and how images are read changes no result
             config.data.pop(key, None)
-        _remove_rates(config)
+        settings = config.model.get("init_args") or {}
+        for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
+            for key in ("lr", "learning_rate"):  # a resumed task may have another rate
+                if part is not None and "init_args" in part:
+                    part.init_args.pop(key, None)
     changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
     if changed:
         raise RunError(
             f"{changed[0]} differs from {path}, and resuming would mix two runs; "
             "resume with the same options, or start another --run_dir"
         )
-
-
-def _remove_rates(config: Namespace) -> None:
-    """Removes learning rates, which may change when a task is resumed."""
-    settings = config.model.get("init_args") or {}
-    for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
-        for key in ("lr", "learning_rate"):
-            if part is not None and "init_args" in part:
-                part.init_args.pop(key, None)

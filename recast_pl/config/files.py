@@ -23,7 +23,7 @@ def find_config(name: str) -> str:
         name: A path, or the name of a shipped configuration, such as `vit.yaml`.
 
     Raises:
-        RunError: If it is nowhere.
+        RunError: If there is no such file.
     """
     for folder in (Path(), *_FOLDERS):
         if (folder / name).is_file():
@@ -33,7 +33,7 @@ def find_config(name: str) -> str:
 
 
 def with_config_paths(words: Sequence[str]) -> list[str]:
-    """Replaces the values of `--config` and `-c` in a command line by the paths that `find_config` gives."""
+    """Replaces the values of `--config` and `-c` in a command line by the paths that `find_config` returns."""
     found = list(words)
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -55,7 +55,7 @@ def with_resumed_config(words: Sequence[str]) -> list[str]:
     """
     parts = [part for word in words for part in word.split("=", 1)]
     given = dict(itertools.pairwise(parts))
-    if given.get("--resume") == "true" and "--run_dir" in given and not {"--config", "-c"} & set(parts):
+    if given.get("--resume", "").lower() == "true" and "--run_dir" in given and not {"--config", "-c"} & set(parts):
         path = Path(given["--run_dir"]) / "config.yaml"
         if path.is_file():
             check_run_config(path)
@@ -64,10 +64,10 @@ def with_resumed_config(words: Sequence[str]) -> list[str]:
 
 
 def check_run_config(path: Path) -> None:
-    """Checks that a run's config.yaml can be read and is complete.
+    """Checks that a run's config.yaml can be read and is complete; the parser's own errors do not name the file.
 
     Raises:
-        RunError: If it is damaged; the message names the file, which the parser's own errors do not.
+        RunError: If it is damaged.
     """
     try:
         content = yaml.safe_load(path.read_text())

@@ -26,7 +26,7 @@ def declare_run(parser: LightningArgumentParser) -> None:
     parser.link_arguments("seed_everything", "data.seed")
     parser.set_defaults(
         {
-            "trainer.enable_model_summary": False,  # it would repeat itself for each task
+            "trainer.enable_model_summary": False,  # it would appear again for each task
             "trainer.log_every_n_steps": 10,  # tasks are short
             "trainer.num_sanity_val_steps": 0,  # the probe has already read the validation images
         }
@@ -38,7 +38,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
 
     Args:
         parser: A parser with the options of `declare_run`.
-        config: What it parsed.
+        config: Its result.
     """
     kept = Namespace(**{key: config[key] for key in RUN_KEYS})  # type: ignore[no-untyped-call]
     text: str = parser.dump(kept, skip_link_targets=False)
@@ -46,10 +46,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
 
 
 def read_run(folder: str) -> tuple[Path, Namespace]:
-    """Builds what a run folder's config.yaml describes, for a run of tasks or a gradient fit of templates.
-
-    Args:
-        folder: The run folder.
+    """Builds the model and data of a run folder, which holds a run of tasks or a gradient fit of templates.
 
     Returns:
         The folder, and the run's seed, model, datamodule and trainer settings.
@@ -70,28 +67,14 @@ def read_run(folder: str) -> tuple[Path, Namespace]:
 
 
 def open_run(folder: str) -> tuple[Path, Namespace]:
-    """Builds what the config.yaml of a run of tasks describes.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        As `read_run`.
-
-    Raises:
-        RunError: If the folder holds no run, or a run that trains no tasks.
-    """
+    """Does the same as `read_run`, and raises RunError also if the run trains no tasks."""
     run_dir, init = read_run(folder)
     til(init.model)
     return run_dir, init
 
 
 def til(model: LightningModule) -> TILModule:
-    """Returns the model if it trains tasks.
-
-    Raises:
-        RunError: If it does not.
-    """
+    """Returns the model; raises RunError if it does not train tasks."""
     if not isinstance(model, TILModule):
         raise RunError(f"model {type(model).__name__} does not train tasks; use recast_pl.TILModule or a subclass")
     return model

@@ -23,7 +23,7 @@ _NO_IMAGE = -1  # a position that stands for an image that does not count
 
 
 class TaskSplit(Dataset[RawBatch]):
-    """A split of a task, read in whole batches.
+    """A split of a task, read a batch at a time.
 
     Args:
         pixels: All images of the task (N, 3, H, W), uint8; read only as `pixels[which]`.
@@ -44,11 +44,7 @@ class TaskSplit(Dataset[RawBatch]):
         return len(self.indices)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> RawBatch:
-        """Reads a batch.
-
-        Args:
-            keys: (epoch, position in the split) of each image.
-        """
+        """Reads a batch, given (epoch, position in the split) of each image."""
         positions = [position for _, position in keys]
         which = torch.from_numpy(self.indices[positions])
         images, labels = self.pixels[which], self.labels[which]
@@ -58,24 +54,16 @@ class TaskSplit(Dataset[RawBatch]):
         flips = torch.from_numpy((_coin_tosses(self.seed, keys[0][0], len(self)) & self.flips)[positions])
         if not self.transforms:
             return images, labels, flips
-        return self._transform(images, keys, self.seed), labels, flips, images
-
-    def _transform(self, images: Tensor, keys: Sequence[tuple[int, int]], seed: int) -> Tensor:
-        results = []
+        changed = []
         with torch.random.fork_rng(devices=[]):
             for image, (epoch, position) in zip(images, keys, strict=True):
-                torch.manual_seed(derive_seed(seed, epoch, position))
-                results.append(apply_transforms(image, self.tasks[position].transforms))
-        return torch.stack(results)
+                torch.manual_seed(derive_seed(self.seed, epoch, position))
+                changed.append(apply_transforms(image, self.tasks[position].transforms))
+        return torch.stack(changed), labels, flips, images
 
 
 def apply_transforms(image: Tensor, transforms: Sequence[Any]) -> Tensor:
-    """Applies a task's transforms, in order.
-
-    Args:
-        image: uint8 (3, H, W).
-        transforms: As in `TaskConfig`.
-    """
+    """Applies the transforms of a `TaskConfig`, in order, to a uint8 image (3, H, W)."""
     for transform in transforms:
         image = transform(image)
     return image
@@ -87,22 +75,12 @@ def _coin_tosses(seed: int, epoch: int, count: int) -> NDArray[np.bool_]:
 
 
 class TaskSampler(DistributedSampler[Any]):
-    """Yields (epoch, position), so that workers need no random state.
+    """Yields (epoch, position), so that workers need no random state. It takes the arguments of its base class.
 
-    Each process gets a share. Shares of training are padded to equal length, as DDP needs. Shares of evaluation are
-    not, so that every image counts once; all processes must evaluate, so one without images gets an image that does
-    not count. Lightning sets the epoch of a `DistributedSampler` and does not replace it.
-
-    Args:
-        dataset: What to sample.
-        replicas: Number of processes.
-        rank: This process.
-        shuffle: Whether the share is for training.
-        seed: Seed of the order.
+    Each process gets a share. Shares of training (`shuffle`) are padded to equal length, as DDP needs. Shares of
+    evaluation are not, so that every image counts once; all processes must evaluate, so one without images gets an
+    image that does not count. Lightning sets the epoch of a `DistributedSampler` and does not replace it.
     """
-
-    def __init__(self, dataset: TaskSplit, replicas: int, rank: int, shuffle: bool, seed: int = 0) -> None:
-        super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed)
 
     def __iter__(self) -> Iterator[Any]:
         positions = super().__iter__() if self.shuffle else iter(self._share())

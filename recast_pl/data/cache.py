@@ -6,10 +6,9 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,14 +33,8 @@ class Pixels(Protocol):
     def __getitem__(self, which: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class DecodedImages:
-    """The result of decoding all images of a source once.
-
-    Args:
-        pixels: All images; those that cannot be read are black.
-        bad: Why an image cannot be read, by position.
-    """
+class DecodedImages(NamedTuple):
+    """All images of a source, black where they cannot be read, and why they cannot be read, by position."""
 
     pixels: Pixels
     bad: dict[int, str]
@@ -62,12 +55,7 @@ class MappedPixels:
 
 
 class LazyPixels:
-    """Images that are decoded each time they are read.
-
-    Args:
-        images: The images.
-        side: Height and width in pixels.
-    """
+    """Images that are decoded each time they are read, to `side` pixels of height and width."""
 
     def __init__(self, images: Images, side: int) -> None:
         self.images, self.side = images, side
@@ -102,7 +90,7 @@ def decode_images(source: ImageSource, size: int, mode: CacheMode, folder: Path)
 
 def find_bad_images(source: ImageSource) -> dict[int, str]:
     """Decodes every image of a source and returns why an image cannot be read, by position."""
-    return _decode_all(source, _stored_side(source.images, 32), lambda start, part: None)
+    return _decode_all(source, _stored_side(source.images, 32))
 
 
 def _stored_side(images: Images, size: int) -> int:
@@ -111,13 +99,7 @@ def _stored_side(images: Images, size: int) -> int:
 
 
 def bad_images_message(name: str, bad: dict[int, str], count: int) -> str:
-    """Lists the images of a task that cannot be read.
-
-    Args:
-        name: Name of the task.
-        bad: Why an image cannot be read, by position.
-        count: Number of all images.
-    """
+    """Lists the images of a task that cannot be read, of `count` images; `bad` is as in `DecodedImages`."""
     shown = "; ".join(reason for _, reason in sorted(bad.items())[:20])
     more = f"; and {len(bad) - 20:,} more" if len(bad) > 20 else ""
     return f"{len(bad):,} of {count:,} images of {name!r} cannot be used: {shown}{more}"
@@ -134,11 +116,8 @@ class _Entry:
         self.path = folder / f"{label}-{kind}-{digest}"
         self.temporary = self.path.with_name(f".{self.path.name}.part")
         self.pixels = self.path / "images.npy"
-        self.state: dict[str, Any] = {
-            "version": _VERSION,
-            "fingerprint": source.images.fingerprint(),
-            "shape": [len(source.images), 3, side, side],
-        }
+        shape = [len(source.images), 3, side, side]
+        self.state = {"version": _VERSION, "fingerprint": source.images.fingerprint(), "shape": shape}
 
     def read(self) -> dict[str, Any] | None:
         """The index; None if the entry is missing, damaged or of an earlier state of the source."""
@@ -151,11 +130,7 @@ class _Entry:
             return None
 
     def build(self) -> dict[str, Any]:
-        """Writes the entry, unless another process has done so in the meantime, and returns its index.
-
-        Raises:
-            DataError: If it cannot be written.
-        """
+        """Writes the entry, unless another process has done so in the meantime, and returns its index."""
         try:
             with exclusive(self.path.with_name(f".{self.path.name}.lock"), f"decoding {self.source.location}"):
                 return self.read() or self._write()
@@ -169,7 +144,8 @@ class _Entry:
         shutil.rmtree(self.temporary, ignore_errors=True)
         try:
             self.temporary.mkdir()
-            index = self.state | {"bad": self._write_pixels()}
+            bad = self._write_pixels() if self.with_pixels else _decode_all(self.source, self.side)
+            index = self.state | {"bad": bad}
             (self.temporary / "index.json").write_text(json.dumps(index, indent=1))
             shutil.rmtree(self.path, ignore_errors=True)
             self.temporary.replace(self.path)
@@ -178,36 +154,27 @@ class _Entry:
         return index
 
     def _write_pixels(self) -> dict[int, str]:
-        if not self.with_pixels:
-            return _decode_all(self.source, self.side, lambda start, part: None)
-        shape = tuple(self.state["shape"])
-        with (self.temporary / "images.npy").open("wb") as file:
+        path, shape = self.temporary / "images.npy", (len(self.source.images), 3, self.side, self.side)
+        with path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            file.flush()
-            begin, each = file.tell(), 3 * self.side * self.side
+            begin = file.tell()
 
-            # written rather than mapped: a full disk is then an error, but would kill a process that maps the file
-            def store(start: int, part: Tensor) -> None:
-                rest, offset = memoryview(part.numpy().data).cast("B"), begin + start * each
-                while rest:
-                    count = os.pwrite(file.fileno(), rest, offset)
-                    rest, offset = rest[count:], offset + count
+        # written rather than mapped: a full disk is then an error, but would kill a process that maps the file
+        def store(start: int, part: Tensor) -> None:
+            with path.open("r+b") as file:
+                file.seek(begin + start * part[0].numel())
+                file.write(part.numpy().data)
 
-            bad = _decode_all(self.source, self.side, store)
-            os.fsync(file.fileno())
+        bad = _decode_all(self.source, self.side, store)
+        with path.open("rb") as complete:
+            os.fsync(complete.fileno())
         return bad
 
 
-def _decode_all(source: ImageSource, side: int, store: Callable[[int, Tensor], Any]) -> dict[int, str]:
-    """Decodes all images in parallel.
+def _decode_all(source: ImageSource, side: int, store: Callable[[int, Tensor], Any] | None = None) -> dict[int, str]:
+    """Decodes all images in parallel and returns why images cannot be read, by position.
 
-    Args:
-        source: The images.
-        side: Height and width in pixels.
-        store: Called from several threads with the position of an image and a chunk (n, 3, side, side) from there on.
-
-    Returns:
-        Why an image cannot be read, by position.
+    It calls `store` from several threads, with the position of an image and a chunk (n, 3, side, side) from there on.
     """
     images, bad = source.images, {}
 
@@ -219,16 +186,14 @@ def _decode_all(source: ImageSource, side: int, store: Callable[[int, Tensor], A
                 part[index - start] = images.decode(index, side)
             except DataError as error:
                 bad[index] = str(error)
-        store(start, part)
+        if store is not None:
+            store(start, part)
         return len(indices)
 
     columns = (TextColumn("decoding {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pool = ThreadPoolExecutor()  # Pillow releases Python's lock while it decodes and resizes
-    with Progress(*columns, transient=True) as progress:
+    # threads, because Pillow releases Python's lock while it decodes and resizes
+    with Progress(*columns, transient=True) as progress, ThreadPoolExecutor() as pool:
         task = progress.add_task(Path(source.location).name, total=len(images))
-        try:
-            for count in pool.map(decode, range(0, len(images), _CHUNK)):
-                progress.advance(task, count)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for count in pool.map(decode, range(0, len(images), _CHUNK)):  # an error cancels what has not started
+            progress.advance(task, count)
     return dict(sorted(bad.items()))

@@ -31,10 +31,6 @@ class RemoteFile:
     provides: str
     folder: str = ""
 
-    def is_present(self, root: Path) -> bool:
-        """Whether it is in place."""
-        return (root / self.provides).exists()
-
 
 @dataclass(frozen=True)
 class DataSet:
@@ -64,20 +60,11 @@ class DataSet:
 
     def is_present(self, root: Path) -> bool:
         """Whether all of it is on disk."""
-        return all(file.is_present(root) for file in self.files) and (
-            not self.present or (root / self.present).exists()
-        )
+        needed = [file.provides for file in self.files] + ([self.present] if self.present else [])
+        return all((root / path).exists() for path in needed)
 
     def open(self, root: Path, args: Mapping[str, Any]) -> ImageSource:
-        """Finds its images.
-
-        Args:
-            root: Folder of data sets.
-            args: Further arguments of its torchvision class.
-
-        Raises:
-            DataError: If it is damaged.
-        """
+        """Finds its images below a root; `args` are for its torchvision class. Raises DataError if it is damaged."""
         if isinstance(self.reader, str):
             return open_torchvision(self.reader, root / self.folder, args)
         try:
@@ -88,11 +75,7 @@ class DataSet:
             ) from cause
 
     def check_args(self, args: Mapping[str, Any]) -> None:
-        """Checks that its class takes the arguments.
-
-        Raises:
-            DataError: If it does not; the message names the argument.
-        """
+        """Raises DataError if its torchvision class does not take the arguments, or it has no such class."""
         if isinstance(self.reader, str):
             torchvision_class(self.reader, args)
         elif args:
@@ -117,7 +100,8 @@ def _open_birds(root: Path) -> ImageSource:
     """CUB-200-2011, from its lists of images, labels, splits and classes; each line is `ID VALUE`."""
     folder = root / "CUB_200_2011"
     files, labels, training, names = (
-        _read_pairs(folder / f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split", "classes")
+        dict(line.split(" ", 1) for line in _read_lines(folder / f"{name}.txt"))
+        for name in ("images", "image_class_labels", "train_test_split", "classes")
     )
     if not files.keys() == labels.keys() == training.keys():
         raise DataError(f"the lists in {folder} do not name the same images; remove the folder and prepare it again")
@@ -131,27 +115,19 @@ def _open_birds(root: Path) -> ImageSource:
     )
 
 
-def _read_pairs(path: Path) -> dict[str, str]:
-    pairs = (line.split(" ", 1) for line in _read_lines(path))
-    return {pair[0]: pair[-1] for pair in pairs}
-
-
 def _open_scenes(root: Path) -> ImageSource:
     """MIT Indoor-67: folders of classes, and two lists that name 80 training and 20 test images of each class."""
-    folder = root / "indoor-67"
-    whole = open_folder(folder / "Images")
-    assert isinstance(whole.images, ImageFiles)
-    names = {path.relative_to(folder / "Images").as_posix(): i for i, path in enumerate(whole.images.paths)}
+    lists, folder = root / "indoor-67", root / "indoor-67" / "Images"
+    found = open_folder(folder)
+    assert isinstance(found.images, ImageFiles)
+    names = {path.relative_to(folder).as_posix(): i for i, path in enumerate(found.images.paths)}
     splits = [""] * len(names)
     for split, file in (("train", "TrainImages.txt"), ("test", "TestImages.txt")):
-        for line in _read_lines(folder / file):
+        for line in _read_lines(lists / file):
             if line not in names:
-                raise DataError(
-                    f"{folder / file} names {line!r}, which is not in {folder / 'Images'}; prepare it again"
-                )
+                raise DataError(f"{lists / file} names {line!r}, which is not in {folder}; prepare it again")
             splits[names[line]] = split
-    classes = [name.replace("_", " ") for name in whole.classes]
-    return ImageSource(classes, whole.labels, splits, whole.images, whole.location)
+    return replace(found, classes=[name.replace("_", " ") for name in found.classes], splits=splits)
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -23,16 +23,10 @@ from recast_pl.errors import DataError
 
 BadImagePolicy = Literal["error", "skip"]
 
-_ROOT = "RECAST_PL_DATA"
-
 
 def data_root(root: str | None) -> Path:
-    """Folder of data sets and caches.
-
-    Args:
-        root: As the user gave it; None for $RECAST_PL_DATA, or `data` if that is not set.
-    """
-    return Path(root or os.environ.get(_ROOT) or "data").expanduser()
+    """The folder of data sets and caches: the given one, or else $RECAST_PL_DATA, or else `data`."""
+    return Path(root or os.environ.get("RECAST_PL_DATA") or "data").expanduser()
 
 
 class SequentialTaskDataModule(LightningDataModule):
@@ -49,8 +43,7 @@ class SequentialTaskDataModule(LightningDataModule):
             images are decoded or transformed while training: copying decoded images to another process takes longer
             than reading them.
         seed: Seed of splits, order and augmentation.
-        root: Folder of data sets known by name, and of caches; None for $RECAST_PL_DATA, or `data` if that is not
-            set.
+        root: Folder of data sets known by name, and of caches; None for $RECAST_PL_DATA, or `data` if it is not set.
         split: `official` keeps the splits of a source that has them; `ratio` divides all images 70-15-15.
         cache: Where decoded images are kept: `disk` in a file mapped by all processes, `ram` in the memory of each
             process, `off` nowhere.
@@ -108,11 +101,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self._train_on = TaskSplit(images, labels, np.arange(len(images)), tasks, self._images.seed)
 
     def check(self) -> None:
-        """Checks the stream as far as possible before anything is downloaded.
-
-        Raises:
-            DataError: If a task cannot be used; the message names it.
-        """
+        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
         check_names(self.tasks)
         for task in self.tasks:
             if task.own_path is not None:
@@ -165,27 +154,22 @@ class SequentialTaskDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Training images of the current task, augmented, in a new order for each epoch."""
         seed = self._images.seed
-        split = self._train_on or self._split("train", seed)
-        return self._loader(TaskSampler(split, *self._processes(), shuffle=True, seed=seed))
+        return self._loader(self._train_on or self._split("train", seed), seed)
 
     def val_dataloader(self) -> DataLoader[RawBatch]:
         """Validation images of the current task, each on one process."""
-        return self._loader(TaskSampler(self._split("val"), *self._processes(), shuffle=False))
+        return self._loader(self._split("val"))
 
     def test_dataloader(self) -> DataLoader[RawBatch]:
         """Test images of the current task, each on one process."""
-        return self._loader(TaskSampler(self._split("test"), *self._processes(), shuffle=False))
+        return self._loader(self._split("test"))
 
     def plain_dataloader(self, split: str) -> DataLoader[RawBatch]:
-        """A split in order, whole on every process, not augmented."""
-        return self._loader(TaskSampler(self._split(split), 1, 0, shuffle=False))
+        """All images of a split in order, on every process, not augmented."""
+        return self._loader(self._split(split), everywhere=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Mirrors images where the batch says so, and converts them on the device.
-
-        Returns:
-            Images (B, 3, S, S) in [0, 1] and labels.
-        """
+        """Mirrors images where the batch says so; returns them (B, 3, S, S) in [0, 1], on the device, and labels."""
         images, labels, flip, *plain = batch
         self._plain: Tensor = plain[0] if plain else images
         return self._convert(_mirror(images, flip)), labels
@@ -196,14 +180,11 @@ class SequentialTaskDataModule(LightningDataModule):
         return self._convert(self._plain)
 
     def augment(self, images: Tensor, tasks: Tensor) -> Tensor:
-        """Augments plain images as their own tasks ask, with torch's global random generator.
+        """Augments plain images as their tasks ask, with torch's global random generator.
 
         Args:
-            images: uint8 (B, 3, H, W), on any device.
+            images: uint8 (B, 3, H, W), on any device; the result is alike.
             tasks: Positions of their tasks in the stream (B,).
-
-        Returns:
-            uint8 (B, 3, H, W).
         """
         configs = [self.tasks[task] for task in tasks.tolist()]
         results = [apply_transforms(image, config.transforms) for image, config in zip(images, configs, strict=True)]
@@ -227,20 +208,16 @@ class SequentialTaskDataModule(LightningDataModule):
         indices = images.splits[split]
         return TaskSplit(images.decoded.pixels, labels, indices, [images.task] * len(indices), seed)
 
-    def _processes(self) -> tuple[int, int]:
-        """How many processes train, and which of them this one is."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
-    def _loader(self, sampler: TaskSampler) -> DataLoader[RawBatch]:
-        dataset = sampler.dataset
-        assert isinstance(dataset, TaskSplit)
+    def _loader(self, split: TaskSplit, seed: int | None = None, everywhere: bool = False) -> DataLoader[RawBatch]:
+        """Reads a split in order or, with a seed, in random order; each process reads its share, or everything."""
+        processes = (self.trainer.world_size, self.trainer.global_rank) if self.trainer and not everywhere else (1, 0)
         workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
-        if self.cache != "off" and not dataset.transforms:
+        if self.cache != "off" and not split.transforms:
             workers = 0
         return DataLoader(
-            dataset,
+            split,
             self.batch_size,
-            sampler=sampler,
+            sampler=TaskSampler(split, *processes, shuffle=seed is not None, seed=seed or 0),
             num_workers=workers,
             collate_fn=default_convert,
             pin_memory=torch.cuda.is_available(),
@@ -249,11 +226,10 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def _convert(self, images: Tensor) -> Tensor:
         """Converts uint8 to [0, 1] and enlarges images that are stored smaller."""
-        images = tv.to_dtype(images, torch.float32, scale=True)
-        if images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)  # (B, 3, S, S)
-        return images
+        images, size = tv.to_dtype(images, torch.float32, scale=True), self.image_size
+        if images.shape[-1] == size:
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)  # (B, 3, S, S)
 
 
 class _TaskImages:

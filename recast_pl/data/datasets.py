@@ -96,11 +96,7 @@ def open_manifest(path: Path) -> ImageSource:
 
 
 def _make_source(kind: str, path: Path, classes: Sequence[str], rows: Sequence[_Image]) -> ImageSource:
-    """Checks the classes of images and numbers them.
-
-    Raises:
-        DataError: If there are fewer than two classes, or a class has no training image.
-    """
+    """Numbers the classes of images; raises DataError for fewer than two, or one without a training image."""
     if len(classes) < 2:
         remedy = f"arrange images as {_LAYOUTS}" if kind == "folder" else "list images with other labels"
         raise DataError(f"{kind} {str(path)!r} has {len(classes)} classes and needs at least 2; {remedy}")
@@ -118,11 +114,7 @@ def _make_source(kind: str, path: Path, classes: Sequence[str], rows: Sequence[_
 
 
 def _find_split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders.
-
-    Raises:
-        DataError: If it is unclear which folders are splits and which are classes.
-    """
+    """The folder of each split, in the order of `SPLITS`; the root under an empty string if it has no split folders."""
     names = _subfolders(root)
     found = {name: split for name in names if (split := find_split(name))}
     if not found:
@@ -169,7 +161,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, ...]]:
-    """The same as `_read_csv`."""
+
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError as cause:
@@ -197,7 +189,7 @@ def _find_columns(path: Path, names: Sequence[str]) -> list[str | None]:
     return found
 
 
-def _values(row: Mapping[Any, Any], columns: Sequence[str | None]) -> tuple[str, ...]:
+def _values(row: Mapping[str, Any], columns: Sequence[str | None]) -> tuple[str, ...]:
     return tuple("" if column is None or row[column] is None else str(row[column]) for column in columns)
 
 

@@ -10,8 +10,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -51,8 +50,9 @@ def fetch(url: str, target: Path, md5: str | None) -> None:
         return
     part = target.with_name(target.name + ".part")
     resumed = part.exists()
-    with _progress(target.name) as advance:
-        _fetch_part(url, part, advance)
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as progress:
+        task = progress.add_task(target.name, total=None)
+        _fetch_part(url, part, lambda done, total: progress.update(task, completed=done, total=total))
     try:
         _check_md5(part, md5, f"try again; if the error stays, the file at {url} has changed")
     except DataError:
@@ -65,15 +65,12 @@ def fetch(url: str, target: Path, md5: str | None) -> None:
 
 
 def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path]:
-    """Unpacks an archive into a temporary folder first, so that what is in place is always complete.
+    """Unpacks an archive, into a temporary folder first, and returns the new places of its top-level entries.
 
     Args:
         archive: A tar or zip file.
         folder: Receives the top-level entries of the archive.
         wanted: An entry that the archive must have; None to accept any content.
-
-    Returns:
-        The new places of the entries.
 
     Raises:
         DataError: If the archive is damaged, lacks the wanted entry, or has members that are links, devices or
@@ -95,12 +92,10 @@ def extract(archive: Path, folder: Path, wanted: str | None = None) -> list[Path
 
 
 def move_into(folder: Path, temporary: Path) -> list[Path]:
-    """Moves the content of a temporary folder into another one; a file that is there already stays.
+    """Moves the content of a temporary folder into another one, and returns its new places.
 
-    Moved files get the permissions that the user's umask gives to new files, whatever their archive says.
-
-    Returns:
-        The new places.
+    A file that is there already stays. Moved files get the permissions that the user's umask gives to new files,
+    whatever their archive says.
 
     Raises:
         DataError: If a folder of the same name is there; then nothing is moved.
@@ -145,18 +140,14 @@ def _fetch_part(url: str, part: Path, advance: _Advance) -> None:
 
 
 def _append(url: str, part: Path, advance: _Advance) -> None:
-    """Downloads what the part lacks.
-
-    Raises:
-        OSError: If the connection ends before the file does.
-    """
+    """Downloads what the part lacks; raises OSError if the connection ends before the file does."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "recast_pl", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            start = 0  # the server sends the whole file
+            start = 0  # the server sends the file from its beginning
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -191,12 +182,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             _check_member(archive, member.name, member.isreg() or member.isdir())
-            tar.extract(member, folder, filter=_without_mode)
-
-
-def _without_mode(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """Filters like `tarfile.data_filter`, but lets the umask decide the permissions instead of the archive."""
-    return tarfile.data_filter(member, folder).replace(mode=None, deep=False)  # type: ignore[arg-type]
+            tar.extract(member, folder, filter="data")
 
 
 def _check_member(archive: Path, name: str, is_plain: bool) -> None:
@@ -206,10 +192,3 @@ def _check_member(archive: Path, name: str, is_plain: bool) -> None:
         return
     fault = "lies outside of its folder" if is_plain else "is a link or a device"
     raise DataError(f"{archive.name} is not safe to unpack: its member {name!r} {fault}; do not use it")
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[_Advance]:
-    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from recast_pl.errors import DataError
+from recast_pl.errors import DataError, one_line
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
@@ -30,11 +30,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def decode(self, index: int, side: int) -> Tensor:
-        """Decodes one image to uint8 (3, side, side).
-
-        Raises:
-            DataError: If the image cannot be read; the message names it.
-        """
+        """Decodes one image to uint8 (3, side, side); raises DataError, which names the image, if that fails."""
         ...
 
     def fingerprint(self) -> str:
@@ -83,9 +79,8 @@ class ImageItems:
         try:
             return _to_pixels(self.items[index][0], side)
         except Exception as cause:
-            raise DataError(
-                f"cannot read image {index} of {self.name} ({_reason(cause)}); remove the data set and prepare it again"
-            ) from cause
+            text = f"cannot read image {index} of {self.name} ({one_line(cause)})"
+            raise DataError(f"{text}; remove the data set and prepare it again") from cause
 
 
 class FileDataset(Dataset[tuple[Tensor, str]]):
@@ -110,11 +105,7 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Lists the image files among paths, and those in the folders among them, in order of name.
-
-    Raises:
-        DataError: If a folder has no images.
-    """
+    """Lists the image files among paths, and those in the folders among them; raises DataError for an empty folder."""
     found: list[Path] = []
     for path in paths:
         inside = images_below(path) if path.is_dir() else [path]
@@ -125,13 +116,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def stat_digest(paths: Sequence[Path]) -> str:
-    """SHA-256 over the names and sizes of files, and the times at which their content or rights last changed.
-
-    Raises:
-        DataError: If files are missing.
-    """
-    digest = hashlib.sha256()
-    missing = []
+    """SHA-256 over the names, sizes and times of last change of files; raises DataError if files are missing."""
+    digest, missing = hashlib.sha256(), []
     for path in paths:
         try:
             stat = path.stat()
@@ -148,11 +134,7 @@ def stat_digest(paths: Sequence[Path]) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Opens one image, upright, as RGB on white.
-
-    Raises:
-        DataError: If the file cannot be read as an image.
-    """
+    """Opens one image, upright, as RGB on white; raises DataError if it cannot be read."""
     with _reading(path), Image.open(path) as image:
         return _to_rgb(image)
 
@@ -162,7 +144,7 @@ def decode_file(path: Path, size: int) -> Tensor:
 
     Args:
         path: The file.
-        size: Height and width in pixels.
+        size: Height and width of the result in pixels.
 
     Returns:
         uint8 (3, size, size).
@@ -175,14 +157,11 @@ def decode_file(path: Path, size: int) -> Tensor:
 
 
 def decode_any(image: Any, size: int) -> Tensor:
-    """Converts an image of any supported type as `decode_file` does.
+    """Converts an image to uint8 (3, size, size) as `decode_file` does.
 
     Args:
         image: A path, a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or floating point in [0, 1].
-        size: Height and width in pixels.
-
-    Returns:
-        uint8 (3, size, size).
+        size: Height and width of the result in pixels.
 
     Raises:
         DataError: If it has another type, shape or range, or cannot be read.
@@ -191,9 +170,8 @@ def decode_any(image: Any, size: int) -> Tensor:
         return decode_file(Path(image), size)
     if isinstance(image, Tensor):
         _check_shape(image, 0, "a tensor (3, H, W)")
-        values = image.detach().cpu()
-        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
-        image = _from_array(values.permute(1, 2, 0).numpy())
+        values = image.detach().cpu().permute(1, 2, 0)
+        image = _from_array((values.float() if values.is_floating_point() else values).numpy())  # numpy has no bfloat16
     elif isinstance(image, np.ndarray):
         _check_shape(image, 2, "an array (H, W, 3)")
         image = _from_array(image)
@@ -229,11 +207,7 @@ def _reading(image: object) -> Iterator[None]:
     try:
         yield
     except Exception as cause:  # decoders raise many types of errors on damaged files
-        raise DataError(f"cannot read image {str(image)!r} ({_reason(cause)}); repair or remove it") from cause
-
-
-def _reason(cause: Exception) -> str:
-    return " ".join(str(cause).split()) or type(cause).__name__
+        raise DataError(f"cannot read image {str(image)!r} ({one_line(cause)}); repair or remove it") from cause
 
 
 def _to_pixels(image: Image.Image, size: int) -> Tensor:

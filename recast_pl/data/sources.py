@@ -31,8 +31,7 @@ def open_source(task: TaskConfig, root: Path) -> ImageSource:
     path = task.own_path
     if path is not None:
         return open_manifest(path) if path.suffix.lower() in (".csv", ".parquet") else open_folder(path)
-    name = dataset_name(task)
-    folder = _folder_of(task, root)
+    name, folder = dataset_name(task), _folder_of(task, root)
     if name.startswith(_TORCHVISION):
         return open_torchvision(name.removeprefix(_TORCHVISION), folder, task.args)
     if not CATALOGUE[name].is_present(folder):
@@ -45,9 +44,7 @@ def open_source(task: TaskConfig, root: Path) -> ImageSource:
 def prepare_source(task: TaskConfig, root: Path) -> None:
     """Downloads what a task needs and is not on disk. If several processes do so, the others wait for the first.
 
-    Args:
-        task: The task.
-        root: Folder of data sets known by name.
+    The arguments are those of `open_source`.
 
     Raises:
         DataError: If it cannot be downloaded or written.
@@ -68,11 +65,7 @@ def prepare_source(task: TaskConfig, root: Path) -> None:
 
 
 def dataset_name(task: TaskConfig) -> str:
-    """The data set that a task names.
-
-    Raises:
-        DataError: If no data set has that name, or it does not take the task's arguments.
-    """
+    """The data set that a task names; raises DataError if there is none, or it does not take the task's arguments."""
     name = task.dataset or task.name
     if name.startswith(_TORCHVISION):
         torchvision_class(name.removeprefix(_TORCHVISION), task.args)
@@ -119,18 +112,14 @@ def _folder_of(task: TaskConfig, root: Path) -> Path:
 
 
 def _count_faults(data_set: DataSet, source: ImageSource, what: Sequence[str]) -> list[str]:
-    wanted = {"classes": data_set.classes} | dict(data_set.images)
-    found = {"classes": len(source.classes)} | Counter(source.splits)
+    wanted = Counter(data_set.images) + Counter(classes=data_set.classes)
+    found = Counter(source.splits) + Counter(classes=len(source.classes))
     names = {"classes": "classes", "": "images without split"} | {split: f"{split} images" for split in SPLITS}
-    return [
-        f"{found.get(key, 0):,} {names[key]} rather than {wanted.get(key, 0):,}"
-        for key in what
-        if found.get(key, 0) != wanted.get(key, 0)
-    ]
+    return [f"{found[key]:,} {names[key]} rather than {wanted[key]:,}" for key in what if found[key] != wanted[key]]
 
 
 def _prepare_torchvision(name: str, root: Path, args: Mapping[str, Any]) -> None:
-    """Downloads into a separate folder first, so that an interrupted download is not taken for the whole data set."""
+    """Downloads into a separate folder first, so that an interrupted download is not taken for a complete data set."""
     cls = name.removeprefix(_TORCHVISION)
     if _opens(cls, root, args):
         return
@@ -159,11 +148,10 @@ def _opens(cls: str, root: Path, args: Mapping[str, Any]) -> bool:
 def _download(name: str, data_set: DataSet, root: Path) -> None:
     """Downloads the missing files of a data set; removes them again if the counts are wrong."""
     if not data_set.files and not data_set.is_present(root):
-        raise DataError(
-            f"data set {name!r} cannot be downloaded: {data_set.note}; its files are expected in "
-            f"{root / data_set.present}"
-        )
-    placed = [path for file in data_set.files if not file.is_present(root) for path in _place(file, root)]
+        place = root / data_set.present
+        raise DataError(f"data set {name!r} cannot be downloaded: {data_set.note}; its files are expected in {place}")
+    missing = [file for file in data_set.files if not (root / file.provides).exists()]
+    placed = [path for file in missing for path in _place(file, root)]
     try:
         _check_counts(name, data_set, root)
     except DataError:

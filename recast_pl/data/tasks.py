@@ -55,11 +55,7 @@ class TaskConfig:
 
 
 def check_names(tasks: Sequence[TaskConfig]) -> None:
-    """Checks that task names can be file names and are different.
-
-    Raises:
-        DataError: If there are no tasks, or a name is unsuitable or listed twice.
-    """
+    """Raises DataError if there are no tasks, or a name cannot be a file name or is listed twice."""
     if not tasks:
         raise DataError("data.tasks is empty; list at least one task, such as [{name: defects, path: /data/defects}]")
     for task in tasks:
@@ -77,14 +73,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def find_split(name: str) -> str | None:
-    """The split that a folder or a manifest means by a name.
-
-    Args:
-        name: For example `Train`, `training`, `valid`, `validation` or `TEST`. Case does not matter.
-
-    Returns:
-        `train`, `val` or `test`; None if the name does not mean a split.
-    """
+    """The split that a folder or a manifest means by a name such as `Train` or `validation`; None if it means none."""
     return next((split for split, names in _SPLIT_NAMES.items() if name.strip().casefold() in names), None)
 
 

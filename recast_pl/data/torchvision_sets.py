@@ -12,17 +12,13 @@ from torch.utils.data import ConcatDataset
 
 from recast_pl.data.datasets import ImageSource
 from recast_pl.data.images import ImageFiles, ImageItems, Images, stat_digest
-from recast_pl.errors import DataError
+from recast_pl.errors import DataError, one_line
 
 _SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
 
 
 def torchvision_class(name: str, args: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """Finds a data set's class and the names of the arguments it takes.
-
-    Args:
-        name: Name of the class in `torchvision.datasets`.
-        args: Arguments that the class must take.
+    """Finds a class in `torchvision.datasets` by name, and the names of the arguments it takes.
 
     Raises:
         DataError: If there is no such class, or it does not take the arguments.
@@ -62,10 +58,9 @@ def open_torchvision(name: str, root: Path, args: Mapping[str, Any], download: b
     except DataError:
         raise
     except Exception as cause:  # torchvision's classes raise many types of errors on damaged lists
-        text = " ".join(str(cause).split()) or type(cause).__name__
         raise DataError(
-            f"torchvision's {name} cannot be opened in {str(root)!r} ({text}); get it with 'python -m recast_pl data "
-            f"prepare torchvision/{name}', or remove it first if it is there and damaged"
+            f"torchvision's {name} cannot be opened in {str(root)!r} ({one_line(cause)}); get it with 'python -m "
+            f"recast_pl data prepare torchvision/{name}', or remove it first if it is there and damaged"
         ) from cause
 
 
@@ -77,8 +72,8 @@ def _open(name: str, root: Path, args: Mapping[str, Any], download: bool) -> Ima
     classes = _class_names(next(iter(parts.values())), 1 + max(int(part.max()) for part in labels))
     files = [_find_files(part) for part in parts.values()]
     images: Images
-    if all(found is not None for found in files):
-        images = ImageFiles([file for found in files for file in found or ()])
+    if all(files):
+        images = ImageFiles([file for found in files for file in found])
     else:
         every = list(parts.values())
         images = ImageItems(name, ConcatDataset(every), _native_side(every), lambda: _fingerprint(every, root))
@@ -142,12 +137,12 @@ def _agrees(dataset: Any, labels: Sequence[Any]) -> bool:
     return True
 
 
-def _find_files(dataset: Any) -> list[Path] | None:
-    """The image files of a data set; None if it keeps no list of them."""
+def _find_files(dataset: Any) -> list[Path]:
+    """The image files of a data set; empty if it keeps no list of them."""
     for values in _kept_lists(dataset, ("_image_files", "_images", "data"), 0):
         if isinstance(values[0], str | Path):
             return [Path(value) for value in values]
-    return None
+    return []
 
 
 def _class_names(dataset: Any, count: int) -> list[str]:

@@ -53,11 +53,11 @@ class GroupAnalysis:
         shape: Shape of each weight.
         templates: n.
         coefficient_sets: K.
-        frobenius: Σ_{i<j} ‖T_i − T_j‖_F / (n(n−1)), as printed in the paper: half the mean over pairs. NaN for n = 1.
+        frobenius: Σ_{i<j} ‖T_i − T_j‖_F / (n(n−1)), as printed (appendix A.3): half the mean over pairs. NaN for n = 1.
         frobenius_mean: The mean over pairs of templates. NaN for n = 1.
         entropy: Mean over templates of the entropy of their singular values, in nats; NaN if a template is 0.
         entropy_limit: The largest possible entropy, ln min(rows, columns), in nats.
-        similarity: Cosine similarity of the coefficients of every two layers, (L, L).
+        similarity: Cosine similarity of the K·n coefficients of every two layers, (L, L); NaN if a layer has only 0.
         similarity_mean: Its mean over pairs of different layers. NaN for L = 1.
         scaling: Numbers that the group takes and saves.
     """
@@ -119,73 +119,17 @@ class Analysis:
 
 
 def analyze(decomposition: Decomposition) -> Analysis:
-    """Analyses a decomposition without its network.
-
-    Args:
-        decomposition: The decomposition.
-    """
+    """Analyses a decomposition without its network."""
     groups = tuple(_analyze_group(bank) for bank in decomposition.banks)
     return Analysis(groups, Scaling.of(decomposition.banks), _paper_scaling(decomposition))
 
 
-def frobenius_diversity(templates: Tensor) -> tuple[float, float]:
-    """Measures how different the templates of a bank are (appendix A.3).
-
-    Args:
-        templates: (n, *shape).
-
-    Returns:
-        avg_frobenius = Σ_{i<j} ‖T_i − T_j‖_F / (n(n−1)), as printed, which is half the mean over the n(n−1)/2 pairs;
-        and that mean. Both are NaN for n = 1, which has no pairs.
-    """
-    flat = templates.flatten(1)  # (n, D)
-    pairs = [float((a.double() - b.double()).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]]
-    mean = sum(pairs) / len(pairs) if pairs else math.nan
-    return mean / 2, mean
-
-
-def singular_value_entropy(template: Tensor) -> float:
-    """Measures how evenly a template uses its directions (appendix A.3).
-
-    The paper does not say how to turn singular values into a distribution. Here p_i = σ_i / Σσ, and H = −Σ p_i ln p_i.
-
-    Args:
-        template: (rows, ...), flattened to (rows, columns); for a convolution, (c_out, c_in·k·k).
-
-    Returns:
-        H in nats, between 0 and ln min(rows, columns); NaN if the template is 0.
-    """
-    matrix = template.flatten(1)
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # of the smaller Gram matrix, in float64: singular values below 1e-8 of the largest are inexact, and hardly count
-    values = torch.linalg.eigvalsh(gram(short, short)).clamp_min(0).sqrt()
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum())
-
-
-def coefficient_similarity(coefficients: Tensor) -> Tensor:
-    """Measures how similarly the layers of a group mix templates: the intra-group coefficient similarity (A.3).
-
-    Args:
-        coefficients: (L, K, n).
-
-    Returns:
-        Cosine similarity of all K·n coefficients of every two layers, (L, L) in float64; NaN if a layer has only 0.
-    """
-    flat = coefficients.detach().double().flatten(1)  # (L, K·n)
-    unit: Tensor = flat / flat.norm(dim=1, keepdim=True)
-    return unit @ unit.T
-
-
 def displacements(decomposition: Decomposition, coefficients: Tensor) -> dict[str, float]:
-    """Measures how far a task has moved the coefficients from the pretrained ones.
+    """Measures how far a task has moved coefficients from the pretrained ones: ‖ΔC‖ of each weight by name.
 
     Args:
         decomposition: The decomposition that the task started from.
         coefficients: The task's coefficients, averaged over sets, weight after weight as in the decomposition (Σ n,).
-
-    Returns:
-        ‖ΔC‖ of each weight by name, the Euclidean norm over its n mean coefficients.
 
     Raises:
         DecompositionError: If the number of coefficients is not that of the decomposition.
@@ -203,9 +147,12 @@ def displacements(decomposition: Decomposition, coefficients: Tensor) -> dict[st
 
 def _analyze_group(bank: Bank) -> GroupAnalysis:
     layers, sets, n = bank.coefficients.shape
-    frobenius, frobenius_mean = frobenius_diversity(bank.templates)
-    entropies = [singular_value_entropy(template) for template in bank.templates]
-    similarity = coefficient_similarity(bank.coefficients)  # (L, L)
+    flat = bank.templates.flatten(1)  # (n, D)
+    distances = [float((a.double() - b.double()).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]]
+    frobenius_mean = sum(distances) / len(distances) if distances else math.nan
+    vectors = bank.coefficients.detach().double().flatten(1)  # (L, K·n)
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    similarity = unit @ unit.T  # (L, L)
     rows, columns = bank.templates[0].flatten(1).shape
     return GroupAnalysis(
         name=bank.group.name,
@@ -213,14 +160,23 @@ def _analyze_group(bank: Bank) -> GroupAnalysis:
         shape=bank.group.shape,
         templates=n,
         coefficient_sets=sets,
-        frobenius=frobenius,
+        frobenius=frobenius_mean / 2,
         frobenius_mean=frobenius_mean,
-        entropy=sum(entropies) / n,
+        entropy=sum(map(_entropy, bank.templates)) / n,
         entropy_limit=math.log(min(rows, columns)),
         similarity=tuple(map(tuple, similarity.tolist())),
         similarity_mean=float(similarity[*torch.triu_indices(layers, layers, offset=1)].mean()),
         scaling=Scaling.of([bank]),
     )
+
+
+def _entropy(template: Tensor) -> float:
+    """The entropy H = −Σ p_i ln p_i of p_i = σ_i / Σσ; the paper does not say how σ becomes a distribution."""
+    matrix = template.flatten(1)  # (rows, columns); of a convolution, (c_out, c_in·k·k)
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # of the smaller Gram matrix, in float64: singular values below 1e-8 of the largest are inexact, and hardly count
+    values = torch.linalg.eigvalsh(gram(short, short)).clamp_min(0).sqrt()
+    return float(torch.special.entr(values / values.sum()).sum())
 
 
 def _paper_scaling(decomposition: Decomposition) -> PaperScaling | None:

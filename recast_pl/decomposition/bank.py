@@ -66,11 +66,6 @@ class Bank:
     templates: Tensor
     coefficients: Tensor
 
-    def reconstruct(self) -> dict[str, Tensor]:
-        """The weight of each layer by name, from equations 1 and 2."""
-        bank = TemplateBank(self.templates)
-        return {name: bank.mix(c) for name, c in zip(self.group.targets, self.coefficients, strict=True)}
-
 
 @dataclass(frozen=True)
 class Scaling:
@@ -110,11 +105,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Template banks and coefficients that stand for some weights of a network.
-
-    Args:
-        banks: One for each group.
-    """
+    """Template banks and coefficients that stand for some weights of a network: one bank for each group."""
 
     banks: tuple[Bank, ...]
 
@@ -132,8 +123,12 @@ class Decomposition:
         return kinds
 
     def reconstruct(self) -> dict[str, Tensor]:
-        """The dense weight of each target by name."""
-        return {name: weight for bank in self.banks for name, weight in bank.reconstruct().items()}
+        """The dense weight of each target by name, from equations 1 and 2."""
+        return {
+            name: TemplateBank(bank.templates).mix(coefficients)
+            for bank in self.banks
+            for name, coefficients in zip(bank.group.targets, bank.coefficients, strict=True)
+        }
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
@@ -143,11 +138,7 @@ class Decomposition:
 
     @classmethod
     def load(cls, path: str | Path) -> "Decomposition":
-        """Reads a file that `save` wrote.
-
-        Raises:
-            DecompositionError: If the file is missing, damaged, or not a decomposition.
-        """
+        """Reads a file that `save` wrote; raises DecompositionError if it is missing, damaged or of another kind."""
         tensors, metadata = read_tensors(path, DecompositionError)
         if metadata.get("kind") != "decomposition" or metadata.get("format") != _FORMAT:
             kind, version = metadata.get("kind"), metadata.get("format")
@@ -164,7 +155,7 @@ class Decomposition:
         return decomposition
 
     def table(self) -> Table:
-        """A table for the terminal: for each kind of weight its layers, groups, templates, coefficients and savings."""
+        """A table for the terminal, with a row for each kind of weight."""
         table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left", padding=0)
         table.add_column("weights", no_wrap=True)
         for column in ("shape", "layers", "groups", "templates", "coeffs", "saved"):
@@ -186,10 +177,7 @@ def decompose(model: nn.Module, layout: BankLayout) -> Decomposition:
 
     Args:
         model: Any module; it is not changed.
-        layout: Which weights, and how they share templates.
-
-    Returns:
-        The decomposition. For K > 1, all sets start equal, so that their mean is the optimum.
+        layout: Which weights, and how they share templates. For K > 1, all sets are equal.
 
     Raises:
         DecompositionError: If the layout does not fit the model, or the weights of a group have no finite values or
@@ -221,7 +209,6 @@ def _read_bank(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
 
 
 def _counts(banks: Sequence[Bank]) -> list[str]:
-    """Cells of the table."""
     scaling = Scaling.of(banks)
     layers = sum(len(bank.group.targets) for bank in banks)
     templates = sum(len(bank.templates) for bank in banks)

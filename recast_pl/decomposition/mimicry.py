@@ -125,8 +125,14 @@ class MimicryModule(LightningModule):
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()  # type: ignore[union-attr]
         self.log("mimicry/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        if self.current_epoch % self.similarity_every == 0 or self.current_epoch + 1 == self.trainer.max_epochs:
-            self._log_similarity()
+        if self.current_epoch % self.similarity_every and self.current_epoch + 1 != self.trainer.max_epochs:
+            return
+        similarities = self.similarities()
+        self.log("mimicry/similarity", sum(similarities.values()) / len(similarities), prog_bar=True)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tagged = {f"similarity/{name}": value for name, value in similarities.items()}
+                logger.log_metrics(tagged, step=self.current_epoch)
 
     @property
     def templates(self) -> list[Tensor]:
@@ -135,11 +141,7 @@ class MimicryModule(LightningModule):
 
     @torch.no_grad()
     def decomposition(self) -> Decomposition:
-        """The current templates and coefficients.
-
-        Raises:
-            DecompositionError: If the module has not been trained.
-        """
+        """The current templates and coefficients; raises DecompositionError if the module has not been trained."""
         if not self.groups:
             raise DecompositionError("MimicryModule holds no templates yet; call Trainer.fit(module) first")
         parts = zip(self.groups, self.templates, self.coefficients, strict=True)
@@ -157,10 +159,7 @@ class MimicryModule(LightningModule):
         return result
 
     def set_gradients(self, index: int) -> Tensor:
-        """Computes the gradients of one group by hand, so that a dense weight is never held as a whole.
-
-        Args:
-            index: Position of the group.
+        """Computes the gradients of the group at a position by hand, so that no dense weight is ever held complete.
 
         Returns:
             The group's term of equation 3 plus the source's own term of the loss, a scalar.
@@ -181,16 +180,9 @@ class MimicryModule(LightningModule):
     def _differentiate(
         self, mixed: Tensor, templates: Tensor, dense: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Computes the loss of a group block by block of columns.
+        """Computes the loss of a group and the gradient of its coefficients (L, n), block by block of columns.
 
-        Args:
-            mixed: Coefficients (L, n).
-            templates: (n, *shape).
-            dense: The weights of the teacher (L, *shape).
-            gradient: Receives the gradient of the templates (n, *shape), which is laid out in blocks.
-
-        Returns:
-            The loss, a scalar, and the gradient of the coefficients (L, n), which sums over blocks.
+        It writes the gradient of the templates (n, *shape) to `gradient`.
         """
         flat, teacher, flat_gradient = templates.flatten(1), dense.flatten(1), gradient.flatten(1)
         total, mixed_gradient = torch.zeros((), device=mixed.device), torch.zeros_like(mixed)
@@ -213,11 +205,3 @@ class MimicryModule(LightningModule):
 
     def _trained(self, index: int) -> list[nn.Parameter]:
         return [*self.sources[index].parameters(), self.coefficients[index]]
-
-    def _log_similarity(self) -> None:
-        similarities = self.similarities()
-        self.log("mimicry/similarity", sum(similarities.values()) / len(similarities), prog_bar=True)
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                tagged = {f"similarity/{name}": value for name, value in similarities.items()}
-                logger.log_metrics(tagged, step=self.current_epoch)

@@ -57,7 +57,7 @@ class Mixture(nn.Module):
     """
 
     bank: TemplateBank
-    room: Tensor | None = None
+    workspace: Tensor | None = None
     """Memory (*shape) for the generated weight, if nothing is trained and nothing else uses it; None for new memory."""
 
     def __init__(self, bank: TemplateBank, coefficient_sets: int, owner: bool) -> None:
@@ -70,7 +70,7 @@ class Mixture(nn.Module):
 
     def forward(self, coefficients: Tensor) -> Tensor:
         """The weight (*shape) of coefficients (K, n)."""
-        return self.bank.mix(coefficients, self.room)
+        return self.bank.mix(coefficients, self.workspace)
 
     def product(self, inputs: Inputs, coefficients: Tensor) -> Tensor:
         """Multiplies each sample by the weight of its own coefficients, without generating these weights.
@@ -90,12 +90,9 @@ class Mixture(nn.Module):
         return y
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
-        """The coefficients (K, n) nearest to a dense weight, equal in all sets.
-
-        They are a 1-tuple because torch would write a bare tensor into the pretrained parameter in place.
-        """
-        coefficients = project(weight, self.bank.templates)
-        return (coefficients.repeat(self.coefficient_sets, 1),)
+        """The coefficients (K, n) nearest to a dense weight, equal in all sets."""
+        coefficients = project(weight, self.bank.templates).repeat(self.coefficient_sets, 1)
+        return (coefficients,)  # a tuple, because torch would write a bare tensor into the pretrained parameter
 
 
 def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Parameter]:
@@ -110,8 +107,7 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
         The coefficients (K, n) of each target by name. Only they can be trained; templates are frozen.
 
     Raises:
-        DecompositionError: If a target is missing, of another shape, or decomposed already, or if the weights of a
-            group have no finite values or differ in type or device.
+        DecompositionError: As for `check_fits`.
     """
     check_fits(model, decomposition)
     installed: dict[str, nn.Parameter] = {}
@@ -119,48 +115,29 @@ def install(model: nn.Module, decomposition: Decomposition) -> dict[str, nn.Para
         weight = model.get_parameter(bank.group.targets[0])
         templates = TemplateBank(bank.templates.to(weight, copy=True))
         for name, values in zip(bank.group.targets, bank.coefficients, strict=True):
-            mixture = Mixture(templates, len(values), owner=name == bank.group.targets[0])
-            installed[name] = _parametrize(model, name, mixture, values)
+            path, _, attribute = name.rpartition(".")
+            module, owner = model.get_submodule(path), name == bank.group.targets[0]
+            parametrize.register_parametrization(module, attribute, Mixture(templates, len(values), owner))
+            installed[name] = getattr(module.parametrizations, attribute).original0
+            with torch.no_grad():  # exactly those of the decomposition, which the projection gives only up to rounding
+                installed[name].copy_(values).requires_grad_()
     return installed
 
 
 def check_fits(model: nn.Module, decomposition: Decomposition) -> None:
     """Checks that a network has, as parameters, the weights that a decomposition stands for.
 
-    Args:
-        model: The network.
-        decomposition: The decomposition.
-
     Raises:
         DecompositionError: If a target is missing, of another shape, or decomposed already, or if the weights of a
             group have no finite values or differ in type or device.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for bank in decomposition.banks:
-        check_values({name: _find_weight(model, name, bank.group.shape) for name in bank.group.targets})
-
-
-def _find_weight(model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-    path, _, attribute = name.rpartition(".")
-    try:
-        parameter = dict(model.get_submodule(path).named_parameters(recurse=False)).get(attribute)
-    except AttributeError:
-        parameter = None
-    if parameter is None or tuple(parameter.shape) != shape:
-        found = tuple(parameter.shape) if parameter is not None else "no such weight"
-        raise DecompositionError(
-            f"the decomposition has {name} of shape {shape}, the backbone has {found}; "
-            "use the backbone that was decomposed, and decompose each weight once"
-        )
-    return parameter
-
-
-def _parametrize(model: nn.Module, name: str, mixture: Mixture, values: Tensor) -> nn.Parameter:
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    parametrize.register_parametrization(module, attribute, mixture)
-    original = getattr(module.parametrizations, attribute).original0
-    assert isinstance(original, nn.Parameter)
-    with torch.no_grad():
-        original.copy_(values)  # exactly those of the decomposition, which the projection gives only up to rounding
-    original.requires_grad_()
-    return original
+        for name in bank.group.targets:
+            found = tuple(parameters[name].shape) if name in parameters else "no such weight"
+            if found != bank.group.shape:
+                raise DecompositionError(
+                    f"the decomposition has {name} of shape {bank.group.shape}, the backbone has {found}; "
+                    "use the backbone that was decomposed, and decompose each weight once"
+                )
+        check_values({name: parameters[name] for name in bank.group.targets})

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,15 +52,7 @@ class FeatureSimilarity:
 
 @torch.no_grad()
 def weight_similarity(decomposition: Decomposition, network: nn.Module) -> tuple[TargetSimilarity, ...]:
-    """Compares generated weights with those of the network that was decomposed.
-
-    Args:
-        decomposition: The decomposition.
-        network: The network with its dense weights.
-
-    Raises:
-        DecompositionError: If the decomposition does not fit the network.
-    """
+    """Compares generated weights with those of the network that was decomposed; raises as `check_fits`."""
     check_fits(network, decomposition)
     found = []
     for name, weight in decomposition.reconstruct().items():
@@ -76,14 +69,15 @@ def feature_similarity(
 ) -> tuple[FeatureSimilarity, ...]:
     """Compares the outputs of modules in the decomposed and in the dense network (section 3.2).
 
+    It compares the modules with a generated weight, the blocks around them, and the features of the network.
+
     Args:
         decomposition: The decomposition.
         backbone: The backbone with its dense weights; it is not changed.
         batches: Images (B, 3, S, S) in [0, 1], on its device. All outputs for one batch are held at once.
 
     Returns:
-        Similarities of each module with a generated weight, of each block around one, and of the network's features,
-        in the order of computation.
+        The similarities, in the order of computation.
 
     Raises:
         DecompositionError: If the decomposition does not fit the backbone.
@@ -106,27 +100,19 @@ def feature_similarity(
 
 @contextmanager
 def recorded(network: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """A context that records the outputs of modules.
+    """A context that records the last output of each named module, in the order of computation.
 
-    Args:
-        network: The network.
-        modules: Names of modules in it.
-
-    Yields:
-        The last output of each module by name, in the order of computation. Of a module with several outputs, such as
-        attention with its weights, it is the first.
+    Of a module with several outputs, such as attention with its weights, it records the first.
     """
     outputs: dict[str, Tensor] = {}
 
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            outputs[name] = (output if isinstance(output, Tensor) else next(iter(output))).detach()
-
-        return hook
+    def record(_: nn.Module, __: Any, output: Any, name: str) -> None:
+        outputs[name] = (output if isinstance(output, Tensor) else next(iter(output))).detach()
 
     with ExitStack() as hooks:
         for name in modules:
-            hooks.callback(network.get_submodule(name).register_forward_hook(record(name)).remove)
+            hook = network.get_submodule(name).register_forward_hook(partial(record, name=name))
+            hooks.callback(hook.remove)
         yield outputs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Basis = Literal["svd", "layers", "random"]
 
-_CHUNK = 1 << 16  # columns converted to float64 at a time, so that the matrix is never copied as a whole
+_CHUNK = 1 << 16  # columns converted to float64 at a time, so that the matrix is never copied at once
 
 
 def solve_group(weights: list[Tensor], templates: int, basis: Basis = "svd", seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -71,30 +71,19 @@ class Group:
 def weight_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Finds the weights of linear, convolution and attention layers, both parameters and generated weights.
 
-    Args:
-        model: Any module.
-
     Returns:
         For the name of each weight, the layer that owns it and the layer's attribute, in the order of the model.
     """
     owners: dict[str, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        for kind, attribute in _DECOMPOSABLE.items():
-            if isinstance(module, kind) and getattr(module, attribute) is not None:
-                assert isinstance(module, nn.Module)  # the type checker forgets this
-                owners[f"{path}.{attribute}".lstrip(".")] = (module, attribute)
+        attribute = next((name for kind, name in _DECOMPOSABLE.items() if isinstance(module, kind)), None)
+        if attribute is not None and getattr(module, attribute) is not None:
+            owners[f"{path}.{attribute}".lstrip(".")] = (module, attribute)
     return owners
 
 
 def find_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Finds the weights whose names match a pattern.
-
-    Args:
-        model: Any module.
-        patterns: Regular expressions, see `BankLayout.targets`.
-
-    Returns:
-        Weights by name, in the order of the model.
+    """Finds the weights whose names match a pattern (see `BankLayout.targets`), in the order of the model.
 
     Raises:
         DecompositionError: If there are no patterns, if one is invalid or matches nothing, or if a weight is tied to
@@ -103,27 +92,16 @@ def find_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Para
     if isinstance(patterns, str) or not patterns:
         raise DecompositionError(f"targets={patterns!r} must be a list of regular expressions; give at least one")
     owners = weight_owners(model)
-    parameters = {
-        name: dict(module.named_parameters(recurse=False)).get(attribute)
-        for name, (module, attribute) in owners.items()
-    }
-    candidates = {name: p for name, p in parameters.items() if p is not None}  # the others are generated already
-    others = [*owners, *(name for name, _ in model.named_parameters())]
-    matched = {name for pattern in patterns for name in _search(pattern, list(candidates), others)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    candidates = {name: parameters[name] for name in owners if name in parameters}  # the others are generated already
+    matched = {name for p in patterns for name in _search(p, list(candidates), [*owners, *parameters])}
     targets = {name: weight for name, weight in candidates.items() if name in matched}
     _check_parameters(model, targets)
     return targets
 
 
 def check_values(weights: Mapping[str, Tensor]) -> None:
-    """Checks that weights can share a bank: finite real numbers of one type on one device.
-
-    Args:
-        weights: The weights of a group by name.
-
-    Raises:
-        DecompositionError: If one has no values, or other values, or they differ in type or device.
-    """
+    """Raises DecompositionError unless weights can share a bank: finite real numbers of one type on one device."""
     for name, weight in weights.items():
         if weight.is_meta or not weight.is_floating_point() or not weight.isfinite().all():
             found = "is on the meta device" if weight.is_meta else f"({weight.dtype}) is not all finite real numbers"
@@ -138,11 +116,7 @@ def check_values(weights: Mapping[str, Tensor]) -> None:
 
 
 def check_least(least: float, **settings: float | None) -> None:
-    """Checks that settings are None or not below a number.
-
-    Raises:
-        DecompositionError: If one is below it.
-    """
+    """Raises DecompositionError if a setting is below a number."""
     for name, value in settings.items():
         if value is not None and value < least:
             raise DecompositionError(f"{name}={value} must be at least {least}")

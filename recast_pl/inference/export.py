@@ -109,15 +109,15 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
     network, images = dense_copy(module), _noise(patch)
     backbone = network.backbone
     try:
-        recipe = module.backbone_config.recipe(backbone.net, len(patch.classes), patch.image_size)
+        recipe = module.backbone_config.source.recipe(backbone.net, len(patch.classes), patch.image_size)
         plain = recipe.make()
         weights = _plain_weights(network, plain)
         plain.load_state_dict(weights)
         difference = _difference(plain((images - backbone.mean) / backbone.std), network(images))
     except (BackboneError, ExportError, RuntimeError, TypeError, ValueError, KeyError) as cause:
         raise ExportError(
-            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: "
-            f"it changes more than weights or is an unknown architecture; use onnx or torch_export ({str(cause)[:200]})"
+            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: it "
+            f"changes more than weights or its architecture is unknown; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
     facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"

@@ -109,8 +109,8 @@ class MixedBatch:
         Returns:
             Features (B, D).
         """
-        few = len(images) < _ENOUGH_IMAGES * len(tasks) or images.device.type != "cpu"
-        layers = self.layers(images, tasks) if len(tasks) > 1 and few else None
+        enough = images.device.type == "cpu" and len(images) >= _ENOUGH_IMAGES * len(tasks)
+        layers = None if enough or len(tasks) == 1 else self.layers(images, tasks)
         if layers is None:
             return self.one_by_one(images, tasks, counts)
         return self.together(images, tasks, counts, layers)
@@ -178,9 +178,9 @@ class MixedBatch:
     def _unpack(self, tasks: Sequence[PackedState]) -> list[dict[str, Tensor]]:
         """For each piece the states of T tasks with the same entries, each tensor (T, *shape)."""
         states: list[dict[str, Tensor]] = [{} for _ in self._pieces]
-        content = bytearray(b"".join(task.content for task in tasks))
-        if not content:
+        if not tasks[0].content:
             return states
+        content = bytearray(b"".join(task.content for task in tasks))
         sizes = [math.prod(entry.shape) * entry.dtype.itemsize for entry in tasks[0].entries]
         columns = torch.frombuffer(content, dtype=torch.uint8).view(len(tasks), -1).split(sizes, 1)
         for entry, column in zip(tasks[0].entries, columns, strict=True):
@@ -199,7 +199,11 @@ class TaskLayer:
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self.module, self.tensors = module, dict(tensors)
-        self.has_products = _has_products(module, set(tensors))
+        generated = parametrize.is_parametrized(module, "weight")
+        self._chain: Any = module.parametrizations["weight"] if generated else ()  # type: ignore[index]
+        self._mixture = next((part for part in self._chain if isinstance(part, Mixture)), None)
+        self._changes = {index: part for index, part in enumerate(self._chain) if part is not self._mixture}
+        self.has_products = generated and self._is_plain() and self._knows_products()
         """Whether the layer can use products."""
 
     @contextmanager
@@ -255,14 +259,28 @@ class TaskLayer:
             output: What the layer returns for the images of the first task (images, …).
             counts: How many images belong to each task (T,).
         """
-        chain: Any = self.module.parametrizations["weight"]  # type: ignore[index]
-        mixed = isinstance(chain[0], Mixture)
-        templates = chain[0].bank.templates if mixed else chain.original[None]  # (n or 1, R, …)
-        n, (r, c) = len(templates) if mixed else 0, templates[0].flatten(1).shape
-        changes, rows = len(chain) - mixed, output.numel() // (r * counts[0]) * sum(counts[1:])
+        templates = self._mixture.bank.templates if self._mixture else self._chain.original[None]  # (n or 1, R, …)
+        n, changes, (r, c) = len(templates) if self._mixture else 0, len(self._changes), templates[0].flatten(1).shape
+        rows = output.numel() // (r * counts[0]) * sum(counts[1:])
         weights = _ENTRY_COST * (len(counts) - 1) * (n + changes) * r * c
         products = rows * max(n - 1, 0) * r * c + _ENTRY_COST * rows * changes * (r + c)
-        return bool(products < weights)
+        return products < weights
+
+    def _is_plain(self) -> bool:
+        """Whether the layer multiplies its input by the weight, adds the bias, and does no more."""
+        layer = self.module
+        if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
+            return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return type(layer).forward is nn.Linear.forward
+
+    def _knows_products(self) -> bool:
+        """Whether the parts of the weight have products, and hold all tensors that differ and all that are trained."""
+        for change in self._changes.values():
+            if not isinstance(change, Adaptation) or type(change).product is Adaptation.product:
+                return False
+        named = {**dict(self._chain.named_parameters()), **dict(self._chain.named_buffers())}
+        trained = {_CHAIN + name for name, tensor in named.items() if tensor.requires_grad}
+        return trained <= self.tensors.keys() <= {_CHAIN + name for name in named if name != "original"}
 
     def _load(self, values: Mapping[Tensor, Tensor], task: int) -> None:
         for tensor in self.tensors.values():
@@ -279,11 +297,12 @@ class TaskLayer:
         layer: Any = self.module
         task_of = torch.arange(1, len(counts)).repeat_interleave(torch.tensor(counts[1:]))  # of each image
         own = {name.removeprefix(_CHAIN): values[tensor][task_of] for name, tensor in self.tensors.items()}
-        inputs, chain = Inputs(layer, torch.cat([args[0] for args, _ in others])), layer.parametrizations["weight"]
-        mixed = isinstance(chain[0], Mixture)
-        # (B, N, rows)
-        y = chain[0].product(inputs, own["original0"]) if mixed else inputs.times(chain.original.flatten(1))
-        for index, change in list(enumerate(chain))[mixed:]:
+        inputs = Inputs(layer, torch.cat([args[0] for args, _ in others]))
+        if self._mixture is None:
+            y = inputs.times(self._chain.original.flatten(1))  # (B, N, rows)
+        else:
+            y = self._mixture.product(inputs, own["original0"])
+        for index, change in self._changes.items():
             start = f"{index}."
             parts = {name.removeprefix(start): value for name, value in own.items() if name.startswith(start)}
             _with_tensors(change, parts).product(inputs, y)
@@ -338,37 +357,19 @@ def _first_dimension_is_images(network: nn.Module, layers: Sequence[TaskLayer], 
     return True
 
 
-def _has_products(layer: nn.Module, own: set[str]) -> bool:
-    """Whether products can replace a layer's forward pass where the tensors with the names `own` differ."""
-    forward = type(layer).forward
-    if forward is nn.Conv2d.forward:
-        assert isinstance(layer, nn.Conv2d)
-        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    else:
-        plain = forward is nn.Linear.forward
-    if not (plain and parametrize.is_parametrized(layer, "weight")):
-        return False
-    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
-    mixed = isinstance(chain[0], Mixture)
-    if not all(isinstance(c, Adaptation) and type(c).product is not Adaptation.product for c in list(chain)[mixed:]):
-        return False
-    trained = {_CHAIN + name for name, parameter in chain.named_parameters() if parameter.requires_grad}
-    allowed = {_CHAIN + name for name, _ in (*chain.named_parameters(), *chain.named_buffers()) if name != "original"}
-    return trained <= own <= allowed
-
-
 @contextmanager
 def _sharing(buffers: dict[Any, Tensor], layer: nn.Module) -> Iterator[None]:
     """A context in which a layer's weights are mixed into memory that all layers of the same shape share."""
     mixtures = [part for part in layer.modules() if isinstance(part, Mixture)]
     for number, mixture in enumerate(mixtures):
         like = mixture.bank.templates[0]
-        mixture.room = buffers.setdefault((number, like.shape, like.dtype, like.device), torch.empty_like(like))
+        key = (number, like.shape, like.dtype, like.device)
+        buffers[key] = mixture.workspace = buffers[key] if key in buffers else torch.empty_like(like)
     try:
         yield
     finally:
         for mixture in mixtures:
-            mixture.room = None
+            mixture.workspace = None
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:

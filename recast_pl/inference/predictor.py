@@ -238,7 +238,7 @@ class Predictor:
     def _find(self, name: str) -> "_Task":
         task = self._tasks.get(name)
         if task is None:
-            raise RunError(f"there is no task {name!r}; the tasks are {', '.join(self.tasks)}")
+            raise RunError(f"no task is named {name!r}; the tasks are {', '.join(self.tasks)}")
         return task
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""How one task is trained: the LightningModule, its patch, its probe and its Trainer."""
+"""How one task is trained: its network, the LightningModule, the Trainer, checkpoints, the probe and the patch."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from recast_pl.compat.lightning import ignore_signals
@@ -69,7 +69,7 @@ class TrainerFactory:
         return TrainerFactory({**self.settings, "enable_checkpointing": asked})
 
 
-def tensorboard(folder: Path, version: str) -> Logger:
+def tensorboard(folder: Path, version: str) -> TensorBoardLogger:
     """A TensorBoard logger that writes to `folder/tensorboard/version` and shows new values within seconds."""
     return TensorBoardLogger(folder, name="tensorboard", version=version, flush_secs=5)
 

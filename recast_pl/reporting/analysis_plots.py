@@ -1,4 +1,4 @@
-"""Figures of a decomposition: templates, coefficients, features, and what tasks change."""
+"""Figures of an analysis of a decomposition: templates, coefficients, features, and what tasks change."""
 
 import math
 import re
@@ -9,9 +9,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from recast_pl.decomposition.analysis import GroupAnalysis
+from recast_pl.decomposition.analysis import Analysis, GroupAnalysis
 from recast_pl.decomposition.similarity import FeatureSimilarity
 from recast_pl.reporting.plots import COLOURS, line_styles
+
+
+def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
+    """Draws an analysis; a measure without results has no figure.
+
+    Returns:
+        Figures by file name without suffix.
+    """
+    figures = {
+        "template_diversity": plot_template_diversity(analysis.groups),
+        "coefficient_similarity": plot_coefficient_similarity(analysis.groups),
+    }
+    if analysis.features:
+        figures["feature_similarity"] = plot_feature_similarity(analysis.features)
+    if analysis.displacements:
+        figures["coefficient_displacement"] = plot_displacements(analysis.displacements)
+    return figures
 
 
 def plot_template_diversity(groups: Sequence[GroupAnalysis]) -> Figure:
@@ -84,10 +101,9 @@ def plot_feature_similarity(features: Sequence[FeatureSimilarity]) -> Figure:
     lowest = np.array([feature.lowest for feature in shown])
     figure = Figure(figsize=(2.5 + 0.4 * len(shown), 4), layout="constrained")
     axes = figure.subplots()
-    places = range(len(shown))
     down = np.stack([np.maximum(means - lowest, 0), np.zeros_like(means)])  # (2, blocks)
-    axes.errorbar(places, means, yerr=down, color=COLOURS[0], marker="o", capsize=3)
-    axes.set_xticks(places, [feature.name for feature in shown], rotation=45, ha="right")
+    axes.errorbar(range(len(shown)), means, yerr=down, color=COLOURS[0], marker="o", capsize=3)
+    axes.set_xticks(range(len(shown)), [feature.name for feature in shown], rotation=45, ha="right")
     bottom = min(0.99, float(lowest.min()))
     axes.set_ylim(bottom - 0.05 * (1 - bottom), 1 + 0.05 * (1 - bottom))
     axes.set_xlabel("output of")
@@ -125,10 +141,8 @@ def _similarity_map(axes: Axes, group: GroupAnalysis) -> AxesImage:
     axes.set_xticks(range(len(labels)), labels, fontsize="x-small")
     axes.set_yticks(range(len(labels)), labels, fontsize="x-small")
     for (row, column), value in np.ndenumerate(values) if len(labels) <= 6 else ():  # more would not fit
-        colour = "black" if value > -0.3 else "white"
-        axes.text(
-            column, row, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=colour, fontsize="x-small"
-        )
+        colour, text = "black" if value > -0.3 else "white", f"{round(value, 2) + 0.0:.2f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize="x-small")
     return image
 
 

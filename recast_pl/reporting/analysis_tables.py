@@ -16,7 +16,7 @@ class Sheet:
     """A table that reads the same on the terminal and in a file.
 
     Args:
-        title: What the table shows.
+        title: Line above the table.
         headings: Column headings; the first column holds names.
         rows: Cells.
         notes: Explanations below the table, one paragraph each.
@@ -150,7 +150,7 @@ def _displacements_sheet(analysis: Analysis) -> Sheet:
 
 
 def _group_names(analysis: Analysis) -> tuple[dict[str, str], str]:
-    """Shortens the names of groups to what distinguishes them: the parts that all kinds share are left out.
+    """Shortens the names of groups to their differences: the parts that all kinds share are left out.
 
     Returns:
         Short name by group name, and a note that gives the shared parts.
@@ -167,7 +167,7 @@ def _group_names(analysis: Analysis) -> tuple[dict[str, str], str]:
 
 
 def _common_length(names: Sequence[Sequence[str]]) -> int:
-    """Counts the leading parts that all names share, short of the whole of any name."""
+    """Counts the leading parts that all names share; at least one part of each name is left over."""
     shortest = min(map(len, names))
     return next((i for i in range(shortest - 1) if len({name[i] for name in names}) > 1), shortest - 1)
 

@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +14,7 @@ from recast_pl.reporting.tables import markdown_table
 
 
 class Text(NamedTuple):
-    """A run of text.
-
-    Args:
-        text: The characters, without any markup.
-        link: Target relative to the document; None for plain text.
-        bold: Whether the text is emphasised.
-    """
+    """A run of text without markup; `link` is relative to the document, None for no link."""
 
     text: str
     link: str | None = None
@@ -32,51 +25,27 @@ Line = Sequence[Text]
 """Text of one table cell, list item or paragraph."""
 
 
-@dataclass(frozen=True)
-class Heading:
-    """A heading.
-
-    Args:
-        text: The heading.
-        level: 1 for the title.
-    """
+class Heading(NamedTuple):
+    """A heading; level 1 is the title."""
 
     text: str
     level: int = 2
 
 
-@dataclass(frozen=True)
-class Paragraph:
-    """A paragraph.
-
-    Args:
-        line: Its text.
-    """
+class Paragraph(NamedTuple):
+    """A paragraph of one line of text."""
 
     line: Line
 
 
-@dataclass(frozen=True)
-class Bullets:
-    """A bulleted list.
-
-    Args:
-        items: One line for each bullet.
-    """
+class Bullets(NamedTuple):
+    """A bulleted list."""
 
     items: Sequence[Line]
 
 
-@dataclass(frozen=True)
-class DataTable:
-    """A table.
-
-    Args:
-        caption: What the table shows.
-        header: Column headings.
-        rows: One cell for each heading.
-        text_columns: Number of columns, from the left, that hold text; the others hold numbers, aligned right.
-    """
+class DataTable(NamedTuple):
+    """A table; its first `text_columns` columns hold text, the others numbers, which are aligned right."""
 
     caption: str
     header: Sequence[str]
@@ -84,15 +53,8 @@ class DataTable:
     text_columns: int = 1
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure.
-
-    Args:
-        name: File name without suffix.
-        caption: What the figure shows; also its text alternative.
-        figure: The drawing.
-    """
+class Chart(NamedTuple):
+    """A figure; `name` is its file name without suffix, and the caption is also its text alternative."""
 
     name: str
     caption: str
@@ -104,6 +66,8 @@ Block = Heading | Paragraph | Bullets | DataTable | Chart
 
 def write_document(blocks: Sequence[Block], folder: Path, name: str) -> None:
     """Writes NAME.html, NAME.md, and the figures of the latter as figures/*.png and *.svg.
+
+    The HTML page has no scripts and embeds its figures.
 
     Args:
         blocks: The document; its first block is the title.
@@ -117,18 +81,10 @@ def write_document(blocks: Sequence[Block], folder: Path, name: str) -> None:
         if isinstance(block, Chart):
             write_figure(block.figure, folder / "figures" / block.name)
     write_atomic(folder / f"{name}.md", "".join(f"{_markdown(block)}\n\n" for block in blocks))
-    write_atomic(folder / f"{name}.html", to_html(blocks))
-
-
-def to_html(blocks: Sequence[Block]) -> str:
-    """Renders the document as one page without scripts; figures are embedded.
-
-    Args:
-        blocks: The document; its first block is the title.
-    """
     environment = Environment(loader=PackageLoader("recast_pl.reporting", ""), autoescape=True, trim_blocks=True)
     environment.filters["svg_data"] = lambda chart: base64.b64encode(to_svg(chart.figure, chart.name).encode()).decode()
-    return environment.get_template("document.html").render(blocks=[(type(b).__name__, b) for b in blocks])
+    page = environment.get_template("document.html").render(blocks=[(type(block).__name__, block) for block in blocks])
+    write_atomic(folder / f"{name}.html", page)
 
 
 def _markdown(block: Block) -> str:

@@ -13,24 +13,22 @@ TASK_PARAMETERS: Literal["task_parameters"] = "task_parameters"
 """Key of the count of numbers that a task trains; also names the axis of a figure."""
 
 
-def task_mean(key: Literal["task_parameters", "patch_bytes"]) -> Callable[[Sequence[Summary]], float]:
-    """Makes a function that averages an entry of `tasks` in `summary.json` over all tasks of some runs.
-
-    Args:
-        key: Name of the entry.
-    """
-    return lambda runs: statistics.mean(task[key] for run in runs for task in run["tasks"])
+def task_mean(runs: Sequence[Summary], key: Literal["task_parameters", "patch_bytes"]) -> float:
+    """Averages an entry of `tasks` in `summary.json` over all tasks of some runs."""
+    return statistics.mean(task[key] for run in runs for task in run["tasks"])
 
 
 _COUNTS: dict[str, Callable[[Sequence[Summary]], float]] = {
     "seeds": len,
-    "numbers per task": task_mean(TASK_PARAMETERS),
-    "bytes per task": task_mean("patch_bytes"),
+    "numbers per task": lambda runs: task_mean(runs, TASK_PARAMETERS),
+    "bytes per task": lambda runs: task_mean(runs, "patch_bytes"),
     "bytes shared": lambda runs: statistics.mean(run.get("shared_bytes", 0) for run in runs),
 }
 
+AVERAGE = "average accuracy %"
+
 _ACCURACIES: dict[str, Literal["average_accuracy", "average_anytime_accuracy", "forgetting"]] = {
-    "average accuracy %": "average_accuracy",
+    AVERAGE: "average_accuracy",
     "anytime accuracy %": "average_anytime_accuracy",
     "forgetting": "forgetting",
 }
@@ -39,20 +37,16 @@ MEASURES = (*_COUNTS, *_ACCURACIES)
 """Headings of the values that `measures` returns."""
 
 
-def measures(runs: Sequence[Summary]) -> list[str]:
-    """Formats the measures of runs that differ in their seed, in the order of `MEASURES`.
-
-    Args:
-        runs: Summaries of at least one run.
-    """
-    counts = [f"{measure(runs):,.0f}" for measure in _COUNTS.values()]
-    return [*counts, *(str(spread([run[key] for run in runs])) for key in _ACCURACIES.values())]
+def measures(runs: Sequence[Summary]) -> dict[str, str]:
+    """Formats the measures of at least one run by heading; the runs differ in their seed."""
+    counts = {heading: f"{measure(runs):,.0f}" for heading, measure in _COUNTS.items()}
+    return counts | {heading: str(spread([run[key] for run in runs])) for heading, key in _ACCURACIES.items()}
 
 
 def sweep_marks(
     points: Mapping[str, Mapping[str, Label]], finished: Mapping[str, Sequence[Summary]], x: str, series: Sequence[str]
 ) -> list[Mark]:
-    """Makes the points of a sweep's figure; points without finished runs are left out.
+    """Returns the points of a sweep's figure; points without finished runs are left out.
 
     Args:
         points: Labels of each point, by its name.
@@ -62,10 +56,10 @@ def sweep_marks(
     """
     marks = []
     for name, labels in points.items():
-        if runs := finished.get(name, ()):
-            numbers = task_mean(TASK_PARAMETERS)(runs)
-            parts = {key: labels[key] for key in series if key in labels}
-            line = ", ".join(v if isinstance(v, str) else f"{k.rpartition('.')[2]} {v}" for k, v in parts.items())
+        if runs := finished.get(name):
+            numbers = task_mean(runs, TASK_PARAMETERS)
+            parts = [(key.rpartition(".")[2], labels[key]) for key in series if key in labels]
+            line = ", ".join(label if isinstance(label, str) else f"{key} {label}" for key, label in parts)
             position = numbers if x == TASK_PARAMETERS else labels[x]
             marks.append(Mark(line, position, spread([run["average_accuracy"] for run in runs]), numbers))
     return marks

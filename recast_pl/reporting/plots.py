@@ -159,16 +159,8 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
         xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
         heights, deviations = [mark.y.mean for mark in bars], [mark.y.deviation or 0.0 for mark in bars]
         drawn = axes.bar(
-            xs,
-            heights,
-            width,
-            yerr=deviations,
-            color=colour,
-            hatch=hatch,
-            edgecolor="black",
-            capsize=3,
+            xs, heights, width, yerr=deviations, color=colour, hatch=hatch, edgecolor="black", capsize=3, label=name
         )
-        drawn.set_label(name)
         if len(marks) <= 16:  # more values would overlap
             axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
     long = max(map(len, groups)) * len(groups) > 70  # about as many letters as fit on one line

@@ -10,7 +10,7 @@ import yaml
 from recast_pl.errors import RunError
 from recast_pl.files import read_json
 from recast_pl.reporting.document import Block, Bullets, Chart, DataTable, Heading, Line, Paragraph, Text
-from recast_pl.reporting.measures import MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
+from recast_pl.reporting.measures import AVERAGE, MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
 from recast_pl.reporting.plots import Mark, plot_marks
 from recast_pl.runs.collection import Collection, Run
 from recast_pl.runs.folder import RunFolder
@@ -23,8 +23,6 @@ _BANK_FIGURES = {
 }
 
 _FAMILIES = ("RECAST", "RECAST with an adapter", "others, tasks kept apart", "tasks share weights")
-
-_AVERAGE = "average accuracy %"
 
 _COLUMNS = [heading for heading in MEASURES if heading != "seeds"]  # the last column lists the seeds
 
@@ -51,19 +49,16 @@ def compose(collections: Sequence[Collection], folders: Sequence[Path], output: 
     for collection in collections:
         if collection.runs:
             blocks += _collection(collection, output)
-    blocks += _by_backbone(collections)
-    blocks += _reconstructions(folders, output)
-    return blocks
+    return [*blocks, *_by_backbone(collections), *_reconstructions(folders, output)]
 
 
 def _collection(collection: Collection, output: Path) -> Iterator[Block]:
     yield Heading(str(collection.folder))
-    backbones = dict.fromkeys(run.summary["backbone"] for runs in collection.runs.values() for run in runs)
-    for backbone in backbones:
-        chosen = {
-            name: [run for run in runs if run.summary["backbone"] == backbone] for name, runs in collection.runs.items()
-        }
-        chosen = {name: runs for name, runs in chosen.items() if runs}
+    by_backbone: dict[str, dict[str, list[Run]]] = {}
+    for point, runs in collection.runs.items():
+        for run in runs:
+            by_backbone.setdefault(run.summary["backbone"], {}).setdefault(point, []).append(run)
+    for backbone, chosen in by_backbone.items():
         yield _accuracies(collection, chosen, backbone, output)
         yield from _by_task(chosen, backbone, output)
     name = collection.folder.resolve().name or "runs"
@@ -87,13 +82,13 @@ def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], bac
     rows: list[list[Line]] = []
     for name in sorted(chosen, key=lambda name: not shares[name]):
         runs, labels = chosen[name], collection.labels.get(name, {})
-        values = dict(zip(MEASURES, measures([run.summary for run in runs]), strict=True))
+        values = measures([run.summary for run in runs])
         strong = _accuracy(runs).mean == best
         texts = [name, *(str(labels.get(key, "")) for key in keys), runs[0].summary["method"]]
         rows.append(
             [
                 *([Text(text)] for text in (*texts, "shared" if shares[name] else "apart")),
-                *([Text(values[heading], None, strong and heading == _AVERAGE)] for heading in _COLUMNS),
+                *([Text(values[heading], None, strong and heading == AVERAGE)] for heading in _COLUMNS),
                 _seed_links(runs, output),
             ]
         )
@@ -123,19 +118,15 @@ def _by_task(chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -
 
 
 def _task_accuracy(runs: Sequence[Run], task: str) -> Spread:
-    found = []
-    for summary in (run.summary for run in runs):
-        final = final_accuracies(summary)
-        if task in final:
-            found.append(final[task])
-    return spread(found)
+    finals = [final_accuracies(run.summary) for run in runs]
+    return spread([final[task] for final in finals if task in final])
 
 
 def _against_parameters(collection: Collection, name: str) -> Chart:
     """Figure 4: a point for each method."""
     marks = []
     for point, runs in collection.runs.items():
-        numbers = task_mean("task_parameters")([run.summary for run in runs])
+        numbers = task_mean([run.summary for run in runs], TASK_PARAMETERS)
         marks.append(Mark(_family(runs[0]), numbers, _accuracy(runs), name=point))
     marks.sort(key=lambda mark: _FAMILIES.index(mark.series))
     caption = "Figure 4: accuracy against the count of numbers that a task trains"
@@ -171,7 +162,7 @@ def _by_reconstruction(collection: Collection, name: str) -> Iterator[Chart]:
 
 
 def _group_marks(point: str, groups: Sequence[Mapping[str, Any]], key: str) -> list[Mark]:
-    """Makes a point for each group number: the mean over the kinds of layers."""
+    """Returns a point for each group number: the mean over the kinds of layers."""
     by_number: dict[int, list[float]] = {}
     for group in groups:
         by_number.setdefault(int(group["name"].rpartition(":")[2]), []).append(group[key])
@@ -179,7 +170,7 @@ def _group_marks(point: str, groups: Sequence[Mapping[str, Any]], key: str) -> l
 
 
 def _by_backbone(collections: Sequence[Collection]) -> Iterator[Block]:
-    """Figure 3: methods that were trained on several backbones, in comparisons with one backbone each."""
+    """Figure 3: methods that were trained on several backbones, each in its own comparison."""
     found: dict[tuple[str, str], list[Run]] = {}
     for collection in collections:
         for name, runs in collection.runs.items() if collection.x is None else ():
@@ -194,26 +185,25 @@ def _by_backbone(collections: Sequence[Collection]) -> Iterator[Block]:
         yield Chart("backbones", "Figure 3: accuracy by backbone", plot_marks(marks, "backbone"))
 
 
-def _reconstructions(folders: Sequence[Path], output: Path) -> Iterator[Block]:
+def _reconstructions(folders: Sequence[Path], output: Path) -> list[Block]:
     """Tables 5 and 6."""
     tables = (
         (RunFolder.MIMICRY, "Table 5: cost of fitting templates", _FIT_COLUMNS),
         (RunFolder.IMAGENET, "Table 6: the pretrained classifier, dense and decomposed", _IMAGENET_COLUMNS),
     )
-    heading = [Heading("Reconstruction")]
+    blocks: list[Block] = []
     for file, caption, columns in tables:
         rows: list[list[Line]] = []
         for path in sorted({path for folder in folders for path in folder.rglob(file)}):
             facts = read_json(path, RunError, backbone=str)
             rows.append([[_link(path, output, path.parent.name)], *([Text(show(facts))] for show in columns.values())])
         if rows:
-            yield from heading
-            heading = []
-            yield DataTable(caption, ["run", *columns], rows, 2)
+            blocks.append(DataTable(caption, ["run", *columns], rows, 2))
+    return [Heading("Reconstruction"), *blocks] if blocks else []
 
 
 def _number(key: str, digits: int, factor: float = 1) -> Callable[[Mapping[str, Any]], str]:
-    """Makes a formatter of one entry, which shows a dash where the entry was not measured."""
+    """Returns a formatter of one entry, which shows a dash if the entry was not measured."""
     return lambda facts: "–" if facts.get(key) is None else f"{factor * facts[key]:,.{digits}f}"
 
 
@@ -239,7 +229,7 @@ _IMAGENET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def _uses_fitted_templates(run: RunFolder) -> bool:
-    """Tells whether a run took its templates from a file."""
+    """Returns whether a run took its templates from a file."""
     try:
         config = yaml.safe_load(run.config.read_text())
         pieces = config["model"]["init_args"]["pieces"]
@@ -249,7 +239,7 @@ def _uses_fitted_templates(run: RunFolder) -> bool:
 
 
 def _analysed_groups(run: RunFolder) -> list[dict[str, Any]]:
-    """Reads the groups of a run that `analyze` has measured; the name of each ends in `:NUMBER`."""
+    """Reads the groups that `analyze` measured in a run; their names end in `:NUMBER`."""
     path = run.analysis / RunFolder.ANALYSIS
     return list(read_json(path, RunError, groups=list)["groups"]) if path.is_file() else []
 

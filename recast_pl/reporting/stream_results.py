@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from recast_pl.files import write_atomic
@@ -40,7 +39,6 @@ class StreamResults:
             }
             final = {f"accuracy/{name}": value for name, value in final_accuracies(summary).items()}
             logger = tensorboard(folder.path, "stream")
-            assert isinstance(logger, TensorBoardLogger)
             logger.log_metrics(measures | final, step=len(names))
             logger.experiment.add_figure("accuracy_matrix", figure, len(names))
             logger.finalize("success")

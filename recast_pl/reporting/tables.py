@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,7 @@ Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def stream_table(summary: Mapping[str, Any]) -> RenderableType:
-    """Makes the terminal table of a stream's results.
-
-    Args:
-        summary: Content of `summary.json`.
-    """
+    """Makes the terminal table of a stream's results from the content of `summary.json`."""
     title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
     table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("task", no_wrap=True)
@@ -34,22 +31,14 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
     for heading in ("classes", "images", "probe\n%", "accuracy\n%", *end, "numbers", "patch\nbytes", "seconds"):
         table.add_column(heading, justify="right")
     for task, last in zip(summary["tasks"], final, strict=True):
-        table.add_row(
-            task["name"],
-            str(task["classes"]),
-            str(task["train_images"]),
-            f"{task['probe_accuracy']:.2f}",
-            f"{task['accuracy']:.2f}",
-            *([f"{last:.2f}"] if changed else []),
-            f"{task['task_parameters']:,}",
-            f"{task['patch_bytes']:,}",
-            f"{task['seconds']:.0f}",
-        )
-    probes = [task["probe_accuracy"] for task in summary["tasks"]]
+        accuracies = [task["probe_accuracy"], task["accuracy"], *([last] if changed else [])]
+        sizes = f"{task['task_parameters']:,}", f"{task['patch_bytes']:,}", f"{task['seconds']:.0f}"
+        counts = str(task["classes"]), str(task["train_images"])
+        table.add_row(task["name"], *counts, *(f"{accuracy:.2f}" for accuracy in accuracies), *sizes)
     table.add_section()
-    after_training = [f"{sum(task['accuracy'] for task in summary['tasks']) / len(final):.2f}"] if changed else []
-    average = f"{summary['average_accuracy']:.2f}"
-    table.add_row("average", "", "", f"{sum(probes) / len(probes):.2f}", *after_training, average)
+    keys = ("probe_accuracy", "accuracy") if changed else ("probe_accuracy",)
+    means = [statistics.mean(task[key] for task in summary["tasks"]) for key in keys]
+    table.add_row("average", "", "", *(f"{mean:.2f}" for mean in (*means, summary["average_accuracy"])))
     shared = f", {summary['shared_bytes'] / 1e6:,.1f} MB shared by all tasks" if summary["shared_bytes"] else ""
     facts = (  # adding 0 turns -0.0 into 0.0
         f"forgetting {summary['forgetting'] + 0.0:.2f}, backward transfer {summary['backward_transfer'] + 0.0:.2f} "
@@ -59,28 +48,16 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
-    """Makes the terminal table of recorded and measured accuracies.
-
-    Args:
-        rows: Task name, recorded accuracy and measured accuracy, both in percent.
-    """
-    table = Table(box=box.SIMPLE)
-    table.add_column("task")
-    for heading in ("recorded %", "measured %", ""):
-        table.add_column(heading, justify="right")
-    for task, recorded, measured in rows:
-        verdict = "equal" if recorded == measured else "[bold red]DIFFERENT[/]"
-        table.add_row(task, f"{recorded:.4f}", f"{measured:.4f}", verdict)
-    return table
+    """Makes the terminal table of tasks with their recorded and their measured accuracy in percent."""
+    cells = [
+        [task, f"{recorded:.4f}", f"{measured:.4f}", "equal" if recorded == measured else "[bold red]DIFFERENT[/]"]
+        for task, recorded, measured in rows
+    ]
+    return terminal_table((["task", "recorded %", "measured %", ""], cells))
 
 
 def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
-    """Makes the terminal tables that describe a patch.
-
-    Args:
-        patch: The patch.
-        path: Its file.
-    """
+    """Makes the terminal tables that describe a patch and its file."""
     numbers = sum(tensor.numel() for state in patch.pieces for tensor in state.values())
     head = sum(tensor.numel() for tensor in patch.head.values())
     facts = {
@@ -102,11 +79,7 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
 
 
 def difference_tables(difference: PatchDifference) -> list[RenderableType]:
-    """Makes the terminal tables of the differences between two patches.
-
-    Args:
-        difference: Result of `compare_patches`.
-    """
+    """Makes the terminal tables of the result of `compare_patches`."""
     changed = [[name, *("–" if fact is None else str(fact) for fact in facts)] for name, *facts in difference.facts]
     rows = [[t.name, f"{t.largest:.3e}", f"{t.relative:.3e}", f"{t.cosine:.6f}"] for t in difference.tensors]
     facts = terminal_table((["", "first", "second"], changed), 3) if changed else "all facts are equal"
@@ -117,8 +90,8 @@ def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableT
     """Makes the terminal table of the data sets known by name.
 
     Args:
-        catalogue: Data sets by name.
-        root: Folder that holds the downloaded data sets.
+        catalogue: The data sets.
+        root: Folder of the downloaded data sets.
     """
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("name", "classes", "images", "pixels", "on disk", "what it is"):
@@ -134,14 +107,11 @@ def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableT
 
 def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:
     """Writes the accuracy matrix as CSV: a row for each trained task, a column for each tested one."""
-    return table_csv(
-        ["after", *tasks],
-        ([name, *("" if v is None else v for v in row)] for name, row in zip(tasks, matrix, strict=True)),
-    )
+    return table_csv(["after", *tasks], ([name, *row] for name, row in zip(tasks, matrix, strict=True)))
 
 
-def table_csv(header: Sequence[str], rows: Any) -> str:
-    """Writes rows as CSV with a header line."""
+def table_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Writes rows as CSV with a header line; a cell that is None is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

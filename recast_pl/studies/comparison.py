@@ -20,11 +20,11 @@ from recast_pl.studies.engines import Engine, run_units
 
 @dataclass(frozen=True)
 class Point:
-    """What runs with different seeds share.
+    """One entry of a comparison, such as a method; its runs differ only in the seed.
 
     Args:
         name: Name of the folder that holds the runs.
-        words: Command-line words for `fit`.
+        words: Options of `fit`.
         labels: Labels by key, each a column of the table; empty if the name is enough.
     """
 
@@ -33,15 +33,20 @@ class Point:
     labels: Mapping[str, Label] = field(default_factory=dict)
 
 
+def config_words(configs: Sequence[str]) -> list[str]:
+    """Returns the options of `fit` that lay configs over one another, in the given order."""
+    return [word for config in configs for word in ("--config", config)]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Runs of points × seeds in one folder, as FOLDER/POINT/SEED.
 
     Args:
         folder: Output folder.
-        points: What is compared, such as methods.
+        points: The points.
         seeds: Seeds of the runs of each point.
-        options: Further command-line words for `fit`, for all runs.
+        options: Further options of `fit`, for all runs.
         alone: Name of the point that trains each task by itself, such as `finetune_each`; the table then shows forward
             transfer against its runs of the same seed. None for no forward transfer.
 
@@ -56,9 +61,9 @@ class Comparison:
     alone: str | None = None
 
     FILE = "comparison"
-    """Name of the output files without suffix."""
+    """Name of the output files, without suffix."""
     HEADING = "method"
-    """What users call a point."""
+    """The word for a point in tables and errors."""
 
     def __post_init__(self) -> None:
         names = [point.name for point in self.points]
@@ -69,32 +74,21 @@ class Comparison:
         if twice:
             raise RunError(f"two {self.HEADING}s are named {twice[0]!r}; rename one, which names the folder")
         if self.alone is not None and self.alone not in names:
-            raise RunError(f"no {self.HEADING} is named --alone {self.alone!r}; choose one of {', '.join(names)}")
-
-    def words(self, point: Point, seed: int) -> list[str]:
-        """Returns the command line of `fit` that starts or resumes a run.
-
-        Args:
-            point: The point.
-            seed: Seed of the run.
-        """
-        run_dir = self.folder / point.name / str(seed)
-        own = ["--seed_everything", str(seed), "--run_dir", str(run_dir), "--resume", "true"]
-        return ["fit", *point.words, *self.options, *own]
+            raise RunError(f"--alone {self.alone!r} is not one of the {self.HEADING}s; choose from {', '.join(names)}")
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
         """Trains the runs that are not finished, and writes the table after every run.
 
         Args:
             engine: Where to train.
-            is_finished: Tells whether the run of a command line is finished. It raises RunError for a command line
-                that `fit` would refuse, so that the user learns of a mistake before the first run.
+            is_finished: Returns whether the run of a command line is finished. It raises RunError for a command line
+                that `fit` would refuse, so that mistakes show before the first run starts.
 
         Returns:
             0, or the status of the first run that failed.
         """
         write_atomic(self.folder / PLAN, json_text(self.plan()))
-        units = {f"{p.name} with seed {seed}": self.words(p, seed) for p in self.points for seed in self.seeds}
+        units = {f"{p.name} with seed {seed}": self._words(p, seed) for p in self.points for seed in self.seeds}
         left = {name: words for name, words in units.items() if not is_finished(words)}
         if len(left) < len(units):
             print(f"{len(units) - len(left)} of {len(units)} runs are finished", file=sys.stderr)
@@ -104,8 +98,14 @@ class Comparison:
             print("run the same command again to continue", file=sys.stderr)
         return status
 
+    def _words(self, point: Point, seed: int) -> list[str]:
+        """Returns the command line that starts or resumes a run."""
+        run_dir = self.folder / point.name / str(seed)
+        own = ["--seed_everything", str(seed), "--run_dir", str(run_dir), "--resume", "true"]
+        return ["fit", *point.words, *self.options, *own]
+
     def plan(self) -> dict[str, Any]:
-        """Describes the comparison for `plan.json`, from which a report knows which runs are missing."""
+        """Returns the content of `plan.json`, which tells a report which runs are missing."""
         return {"points": {point.name: dict(point.labels) for point in self.points}, "seeds": list(self.seeds)}
 
     def write(self) -> None:
@@ -115,7 +115,7 @@ class Comparison:
         write_atomic(self.folder / f"{self.FILE}.md", markdown_table(cells, 1 + len(self._keys)))
 
     def table(self) -> RenderableType:
-        """Makes the same table for the terminal, without the names of points where labels tell them apart."""
+        """Returns the same table for the terminal, without the names of points if their labels are unique."""
         header, rows = self._cells()
         texts = 1 + len(self._keys)
         labels = {tuple(row[1:texts]) for row in rows}
@@ -124,21 +124,20 @@ class Comparison:
 
     def finished(self) -> dict[str, dict[int, Summary]]:
         """Reads the summaries of finished runs by point and seed; points without any are left out."""
-        runs: dict[str, dict[int, Summary]] = {}
+        found: dict[str, list[Summary]] = {}
         for point in self.points:
             paths = sorted((self.folder / point.name).glob(f"*/{RunFolder.SUMMARY}"))
-            found = [RunFolder(path.parent).read_summary() for path in paths]
-            runs[point.name] = {run["seed"]: run for run in found}
-        tasks = max((len(run["tasks"]) for seeds in runs.values() for run in seeds.values()), default=0)
-        whole = {  # all runs have the same tasks
-            name: {seed: run for seed, run in seeds.items() if is_complete(run) and len(run["tasks"]) == tasks}
-            for name, seeds in runs.items()
+            found[point.name] = [RunFolder(path.parent).read_summary() for path in paths]
+        tasks = max((len(run["tasks"]) for runs in found.values() for run in runs), default=0)
+        finished = {  # a run with fewer tasks than another one is still missing some
+            name: {run["seed"]: run for run in runs if is_complete(run) and len(run["tasks"]) == tasks}
+            for name, runs in found.items()
         }
-        return {name: seeds for name, seeds in whole.items() if seeds}
+        return {name: runs for name, runs in finished.items() if runs}
 
     @property
     def _keys(self) -> list[str]:
-        """The keys of the labels of all points."""
+        """Returns the keys of the labels of all points."""
         return list(dict.fromkeys(key for point in self.points for key in point.labels))
 
     def _cells(self) -> Cells:
@@ -153,7 +152,7 @@ class Comparison:
 
     def _measures(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
         runs = finished[name]
-        cells = measures(list(runs.values()))
+        cells = list(measures(list(runs.values())).values())
         if self.alone is not None:
             alone = finished.get(self.alone, {})
             gains = [

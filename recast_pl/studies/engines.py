@@ -1,7 +1,7 @@
-"""Where command lines run that need not wait for one another: this machine, a Ray cluster, or SLURM.
+"""Engines: where independent command lines run, such as processes on this machine, a Ray cluster, or SLURM.
 
-Each engine hands them to a scheduler that exists; none is made here. Machines share the file system of the run folder.
-Wherever a command line dies, its last checkpoint is there, so that the same one goes on.
+Each engine hands command lines to an existing scheduler. All machines share the file system of the run folder. A
+command line that is killed leaves its last checkpoint there, and continues from it when it is run again.
 """
 
 import importlib
@@ -15,42 +15,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from recast_pl.errors import RunError
 from recast_pl.optional_imports import extra
 
 ONE_DEVICE = ("--trainer.devices", "1")
-"""What a command line of `fit` has for an engine: the engine spreads, and each process has one device."""
+"""Options of `fit` on an engine, which starts one process for each command line: a process uses one device."""
 
-_STOPPED = 128 + signal.SIGTERM  # exit status of a command that was told to end
+_TERMINATED = 128 + signal.SIGTERM  # exit status of a command that received SIGTERM
 
-_DEATHS = 5  # of workers below one command line; what kills that many is the command line itself
+_RETRIES = 5  # of a command line whose worker died; one that kills more workers than that is the cause itself
 
-_TIMEOUTS = 20  # of one job, each of which has learnt on from the checkpoint of the last
+_REQUEUES = 20  # of a job that ran out of time; each continues from the checkpoint of the previous one
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command line ended.
-
-    Args:
-        status: Its exit status.
-        output: What it said, or what the engine says of its end; empty if that has been shown.
-    """
+class Outcome(NamedTuple):
+    """How a command line ended; `output` may be the engine's error message, and is empty if the user has seen it."""
 
     status: int
     output: str = ""
 
 
 Endings = Generator[tuple[int, Outcome], None, None]
-"""Position of a command line, and how it ended, in the order in which they end; closing it ends those that run."""
+"""Position and outcome of each command line, in the order in which they end; closing it stops those that still run."""
 
 
 class Engine(ABC):
-    """Runs command lines of `recast_pl` somewhere."""
+    """Runs command lines of `recast_pl`."""
 
     @abstractmethod
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
@@ -60,7 +53,7 @@ class Engine(ABC):
             commands: The words of each, without `python -m recast_pl`.
 
         Returns:
-            How they end, as they do.
+            The outcomes, as soon as they are known.
 
         Raises:
             RunError: If the engine is not installed or cannot be reached.
@@ -68,10 +61,10 @@ class Engine(ABC):
 
 
 class Processes(Engine):
-    """In processes of this machine, which share its cores.
+    """Processes on this machine, which share its cores.
 
     Args:
-        workers: How many at a time.
+        workers: Number of processes that run at the same time.
     """
 
     def __init__(self, workers: int = 2) -> None:
@@ -94,12 +87,11 @@ class Processes(Engine):
                     process.terminate()
 
     def _run(self, words: Sequence[str]) -> Outcome:
-        threads = max(1, (os.cpu_count() or 1) // self.workers)
         command = [sys.executable, "-m", "recast_pl", *words]
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+        pipe, out = subprocess.PIPE, subprocess.STDOUT
+        with subprocess.Popen(command, env=environment, stdout=pipe, stderr=out, text=True) as process:
             self._running.add(process)
             if self._stopping.is_set():
                 process.terminate()
@@ -109,12 +101,12 @@ class Processes(Engine):
 
 
 class Ray(Engine):
-    """On a Ray cluster; needs the extra `ray`. What a dying worker or machine leaves, another goes on with.
+    """A Ray cluster; needs the extra `ray`. If a worker or machine dies, another one continues its command line.
 
     Args:
-        address: Of the cluster; None for $RAY_ADDRESS, or else a cluster of this machine alone, for this command.
-        cpus: Cores of each command line.
-        gpus: GPUs of each command line; a fraction lets several share one, 0 for none.
+        address: Address of the cluster; None for $RAY_ADDRESS, or else a temporary cluster on this machine.
+        cpus: Cores for each command line.
+        gpus: GPUs for each command line; a fraction lets several share one, 0 for none.
     """
 
     def __init__(self, address: str | None = None, cpus: float = 1, gpus: float = 0) -> None:
@@ -123,20 +115,24 @@ class Ray(Engine):
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
         ray = extra("ray", "ray")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, unless asked for
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends statistics only if the user asks for it
         try:
             connected = ray.is_initialized()
             ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, logging_level="WARNING")
         except (ConnectionError, RuntimeError, ValueError) as cause:
             raise RunError(f"no Ray cluster answers at {self.address} ({cause}); start one, or leave it out") from cause
-        # a process for each command line, in which it runs itself: none of it outlives a worker that is killed
-        remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_calls=1, max_retries=_DEATHS)(_work)
+        # each worker runs one command line in its own process, so nothing of it survives if the worker is killed
+        remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_calls=1, max_retries=_RETRIES)(_run_in_worker)
         settings = {name: value for name, value in os.environ.items() if name.startswith("RECAST_PL_")}
         pending = {remote.remote(words, str(Path.cwd()), settings): i for i, words in enumerate(commands)}
         try:
             while pending:
                 (ended,), _ = ray.wait(list(pending), num_returns=1)
-                yield pending.pop(ended), _result(ray, ended)
+                try:
+                    outcome: Outcome = ray.get(ended)
+                except ray.exceptions.RayError as error:
+                    outcome = Outcome(1, str(error))
+                yield pending.pop(ended), outcome
         finally:
             for unfinished in pending:
                 ray.cancel(unfinished, force=True)
@@ -144,43 +140,35 @@ class Ray(Engine):
                 ray.shutdown()
 
 
-def _work(words: Sequence[str], folder: str, settings: Mapping[str, str]) -> Outcome:
-    """Runs a command line in a worker, as in the folder where the engine was started."""
+def _run_in_worker(words: Sequence[str], folder: str, settings: Mapping[str, str]) -> Outcome:
+    """Runs a command line in a Ray worker, in the folder and with the settings of the process that started it."""
     os.chdir(folder)
-    sys.path.insert(0, folder)  # as `python -m` has it, for pieces of one's own
+    sys.path.insert(0, folder)  # like `python -m`, so that the user's own pieces are found
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     output = io.StringIO()
     with redirect_stdout(output), redirect_stderr(output):
         status = _run_program(words)
-    if status == _STOPPED:  # this machine is being shut down; a worker that dies is replaced, one that fails is not
+    if status == _TERMINATED:  # the machine is shutting down: Ray retries after a worker dies, not after it fails
         os.kill(os.getpid(), signal.SIGKILL)
     return Outcome(status, output.getvalue())
 
 
-def _result(ray: Any, reference: Any) -> Outcome:
-    try:
-        outcome: Outcome = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        return Outcome(1, str(error))
-    return outcome
-
-
 class Slurm(Engine):
-    """As an array of SLURM jobs, by submitit; needs the extra `slurm`.
+    """An array of SLURM jobs, submitted by submitit; needs the extra `slurm`.
 
-    A job that is pre-empted, or whose time is up, is requeued and goes on. Ending the command ends the jobs.
+    A job that is preempted or runs out of time is requeued and continues. Interrupting the command cancels the jobs.
 
     Args:
-        folder: For scripts and output of jobs; all machines share it.
-        partition: Of the cluster; None for its default.
-        minutes: Time limit of a job; one that needs more is requeued, so that it must be enough for an epoch.
-        cpus: Cores of a job.
-        gpus: GPUs of a job.
-        memory: Gigabytes of a job; None for the cluster's default.
-        parallel: Jobs that run at a time.
+        folder: Folder for the scripts and the output of the jobs; all machines share it.
+        partition: Partition of the cluster; None for its default.
+        minutes: Time limit of a job, at least enough for one epoch; a job that needs more time is requeued.
+        cpus: Cores for each job.
+        gpus: GPUs for each job.
+        memory: Gigabytes for each job; None for the cluster's default.
+        parallel: Largest number of jobs that run at the same time.
         options: Further options of `sbatch`, such as `{account: vision, constraint: a100}`.
-        cluster: `local` runs the jobs on this machine, to try them out.
+        cluster: `slurm`, or `local` to run the jobs on this machine as a trial.
     """
 
     def __init__(
@@ -210,9 +198,9 @@ class Slurm(Engine):
     def run(self, commands: Sequence[Sequence[str]]) -> Endings:
         """Runs the command lines."""
         submitit = extra("submitit", "slurm")
-        timeouts = {f"{self.cluster}_max_num_timeout": _TIMEOUTS}
+        requeues = {f"{self.cluster}_max_num_timeout": _REQUEUES}
         try:
-            executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **timeouts)
+            executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **requeues)
             executor.update_parameters(**self.parameters)
             jobs = executor.map_array(_Job(), commands)
         except (RuntimeError, OSError, subprocess.CalledProcessError) as cause:
@@ -222,18 +210,12 @@ class Slurm(Engine):
             for job in submitit.helpers.as_completed(jobs, poll_frequency=2):
                 error = job.exception()
                 status = 1 if error else job.result()
-                said = str(error or job.stderr() or "")
-                yield positions.pop(job.job_id), Outcome(status, f"{said}\nall that it said: {job.paths.stdout}")
+                output = f"{error or job.stderr() or ''}\nfull output: {job.paths.stdout}"
+                yield positions.pop(job.job_id), Outcome(status, output)
         finally:
             for job in jobs:
                 if job.job_id in positions:
                     job.cancel(check=False)
-
-
-def _run_program(words: Sequence[str]) -> int:
-    """Runs a command line in this process, by what `python -m recast_pl` runs; returns its exit status."""
-    status: int = importlib.import_module("recast_pl.__main__").main(words)
-    return status
 
 
 class _Job:
@@ -241,25 +223,31 @@ class _Job:
 
     def __call__(self, words: Sequence[str]) -> int:
         status = _run_program(words)
-        if status == _STOPPED:  # SLURM ends this job in a moment, and requeues it unless it is cancelled
+        if status == _TERMINATED:  # SLURM will kill this job in a moment, and requeue it unless it was cancelled
             signal.pause()
         return status
 
     def checkpoint(self, words: Sequence[str]) -> Any:
-        """What is to run after requeueing; the checkpoint of the last epoch is there at any time."""
+        """Returns the job to run after requeueing: the same one, because the run folder has the last checkpoint."""
         return extra("submitit", "slurm").helpers.DelayedSubmission(self, words)
 
 
+def _run_program(words: Sequence[str]) -> int:
+    """Runs a command line in this process, as `python -m recast_pl` does, and returns its exit status."""
+    status: int = importlib.import_module("recast_pl.__main__").main(words)
+    return status
+
+
 def run_units(engine: Engine, units: Mapping[str, Sequence[str]], succeeded: Callable[[str], None]) -> int:
-    """Runs command lines on an engine, and says of each that failed how it ended.
+    """Runs command lines on an engine, and prints how each that failed has ended.
 
     Args:
         engine: The engine.
-        units: Command lines by what they are called.
-        succeeded: Called with the name of each that ended well, as soon as it has.
+        units: Command lines by name.
+        succeeded: Called with the name of each command line that succeeds, at once.
 
     Returns:
-        0, or the status of the first that failed; the others have been run all the same, if the engine could.
+        0, or the status of the first command line that failed; unless the engine stops there, all others still run.
     """
     names, first = list(units), 0
     with closing(engine.run(list(units.values()))) as endings:

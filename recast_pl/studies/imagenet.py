@@ -73,30 +73,29 @@ def compare_classifiers(
     install(decomposed, decomposition)
     decomposed.to(device)
     layers = [name.rpartition(".")[0] for bank in decomposition.banks for name in bank.group.targets]
-    found = [
-        _classify(dense, decomposed, layers, images.to(device), labels.to(device))
-        for images, labels in DataLoader(data, batch_size, num_workers=num_workers)
-    ]
-    right, same, similarity, outputs = zip(*found, strict=True)
-    dense_right, decomposed_right = (100 * sum(counts) / len(data) for counts in zip(*right, strict=True))
-    labelled = len(data.classes) == outputs[0]
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, labels in DataLoader(data, batch_size, num_workers=num_workers):
+        batch, classes = _compare_batch(dense, decomposed, layers, images.to(device), labels.to(device))
+        sums += batch.cpu()
+    dense_right, decomposed_right, equal, similarity = sums.tolist()
+    labelled = len(data.classes) == classes
     return {
         "images": len(data),
-        "dense_accuracy": dense_right if labelled else None,
-        "decomposed_accuracy": decomposed_right if labelled else None,
-        "agreement": 100 * sum(same) / len(data),
-        "similarity": sum(similarity) / len(data),
+        "dense_accuracy": 100 * dense_right / len(data) if labelled else None,
+        "decomposed_accuracy": 100 * decomposed_right / len(data) if labelled else None,
+        "agreement": 100 * equal / len(data),
+        "similarity": similarity / len(data),
     }
 
 
 @torch.inference_mode()
-def _classify(
+def _compare_batch(
     dense: nn.Module, decomposed: nn.Module, layers: Sequence[str], images: Tensor, labels: Tensor
-) -> tuple[tuple[int, int], int, float, int]:
-    """Counts correct predictions of each network, equal ones, the sum of similarities, and classes."""
+) -> tuple[Tensor, int]:
+    """Counts correct predictions of each network and equal ones, sums similarities (4,), and counts the classes."""
     with recorded(dense, layers) as theirs, recorded(decomposed, layers) as ours:
         expected, logits = dense(images), decomposed(images)  # (B, classes)
     first, second = expected.argmax(1), logits.argmax(1)
-    similar = torch.stack([cosines(theirs[layer], ours[layer]) for layer in theirs])  # (layers, B)
-    right = (int((first == labels).sum()), int((second == labels).sum()))
-    return right, int((first == second).sum()), float(similar.mean(0).sum()), expected.shape[1]
+    similar = torch.stack([cosines(theirs[layer], ours[layer]) for layer in theirs]).mean(0)  # (B,)
+    facts = (first == labels, second == labels, first == second, similar)
+    return torch.stack([fact.float().sum() for fact in facts]), expected.shape[1]

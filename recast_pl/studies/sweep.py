@@ -18,14 +18,9 @@ from recast_pl.studies.comparison import Comparison
 
 @dataclass(frozen=True)
 class Sweep(Comparison):
-    """A comparison of the points of a grid, with a figure.
+    """A comparison of the points of a grid, with a figure. It takes the arguments of `Comparison`, and three more.
 
     Args:
-        folder: Output folder; runs are in FOLDER/POINT/SEED.
-        points: The points.
-        seeds: Seeds of the runs of each point.
-        options: Further command-line words for `fit`, for all runs.
-        alone: Not used by sweeps; None.
         x: Key on the horizontal axis, or `task_parameters`.
         series: Keys that tell lines or bars apart.
         over: Key over which the second table takes means; None for no second table.
@@ -51,18 +46,18 @@ class Sweep(Comparison):
             write_figure(plot_marks(marks, self.x), self.folder / self.FILE)
 
     def table(self) -> RenderableType:
-        """Makes the same tables for the terminal."""
+        """Returns the same tables for the terminal."""
         if self.over is None:
             return super().table()
         cells = self._over_cells(self.over)
         return Group(super().table(), terminal_table(cells, len(cells[0]) - _OVER_COLUMNS, f"over {self.over}"))
 
     def plan(self) -> dict[str, Any]:
-        """Describes the sweep and its figure for `plan.json`."""
+        """Returns the content of `plan.json`, with the axes of the figure."""
         return {**super().plan(), "x": self.x, "series": list(self.series)}
 
     def _over_cells(self, over: str) -> Cells:
-        """Makes the table of means over points that differ only in one key."""
+        """Returns the table of means over points that differ only in one key."""
         finished = self.finished()
         by_others: dict[tuple[str, ...], list[Mapping[int, Summary]]] = {}
         for point in self.points:
@@ -80,13 +75,11 @@ _OVER_COLUMNS = 4
 def _over_measures(points: Sequence[Mapping[int, Summary]]) -> list[str]:
     """Formats the mean and range of accuracy over points, and the largest change of a task's accuracy at equal seed."""
     means = [statistics.mean(run["average_accuracy"] for run in runs.values()) for runs in points]
-    seeds = set.intersection(*(set(runs) for runs in points))
-    changes = []
-    for seed in seeds:
-        by_task: dict[str, list[float]] = {}
-        for run in (runs[seed] for runs in points):
-            for task, accuracy in final_accuracies(run).items():
-                by_task.setdefault(task, []).append(accuracy)
-        changes += [max(values) - min(values) for values in by_task.values()]
+    by_task: dict[tuple[int, str], list[float]] = {}
+    for seed in set.intersection(*(set(runs) for runs in points)):
+        for runs in points:
+            for task, accuracy in final_accuracies(runs[seed]).items():
+                by_task.setdefault((seed, task), []).append(accuracy)
+    changes = [max(values) - min(values) for values in by_task.values()]
     largest = f"{max(changes):.2f}" if changes else ""
     return [str(len(points)), str(spread(means)), f"{max(means) - min(means):.2f}", largest]

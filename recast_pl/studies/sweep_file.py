@@ -30,7 +30,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.reporting.measures import TASK_PARAMETERS
 from recast_pl.runs.collection import Label
-from recast_pl.studies.comparison import Point
+from recast_pl.studies.comparison import Point, config_words
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
@@ -39,18 +39,11 @@ _KINDS: dict[str, type] = {
 }  # fmt: skip
 
 Values = dict[str, tuple[Label | None, Any]]
-"""Label and value by key; a value without a label does not appear in names and figures."""
+"""Label and value by key; a value without a label appears in no name and no figure."""
 
 
 class PlannedPoint(NamedTuple):
-    """A point as the file describes it.
-
-    Args:
-        labels: Labels by key.
-        configs: Names of configs.
-        fragment: Config laid over them.
-        options: Command-line words for `fit`.
-    """
+    """A point as the file describes it: its labels, and the configs, config fragment and options of `fit` to use."""
 
     labels: Mapping[str, Label]
     configs: Sequence[str]
@@ -60,16 +53,7 @@ class PlannedPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep as its file describes it; `read_sweep` makes one.
-
-    Args:
-        base: Configs that every point starts from.
-        seeds: Seeds of the runs; empty for the default seeds.
-        points: Points by name.
-        x: Key on the horizontal axis of the figure, or `task_parameters`.
-        series: Keys that tell lines or bars apart.
-        over: Key over which the second table takes means; None for no second table.
-    """
+    """The entries of a sweep's file, with points by name; `seeds` may be empty, and `over` None."""
 
     base: Sequence[str]
     seeds: Sequence[int]
@@ -92,8 +76,7 @@ class SweepConfig:
                 path = folder / name / "point.yaml"
                 write_atomic(path, yaml.safe_dump(plan.fragment, sort_keys=False, allow_unicode=True))
                 configs.append(str(path))
-            words = [word for config in configs for word in ("--config", config)]
-            points.append(Point(name, [*words, *plan.options], plan.labels))
+            points.append(Point(name, [*config_words(configs), *plan.options], plan.labels))
         return points
 
 
@@ -115,12 +98,12 @@ def read_sweep(path: Path) -> SweepConfig:
     x = content.get("x") or _first_numeric(points, keys)
     over = content.get("over")
     series = content.get("series", [key for key in keys if key != x])
-    for key in (x, over, *series):
-        if key is not None and key not in (*keys, TASK_PARAMETERS):
+    for key in (None if x == TASK_PARAMETERS else x, over, *series):
+        if key is not None and key not in keys:
             raise RunError(f"{path}: {key!r} is not a key of its points; choose one of {', '.join(keys)}")
-    if x != TASK_PARAMETERS and any(x not in values for values in points):
-        raise RunError(f"{path}: x is {x!r}, but some points have no value for it; add one to each point")
     planned = {name: _plan(values, content.get("config", {})) for name, values in named.items()}
+    if x in keys and any(x not in plan.labels for plan in planned.values()):
+        raise RunError(f"{path}: x is {x!r}, but some points have no label for it; add one to each point")
     for (one, first), (other, second) in itertools.combinations(planned.items(), 2):
         if first[1:] == second[1:]:
             raise RunError(
@@ -133,14 +116,16 @@ def read_sweep(path: Path) -> SweepConfig:
 def _plan(values: Values, config: Mapping[str, Any]) -> PlannedPoint:
     """Turns the values of a point into configs, a config fragment and options."""
     used = set(_PLACEHOLDER.findall(json.dumps(config)))
-    left = {key: value for key, (_, value) in values.items() if key not in used}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in left.items() if "." in key}
-    return PlannedPoint(
-        labels={key: label for key, (label, _) in values.items() if label is not None},
-        configs=[name for key, value in left.items() if "." not in key for name in _config_names(value)],
-        fragment=_filled(config, values),
-        options=[word for key, text in texts.items() for word in (f"--{key}", text)],
-    )
+    configs, options = [], []
+    for key, (_, value) in values.items():
+        if key in used:
+            continue
+        if "." in key:
+            options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        else:
+            configs += _config_names(value)
+    labels = {key: label for key, (label, _) in values.items() if label is not None}
+    return PlannedPoint(labels, configs, _filled(config, values), options)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -180,7 +165,7 @@ def _choices(key: str, values: Any) -> list[tuple[Label, Any]]:
 
 
 def _read_point(point: Any) -> Values:
-    """Reads a listed point: a scalar is its own label, {LABEL: VALUE} gives one, and a list has no label."""
+    """Reads a listed point: a scalar is its own label, {LABEL: VALUE} gives one, and a list has none."""
     if not isinstance(point, dict):
         raise RunError(f"point {point!r} is not a mapping; write keys and values")
     for key, value in point.items():
@@ -203,11 +188,8 @@ def _named(points: Sequence[Values], path: Path) -> dict[str, Values]:
     named: dict[str, Values] = {}
     for values in points:
         _, given = values.pop("name", (None, None))
-        parts = [
-            f"{key.rpartition('.')[2]}-{v}" if not isinstance(v, str) else v
-            for key, (v, _) in values.items()
-            if v is not None
-        ]
+        labels = [(key.rpartition(".")[2], label) for key, (label, _) in values.items() if label is not None]
+        parts = (label if isinstance(label, str) else f"{key}-{label}" for key, label in labels)
         text = str(given) if given is not None else "_".join(parts)
         name = re.sub(r"[^\w.+=-]+", "-", text).strip("-.")
         if not name:
@@ -219,13 +201,13 @@ def _named(points: Sequence[Values], path: Path) -> dict[str, Values]:
 
 
 def _first_numeric(points: Sequence[Values], keys: Sequence[str]) -> str:
-    """Finds the first key whose labels are all numbers; `task_parameters` if there is none."""
+    """Returns the first key whose labels are all numbers; `task_parameters` if there is none."""
     numeric = (key for key in keys if all(key in p and isinstance(p[key][0], int | float) for p in points))
     return next(numeric, TASK_PARAMETERS)
 
 
 def _filled(part: Any, values: Values) -> Any:
-    """Replaces ${KEY} in a config by values; a text that is only ${KEY} takes the type of the value."""
+    """Replaces ${KEY} in a config by values; a text that is only ${KEY} becomes the value itself, with its type."""
     if isinstance(part, dict):
         return {key: _filled(value, values) for key, value in part.items()}
     if isinstance(part, list):
@@ -235,8 +217,8 @@ def _filled(part: Any, values: Values) -> Any:
     for key in _PLACEHOLDER.findall(part):
         if key not in values:
             raise RunError(f"config uses ${{{key}}}, but a point has no such key; it has {', '.join(values)}")
-    whole = _PLACEHOLDER.fullmatch(part)
-    return values[whole[1]][1] if whole else _PLACEHOLDER.sub(lambda match: str(values[match[1]][1]), part)
+    single = _PLACEHOLDER.fullmatch(part)
+    return values[single[1]][1] if single else _PLACEHOLDER.sub(lambda match: str(values[match[1]][1]), part)
 
 
 def _config_names(value: Any) -> list[str]:
