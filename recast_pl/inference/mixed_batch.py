@@ -128,11 +128,10 @@ class MixedBatch:
         layers: Iterable["TaskLayer"],
         products: bool | None = None,
     ) -> Tensor:
-        """Features by one pass for all tasks. Arguments are those of `features`, and:
+        """Features by one pass for all tasks.
 
-        Args:
-            layers: What `layers` has returned.
-            products: Whether layers that can use products do so; None for the rule.
+        Arguments are those of `features`; the layers that `layers` has returned; and whether those that can use
+        products do so, None for the rule.
         """
         values = self._values(tasks) or {}
         if torch.is_autocast_enabled(images.device.type):
