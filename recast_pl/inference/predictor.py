@@ -30,7 +30,7 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
-_lock = threading.Lock()  # torch caches generated weights for the whole process
+_lock = threading.Lock()  # of all predictors, because a precision may set the default type of the entire process
 
 
 @dataclass(frozen=True)
