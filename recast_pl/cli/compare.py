@@ -22,7 +22,7 @@ def declare(parser: ArgumentParser) -> None:
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs `fit` for each method and seed, and prints the table."""
     engine = parser.instantiate(config).engine
-    points = [Point(Path(name).stem, config_words([*config.base, name])) for name in config.configs]
+    points = [Point(Path(name).stem, config_words([*config.base, name]), {}) for name in config.configs]
     options = fit_options(config.options, engine)
     comparison = Comparison(Path(config.output), points, config.seeds, options, config.alone)
     return run_comparison(comparison, engine)

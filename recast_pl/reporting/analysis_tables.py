@@ -1,8 +1,9 @@
 """Tables of an analysis of a decomposition, for the terminal and for Markdown files."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -11,16 +12,8 @@ from recast_pl.decomposition.analysis import Analysis
 from recast_pl.reporting.tables import markdown_table, terminal_table
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table that reads the same on the terminal and in a file.
-
-    Args:
-        title: Line above the table.
-        headings: Column headings; the first column holds names.
-        rows: Cells.
-        notes: Explanations below the table, one paragraph each.
-    """
+class Sheet(NamedTuple):
+    """A table that reads the same on the terminal and in a file; its first column holds names."""
 
     title: str
     headings: Sequence[str]
@@ -110,19 +103,13 @@ def _scaling_sheet(analysis: Analysis, names: dict[str, str]) -> Sheet:
 
 def _weights_sheet(analysis: Analysis, names: dict[str, str]) -> Sheet:
     found = {target.name: target for target in analysis.targets}
-
-    def mean_and_worst(values: Sequence[float], worst: Callable[[Iterable[float]], float]) -> list[str]:
-        return [f"{value:.6g}" for value in (sum(values) / len(values), worst(values))]
-
-    rows = [
-        [
-            names[group.name],
-            *mean_and_worst([found[name].cosine for name in group.targets], min),
-            *mean_and_worst([found[name].relative_error for name in group.targets], max),
-        ]
-        for group in analysis.groups
-    ]
-    mean = sum(target.cosine for target in analysis.targets) / len(analysis.targets)
+    rows = []
+    for group in analysis.groups:
+        cosines = [found[name].cosine for name in group.targets]
+        errors = [found[name].relative_error for name in group.targets]
+        numbers = (statistics.mean(cosines), min(cosines), statistics.mean(errors), max(errors))
+        rows.append([names[group.name], *(f"{number:.6g}" for number in numbers)])
+    mean = statistics.mean(target.cosine for target in analysis.targets)
     return Sheet(
         "Generated weights compared with the pretrained ones",
         ["group", "cosine", "lowest", "relative error", "largest"],
@@ -145,7 +132,7 @@ def _displacements_sheet(analysis: Analysis) -> Sheet:
     rows = []
     for task, moved in analysis.displacements.items():
         farthest = max(moved, key=lambda name: moved[name])
-        rows.append([task, f"{sum(moved.values()) / len(moved):.4f}", f"{moved[farthest]:.4f}", farthest])
+        rows.append([task, f"{statistics.mean(moved.values()):.4f}", f"{moved[farthest]:.4f}", farthest])
     return Sheet("Change of the coefficients by each task", ["task", "mean ‖ΔC‖", "largest", "in weight"], rows)
 
 

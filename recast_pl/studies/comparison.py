@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import RenderableType
 
@@ -18,19 +18,12 @@ from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.studies.engines import Engine, run_units
 
 
-@dataclass(frozen=True)
-class Point:
-    """One entry of a comparison, such as a method; its runs differ only in the seed.
-
-    Args:
-        name: Name of the folder that holds the runs.
-        words: Options of `fit`.
-        labels: Labels by key, each a column of the table; empty if the name is enough.
-    """
+class Point(NamedTuple):
+    """An entry of a comparison, such as a method: name of its folder, options of `fit`, and labels for the table."""
 
     name: str
     words: Sequence[str]
-    labels: Mapping[str, Label] = field(default_factory=dict)
+    labels: Mapping[str, Label]
 
 
 def config_words(configs: Sequence[str]) -> list[str]:
