@@ -34,7 +34,7 @@ Measured with RECAST and spectral templates on ViT-S at 98×98.
 """
 
 
-class Entry(NamedTuple):
+class StateEntry(NamedTuple):
     """One tensor of a task's states: the index of its piece, its name, shape and type."""
 
     piece: int
@@ -51,7 +51,7 @@ class PackedState(NamedTuple):
         content: Their bytes, one tensor after the other.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[StateEntry, ...]
     content: bytes
 
 
@@ -79,13 +79,13 @@ class MixedBatch:
     def __init__(self, backbone: Backbone, pieces: Sequence[Piece]) -> None:
         self._backbone, self._pieces = backbone, pieces
         self._merged, self._buffers = MergedWeights(), dict[Any, Tensor]()
-        self._entries: dict[tuple[Entry, ...], tuple[Entry, ...]] = {}
+        self._entries: dict[tuple[StateEntry, ...], tuple[StateEntry, ...]] = {}
         self._layers: dict[Any, list[TaskLayer] | None] = {}
 
     def pack(self, states: Sequence[Mapping[str, Tensor]]) -> PackedState:
         """Copies the states of a task, one for each piece, into little memory."""
         tensors = {
-            Entry(index, name, tuple(tensor.shape), tensor.dtype): tensor.detach().cpu()
+            StateEntry(index, name, tuple(tensor.shape), tensor.dtype): tensor.detach().cpu()
             for index, state in enumerate(states)
             for name, tensor in state.items()
         }

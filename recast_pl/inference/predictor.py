@@ -97,7 +97,7 @@ class Predictor:
             raise RunError("TILModule has no backbone yet; call build(image_size) first")
         self._module, self._precision = module.eval(), precision or Precision()
         self._network = MixedBatch(module.backbone, module.pieces)
-        self._tasks: dict[str, _Task] = {}
+        self._tasks: dict[str, _LoadedTask] = {}
 
     @property
     def tasks(self) -> list[str]:
@@ -211,16 +211,16 @@ class Predictor:
             head = self._module.head_of(patch)
             weight, bias = (head[name].to(self._module.device) for name in ("weight", "bias"))
             packed = self._network.pack(patch.pieces)
-            self._tasks[patch.task] = _Task(packed, patch.classes, weight, bias, patch.image_size)
+            self._tasks[patch.task] = _LoadedTask(packed, patch.classes, weight, bias, patch.image_size)
 
-    def _find(self, name: str) -> "_Task":
+    def _find(self, name: str) -> "_LoadedTask":
         task = self._tasks.get(name)
         if task is None:
             raise RunError(f"no task is named {name!r}; the tasks are {', '.join(self.tasks)}")
         return task
 
     @torch.no_grad()
-    def _classify(self, pixels: Tensor, tasks: Sequence[tuple[str, "_Task"]]) -> list[Prediction]:
+    def _classify(self, pixels: Tensor, tasks: Sequence[tuple[str, "_LoadedTask"]]) -> list[Prediction]:
         """Predictions for uint8 images (B, 3, S, S) that are sorted by task."""
         groups = [(name, task, len(list(same))) for (name, task), same in itertools.groupby(tasks)]
         with _lock, self._precision.forward_context():
@@ -242,7 +242,7 @@ class Predictor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Task:
+class _LoadedTask:
     """What the predictor keeps of a task: the states of the pieces, and the head's weight and bias."""
 
     state: PackedState

@@ -91,7 +91,7 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         self.targets = tuple(targets)
         self.adaptations: dict[str, AdaptationT] = {}
         """By name of the weight; filled by `attach`."""
-        self._sites: dict[str, tuple[nn.Module, str]] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
 
     def adapt(self, name: str, weight: Tensor) -> AdaptationT:
         """Makes the adaptation of one weight, from its name and present value (*shape)."""
@@ -99,9 +99,9 @@ class WeightPiece(Piece, Generic[AdaptationT]):
 
     def attach(self, network: nn.Module) -> None:
         """Puts an adaptation on every target; raises a MethodError if no weight matches."""
-        sites = {name: site for name, site in weight_owners(network).items() if f".{ADDED}." not in name}
-        self._sites = {name: sites[name] for name in select(type(self).__name__, sites, self.targets)}
-        for name, (module, attribute) in self._sites.items():
+        owners = {name: owner for name, owner in weight_owners(network).items() if f".{ADDED}." not in name}
+        self._owners = {name: owners[name] for name in select(type(self).__name__, owners, self.targets)}
+        for name, (module, attribute) in self._owners.items():
             adaptation = self.adapt(name, getattr(module, attribute).detach())
             parametrize.register_parametrization(module, attribute, adaptation)
             self.adaptations[name] = adaptation
@@ -117,7 +117,7 @@ class WeightPiece(Piece, Generic[AdaptationT]):
 
     def _received(self, name: str, adaptation: Adaptation) -> Tensor:
         """What an adaptation receives: its weight (*shape) as the parametrizations before it return it."""
-        module, attribute = self._sites[name]
+        module, attribute = self._owners[name]
         chain: Any = module.parametrizations[attribute]  # type: ignore[index]
         weight: list[Tensor] = list(chain.parameters(recurse=False))  # what the first one receives
         for parametrization in takewhile(lambda each: each is not adaptation, chain):

@@ -126,7 +126,7 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
 
     def adapt(self, name: str, weight: Tensor) -> AccumulatedLowRank:
         """A sum of low-rank updates for the weight, or for the parts of a fused one."""
-        module = self._sites[name][0]
+        module = self._owners[name][0]
         if isinstance(module, nn.Conv2d) and (module.groups != 1 or isinstance(module.padding, str)):
             raise MethodError(f"InfLoRA cannot adapt {name}, a grouped or 'same'-padded convolution; change targets")
         return AccumulatedLowRank(weight, self.rank, thirds(name, self.parts))
@@ -197,7 +197,7 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
             sums[name] = sums[name] + product if name in sums else product
 
         with ExitStack() as hooks, torch.no_grad():
-            for name, (module, _) in self._sites.items():
+            for name, (module, _) in self._owners.items():
                 hooks.enter_context(module.register_forward_pre_hook(partial(add, name)))
             for images, _ in self.learner.batches("train"):
                 self.learner.current()[0](images)

@@ -202,7 +202,7 @@ class Slurm(Engine):
         try:
             executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **requeues)
             executor.update_parameters(**self.parameters)
-            jobs = executor.map_array(_Job(), commands)
+            jobs = executor.map_array(_SlurmJob(), commands)
         except (RuntimeError, OSError, subprocess.CalledProcessError) as cause:
             raise RunError(f"SLURM takes no jobs here ({cause}); give the command where sbatch works") from cause
         positions = {job.job_id: index for index, job in enumerate(jobs)}
@@ -218,7 +218,7 @@ class Slurm(Engine):
                     job.cancel(check=False)
 
 
-class _Job:
+class _SlurmJob:
     """A command line as a job that can be requeued."""
 
     def __call__(self, words: Sequence[str]) -> int:

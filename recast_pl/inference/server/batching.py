@@ -41,7 +41,7 @@ def decode(content: bytes, size: int, max_pixels: int) -> Tensor:
     raise HTTPException(413, f"the image has {count} pixels, more than the {max_pixels} allowed; send a smaller one")
 
 
-class _Job(NamedTuple):
+class _Request(NamedTuple):
     """A decoded image (3, S, S) that waits to be classified, and the future of its prediction."""
 
     pixels: Tensor
@@ -64,7 +64,7 @@ class Batcher:
     def __init__(self, predictor: Predictor, limits: Limits, observe: Callable[[int], object]) -> None:
         self.waiting = 0
         self._predictor, self._limits, self._observe = predictor, limits, observe
-        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()  # bounded by `waiting`
+        self._jobs: asyncio.Queue[_Request] = asyncio.Queue()  # bounded by `waiting`
 
     async def classify(self, content: bytes, task: str) -> Prediction:
         """Decodes an image file and waits for its prediction.
@@ -80,7 +80,7 @@ class Batcher:
         try:
             loop = asyncio.get_running_loop()
             pixels = await loop.run_in_executor(self._decoders, decode, content, size, self._limits.max_pixels)
-            job = _Job(pixels, task, loop.create_future())
+            job = _Request(pixels, task, loop.create_future())
             self._jobs.put_nowait(job)
             return await job.prediction
         finally:
@@ -110,7 +110,7 @@ class Batcher:
             if batch:
                 await self._compute(batch)
 
-    async def _compute(self, batch: list[_Job]) -> None:
+    async def _compute(self, batch: list[_Request]) -> None:
         self._observe(len(batch))
         images, tasks = [job.pixels for job in batch], [job.task for job in batch]
         run = asyncio.get_running_loop().run_in_executor
