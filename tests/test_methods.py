@@ -180,7 +180,7 @@ def test_rosa_chooses_the_same_entries_when_interrupted_during_warm_up():
             piece.begin_step(0.0)
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(5, 6, generator=generator)
-            module = next(iter(piece._sites.values()))[0]
+            module = next(iter(piece._owners.values()))[0]
             module(x).square().sum().backward()
         return piece.task_state()["indices"]
 
