@@ -65,8 +65,8 @@ def test_without_names_the_six_of_the_paper_are_prepared(publish, tmp_path, caps
     for name in PAPER:
         publish(name)
     assert main(["data", "prepare", "--image_size", "8", "--root", str(tmp_path)]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if " classes, {" in line]
-    assert [line.partition(":")[0] for line in told] == list(PAPER)
+    output = [line for line in capsys.readouterr().out.splitlines() if " classes, {" in line]
+    assert [line.partition(":")[0] for line in output] == list(PAPER)
     assert tree_of(tmp_path) == {k: v for name in PAPER for k, v in make(name).tree.items()}
 
 
@@ -251,9 +251,9 @@ def test_a_bad_image_is_named_and_can_be_skipped(name, how, publish, tmp_path, c
         os.truncate(tmp_path / bad, 400 if how == "truncated" else 0)
     if (name, how) != ("scenes", "gone"):  # its list is checked instead
         assert verify(tmp_path, name) == 1
-        told = capsys.readouterr().out
-        assert f"1 of {len(make(name).labels)} images of '{name}'" in told
-        assert bad in told
+        output = capsys.readouterr().out
+        assert f"1 of {len(make(name).labels)} images of '{name}'" in output
+        assert bad in output
     words = ["data", "prepare", name, "--image_size", "16", "--root", tmp_path]
     assert bad.rpartition("/")[2] in refused(*words)
     if how != "gone":
@@ -346,9 +346,9 @@ def test_a_set_that_cannot_be_opened_does_not_hide_the_others(publish, tmp_path,
     os.truncate(tmp_path / "cifar-10-batches-py" / "test_batch", 1000)
     os.truncate(tmp_path / file_of("birds", 5), 400)
     assert verify(tmp_path, "cifar10", "birds") == 1
-    told = capsys.readouterr()
-    assert "cifar10" in told.out + told.err
-    assert file_of("birds", 5) in told.out
+    output = capsys.readouterr()
+    assert "cifar10" in output.out + output.err
+    assert file_of("birds", 5) in output.out
 
 
 def test_the_error_about_a_damaged_set_has_a_remedy(server, publish, tmp_path, refused):

@@ -16,7 +16,7 @@ from recast_pl.inference.mixed_batch import MixedBatch
 
 COUNTS = [2, 1, 3]
 APART = {"piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"}
-"""Methods of which a task is more than a few numbers for each layer."""
+"""Methods whose tasks need too much memory, or more than new values of parameters, for a common pass."""
 
 
 class TokenOffset(Piece):

@@ -19,7 +19,7 @@ from test_stream import patches, read_summary, without_times
 from recast_pl.cli import main
 from recast_pl.errors import StorageError
 from recast_pl.files import is_whole_checkpoint
-from recast_pl.learning.trainer import WholeCheckpoints
+from recast_pl.learning.trainer import AtomicCheckpoints
 
 
 def resuming(run, words):
@@ -187,12 +187,12 @@ def test_every_command_that_cannot_write_names_the_path_and_the_cause(tiny_fit, 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path):
     path, (soft, hard) = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    WholeCheckpoints().save_checkpoint({"weights": torch.zeros(1000)}, path)
+    AtomicCheckpoints().save_checkpoint({"weights": torch.zeros(1000)}, path)
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))  # no file may become larger
     try:
         with pytest.raises(StorageError, match=r"last\.ckpt .*File too large"):
-            WholeCheckpoints().save_checkpoint({"weights": torch.zeros(2000)}, path)
+            AtomicCheckpoints().save_checkpoint({"weights": torch.zeros(2000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.ckpt", before)]

@@ -164,7 +164,7 @@ def test_the_error_for_a_wrong_image_says_what_it_is(model, name):
 
 
 def test_tasks_that_do_not_fit_are_refused(model):
-    with pytest.raises(RunError, match="no task 'fool'; the tasks are food, signs"):
+    with pytest.raises(RunError, match="no task is named 'fool'; the tasks are food, signs"):
         model.predict("nowhere.jpg", "fool")
     for words in ({}, {"task": "food", "tasks": ["food"]}):
         with pytest.raises(DataError, match="either task=NAME"):
@@ -186,7 +186,7 @@ def test_a_patch_is_added_and_removed(run, model, tmp_path):
     assert of_first[0].probabilities != of_second[0].probabilities != before[0].probabilities
     model.remove("food1")
     assert model.tasks == ["food", "signs", "food2"]
-    with pytest.raises(RunError, match="no task 'food1'"):
+    with pytest.raises(RunError, match="no task is named 'food1'"):
         model.remove("food1")
     model.add_patch(tuned(food, "food3", 3))  # after one was removed
     model.add_patch(first)
@@ -274,9 +274,9 @@ def test_weights_that_tasks_share_are_restored(tiny_fit, tmp_path):
     model = recast_pl.load(tmp_path / "run")
     images = sorted((tmp_path / "first").rglob("*.png"))
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
-    learnt = patches(tmp_path / "run")
+    trained = patches(tmp_path / "run")
     module = model._module
-    for name, patch in learnt.items():
+    for name, patch in trained.items():
         module.activate(patch)
         with torch.no_grad():
             batch = torch.stack([pil_to_tensor(Image.open(path)) for path in images]) / 255
@@ -284,7 +284,7 @@ def test_weights_that_tasks_share_are_restored(tiny_fit, tmp_path):
         found = model.predict(images, name)
         torch.testing.assert_close(torch.tensor([list(f.probabilities.values()) for f in found]), wanted)
     with pytest.raises(PatchError, match=r"FineTune.* share weights, which the patch of 'more' does not hold"):
-        model.add_patch(dataclasses.replace(learnt["first"], task="more"))
+        model.add_patch(dataclasses.replace(trained["first"], task="more"))
 
 
 def test_without_jsonargparse_the_module_is_given(run, model, monkeypatch):

@@ -30,17 +30,17 @@ ADDING = {"Authorization": b"Bearer " + TOKEN.encode(), "Content-Type": "applica
 
 
 @pytest.fixture(scope="module")
-def learnt(run):  # noqa: F811
+def predictor(run):  # noqa: F811
     return recast_pl.load(run)
 
 
 @pytest.fixture
-def model(learnt):
+def model(predictor):
     """The predictor; tasks that a test adds are removed after it."""
-    before = learnt.tasks
-    yield learnt
-    for task in set(learnt.tasks) - set(before):
-        learnt.remove(task)
+    before = predictor.tasks
+    yield predictor
+    for task in set(predictor.tasks) - set(before):
+        predictor.remove(task)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ REFUSED = {  # request, status, part of the error
     "path as task": (
         {"data": {"task": "../../etc/passwd"}, "files": {"image": FILE}},
         404,
-        "no task '../../etc/passwd'",
+        "no task is named '../../etc/passwd'",
     ),
     "no task": ({"files": {"image": FILE}}, 422, "0 fields 'task'; send one, with text"),
     "task as file": ({"files": {"image": FILE, "task": FILE}}, 422, "fields 'task'; send one, with text"),

@@ -544,10 +544,10 @@ def test_used_units_are_the_maximum_of_all_masks_and_sparsity_counts_the_others(
     assert torch.allclose(hat.memory.tensors["fc2"], first)
     with torch.no_grad():
         units.embedding.copy_(torch.tensor([-1.0, -1.0, 1.0, 0.5]))
-    expected = 2.0 * (units.final() * (1 - first)).sum() / (1 - first).sum()
+    expected = 2.0 * (units.at(units.hardest) * (1 - first)).sum() / (1 - first).sum()
     assert torch.allclose(hat.loss(None), expected)
     hat.end_task()
-    assert torch.allclose(hat.memory.tensors["fc2"], torch.maximum(first, units.final()))
+    assert torch.allclose(hat.memory.tensors["fc2"], torch.maximum(first, units.at(units.hardest)))
     with torch.no_grad():
         units.embedding.fill_(9.0)
     hat.begin_step(0.0)

@@ -18,7 +18,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from recast_pl.backbones.weights import find_file, read_file
-from recast_pl.compat.timm import MissingKeys
+from recast_pl.compat.timm import refuse_missing_weights
 from recast_pl.errors import BackboneError, one_line
 
 Statistics = tuple[float, ...]
@@ -127,14 +127,13 @@ class TimmSource(Source):
     def _create(self, arguments: dict[str, Any]) -> nn.Module:
         overlay = None if self.weights in ("hub", "random") else {"file": str(find_file(self.weights))}
         try:
-            with MissingKeys() as missing:
+            with refuse_missing_weights():
                 net: nn.Module = timm.create_model(
                     self.name,
                     pretrained=self.weights != "random",
                     pretrained_cfg_overlay=overlay,
                     **{**arguments, **self.args},
                 )
-            missing.refuse()
         except Exception as cause:  # hub, file and constructor errors have no common type
             raise self.failure(cause) from cause
         return net

@@ -1,39 +1,31 @@
 """Uses of timm beyond its documented interface."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-class MissingKeys(logging.Handler):
-    """A context that collects timm's messages about weights which it could not load and left at random.
+@contextmanager
+def refuse_missing_weights() -> Iterator[None]:
+    """A context that ends in a ValueError if timm could not load some weights and left them at random.
 
     Without a classifier, `timm.create_model` 1.0 loads the weights that fit and only logs the others: in the logger
     `timm.models._builder`, as a text that begins with "Missing keys".
-
-    Attributes:
-        found: The messages.
     """
+    logger, found = logging.getLogger("timm.models._builder"), list[str]()
 
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._logger, self.found = logging.getLogger("timm.models._builder"), list[str]()
-        self._level = self._logger.level
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Collects a message."""
+    def collect(record: logging.LogRecord) -> bool:
         if record.getMessage().startswith("Missing keys"):
-            self.found.append(record.getMessage())
+            found.append(record.getMessage())
+        return True
 
-    def refuse(self) -> None:
-        """Raises ValueError if weights were missing."""
-        if self.found:
-            raise ValueError(self.found[0])
-
-    def __enter__(self) -> "MissingKeys":
-        self._level = self._logger.level
-        self._logger.setLevel(logging.INFO)
-        self._logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-        self._logger.setLevel(self._level)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(collect)
+    try:
+        yield
+    finally:
+        logger.removeFilter(collect)
+        logger.setLevel(level)
+    if found:
+        raise ValueError(found[0])

@@ -12,16 +12,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 @contextmanager
 def fixed_weights(weights: Mapping[ParametrizationList, Tensor]) -> Iterator[None]:
-    """Within it, parametrizations return given weights instead of generating them, but in the current thread only.
+    """A context in which parametrizations return given weights (*shape), but in the current thread only.
 
     `torch.nn.utils.parametrize.cached` is not used because its cache serves all threads: a thread that trains would
     read weights that it cached at an earlier step as soon as another thread enters the context.
 
     PyTorch 2.11 to 2.15 get a parametrized weight by calling its `ParametrizationList`, and a module is called by the
     `forward` of the instance.
-
-    Args:
-        weights: The weight (*shape) that each parametrization returns.
     """
     fixed, thread = dict(weights), threading.get_ident()
 
@@ -69,15 +66,10 @@ def convolve(layer: nn.Conv2d, images: Tensor, weight: Tensor) -> Tensor:
 
 
 def scale_schedule(state: dict[str, Any], group: int, factor: float) -> None:
-    """Scales the learning rates of one parameter group in the `state_dict` of a schedule, which is changed.
+    """Scales the learning rates of the parameter group at an index, in the `state_dict` of a schedule.
 
     The schedules of PyTorch 2.11 to 2.15 keep one rate for each group in `base_lrs` and `_last_lr`; `SequentialLR` and
     `ChainedScheduler` keep the states of their parts in `_schedulers`.
-
-    Args:
-        state: Of the schedule.
-        group: Index of the parameter group.
-        factor: What the rates are multiplied by.
     """
     for key in state.keys() & {"base_lrs", "_last_lr"}:  # new lists, because parts may share theirs
         state[key] = [rate * factor if index == group else rate for index, rate in enumerate(state[key])]

@@ -51,12 +51,7 @@ class Exported:
 
 
 class DenseModel(nn.Module):
-    """A backbone and a head: from images (B, 3, S, S) in [0, 1] to logits (B, classes), normalisation included.
-
-    Args:
-        backbone: From images to features (B, D).
-        head: From features to logits.
-    """
+    """A backbone and a head: from images (B, 3, S, S) in [0, 1] to logits (B, classes), normalisation included."""
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
@@ -69,7 +64,7 @@ class DenseModel(nn.Module):
 
 
 class BankModel(nn.Module):
-    """A backbone that holds the template bank, and receives coefficients and head as inputs, so it serves all tasks.
+    """A backbone with the template bank, which receives coefficients and head as inputs and so serves all tasks.
 
     Args:
         backbone: A backbone whose weights are generated from single sets of coefficients (1, n).
@@ -99,10 +94,6 @@ class BankModel(nn.Module):
 def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
     """The weights of a plain timm or torchvision model whose classifier is the task's head.
 
-    Args:
-        module: A module with the task active.
-        patch: The task.
-
     Raises:
         ExportError: If no plain model computes the same as the network.
     """
@@ -116,8 +107,8 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
         difference = _difference(plain((images - backbone.mean) / backbone.std), network(images))
     except (BackboneError, ExportError, RuntimeError, TypeError, ValueError, KeyError) as cause:
         raise ExportError(
-            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: "
-            f"it changes more than weights or is an unknown architecture; use onnx or torch_export ({str(cause)[:200]})"
+            f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: it "
+            f"changes more than weights or its architecture is unknown; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
     facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"
@@ -127,10 +118,6 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
 @torch.no_grad()
 def export_torch(module: TILModule, patch: TaskPatch) -> Exported:
     """An `ExportedProgram` from images (B, 3, S, S) in [0, 1] to logits (B, classes), for any B.
-
-    Args:
-        module: A module with the task active.
-        patch: The task.
 
     Raises:
         ExportError: If the network cannot be traced.
@@ -148,10 +135,6 @@ def export_torch(module: TILModule, patch: TaskPatch) -> Exported:
 def export_onnx(module: TILModule, patch: TaskPatch) -> Exported:
     """An ONNX graph from `images` (B, 3, S, S) in [0, 1] to `logits` (B, classes), for any B.
 
-    Args:
-        module: A module with the task active.
-        patch: The task.
-
     Raises:
         ExportError: If the network cannot be traced, or is too large for an ONNX file.
     """
@@ -162,14 +145,11 @@ def export_onnx(module: TILModule, patch: TaskPatch) -> Exported:
 def export_bank(module: TILModule, patch: TaskPatch) -> Exported:
     """An ONNX graph that holds the template bank and receives a task's coefficients and head as inputs.
 
-    Args:
-        module: A module with a task of RECAST active.
-        patch: The task; every task of the run gives the same graph, which takes any number of classes.
+    Every task of the run gives the same graph, which takes any number of classes.
 
     Raises:
         ExportError: If a task is more than coefficients and a head, or as for `export_onnx`.
     """
-    assert module.backbone is not None
     sizes = {}
     for target, parameter in _recast(module).parameters.items():
         path, _, attribute = target.rpartition(".")
@@ -178,18 +158,13 @@ def export_bank(module: TILModule, patch: TaskPatch) -> Exported:
     shapes = {**_BATCHES, "coefficients": None, "weight": classes, "bias": classes}
     facts = {"kind": "bank"} | {name: _facts(patch)[name] for name in ("format", "image_size", "base")}
     inputs = {"images": _noise(patch), **_inputs_of_task(module, patch)}
-    return _onnx(BankModel(copy.deepcopy(module.backbone), sizes), inputs, shapes, dense_copy(module), facts)
+    return _onnx(BankModel(copy.deepcopy(module.current()[0]), sizes), inputs, shapes, dense_copy(module), facts)
 
 
 def bank_inputs(module: TILModule, patch: TaskPatch) -> bytes:
-    """The inputs that the graph of `export_bank` needs for a task, as a safetensors file with the class names.
+    """The inputs of a task to the graph of `export_bank`, as a safetensors file with the class names.
 
-    Args:
-        module: The module of the run.
-        patch: The task.
-
-    Returns:
-        A file with `coefficients` (Σ n,), and `weight` (classes, D) and `bias` (classes,) of the head.
+    The file holds `coefficients` (Σ n,), and `weight` (classes, D) and `bias` (classes,) of the head.
 
     Raises:
         ExportError: If a task is more than coefficients and a head.
@@ -205,20 +180,15 @@ FORMATS: dict[ExportFormat, tuple[Callable[[TILModule, TaskPatch], Exported], st
     "torch_export": (export_torch, ".pt2"),
     "onnx_bank": (export_bank, ".onnx"),
 }
-"""For each format the function that makes the file, and the suffix of the file."""
+"""For each format the suffix of the file, and the function that makes it from a module and its active task."""
 
 
 def dense_copy(module: TILModule) -> DenseModel:
     """A copy of the active task's network and head in which generated weights are plain parameters.
 
     `remove_parametrizations` would change a class that the copy shares with the original.
-
-    Args:
-        module: A module with a task active.
     """
-    assert module.backbone is not None
-    assert module.head is not None
-    network = DenseModel(*copy.deepcopy((module.backbone, module.head))).cpu().requires_grad_(False).eval()
+    network = DenseModel(*copy.deepcopy(module.current())).cpu().requires_grad_(False).eval()
     for layer in network.modules():
         if parametrize.is_parametrized(layer):
             dense = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
@@ -262,13 +232,13 @@ def _plain_weights(network: DenseModel, plain: nn.Module) -> dict[str, Tensor]:
 
 def _recast(module: TILModule) -> Recast:
     """The one piece of a method whose tasks are coefficients and a head."""
-    recast = [piece for piece in module.pieces if isinstance(piece, Recast)]
-    if len(recast) != 1 or any(piece.parameters for piece in module.pieces if piece is not recast[0]):
+    trained = [piece for piece in module.pieces if piece.parameters]
+    if len(trained) != 1 or not isinstance(trained[0], Recast):
         raise ExportError(
             "onnx_bank needs tasks that are coefficients of one Recast and a head; those of "
             f"{' + '.join(module.method)} are not; choose onnx, with a file for each task"
         )
-    return recast[0]
+    return trained[0]
 
 
 def _inputs_of_task(module: TILModule, patch: TaskPatch) -> dict[str, Tensor]:

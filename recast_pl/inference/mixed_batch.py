@@ -54,18 +54,13 @@ class PackedState(NamedTuple):
     entries: tuple[Entry, ...]
     content: bytes
 
-    @property
-    def numel(self) -> int:
-        """How many numbers the states hold."""
-        return sum(math.prod(entry.shape) for entry in self.entries)
-
 
 class MixedBatch:
     """Computes the features of a batch whose images belong to several tasks.
 
     One pass of the network serves all tasks if each of them changes the same parameters, if each of these belongs to
     one layer, and if the first dimension of all that such a layer receives and returns is that of the images.
-    Otherwise the network runs once for each task. So it does on a CPU if there are `_ENOUGH_IMAGES` per task.
+    Otherwise, and on a CPU also from `_ENOUGH_IMAGES` per task on, the network runs once for each task.
 
     In a common pass, each layer that differs between tasks uses one of two strategies:
 
@@ -135,12 +130,8 @@ class MixedBatch:
     ) -> Tensor:
         """Features by one pass for all tasks.
 
-        Args:
-            images: As for `features`.
-            tasks: As for `features`.
-            counts: As for `features`.
-            layers: What `layers` has returned.
-            products: Whether layers that can use products do so; None for the rule.
+        Arguments are those of `features`; the layers that `layers` has returned; and whether those that can use
+        products do so, None for the rule.
         """
         values = self._values(tasks) or {}
         if torch.is_autocast_enabled(images.device.type):
@@ -155,7 +146,8 @@ class MixedBatch:
         """The layers that differ between tasks; None if the tasks cannot share a pass."""
         if len({id(task.entries) for task in tasks}) > 1:
             return None
-        if len(tasks) * tasks[0].numel > sum(p.numel() for p in self._backbone.parameters()):
+        numbers = len(tasks) * sum(math.prod(entry.shape) for entry in tasks[0].entries)
+        if numbers > sum(p.numel() for p in self._backbone.parameters()):
             return None  # the values of all tasks at once would need more memory than the network
         key = (images.shape[1:], tasks[0].entries)
         if key not in self._layers:
@@ -190,12 +182,7 @@ class MixedBatch:
 
 
 class TaskLayer:
-    """A layer some of whose parameters or buffers differ between tasks.
-
-    Args:
-        module: The layer.
-        tensors: These parameters and buffers, by name within the layer.
-    """
+    """A layer some of whose parameters or buffers (`tensors`, by name within the layer) differ between tasks."""
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self.module, self.tensors = module, dict(tensors)
@@ -208,11 +195,7 @@ class TaskLayer:
 
     @contextmanager
     def mixing(
-        self,
-        values: Mapping[Tensor, Tensor],
-        counts: list[int],
-        buffers: dict[Any, Tensor],
-        products: bool | None,
+        self, values: Mapping[Tensor, Tensor], counts: list[int], buffers: dict[Any, Tensor], products: bool | None
     ) -> Iterator[None]:
         """A context in which the layer applies to each image the values of its task.
 
@@ -236,7 +219,11 @@ class TaskLayer:
             others = waiting.pop()
             if self.has_products and (self.products_are_cheaper(output, counts) if products is None else products):
                 return torch.cat([output, self._by_products(others, values, counts)])
-            return _join([output, *self._by_weights(others, values)])
+            outputs = [output]
+            for task, (args, kwargs) in enumerate(others, 1):
+                self._load(values, task)
+                outputs.append(self.module.forward(*args, **kwargs))
+            return _join(outputs)
 
         with (
             _sharing(buffers, self.module),
@@ -285,12 +272,6 @@ class TaskLayer:
     def _load(self, values: Mapping[Tensor, Tensor], task: int) -> None:
         for tensor in self.tensors.values():
             tensor.copy_(values[tensor][task])
-
-    def _by_weights(self, others: Sequence[Any], values: Mapping[Tensor, Tensor]) -> Iterator[Any]:
-        """The layer's outputs for the images of each task but the first."""
-        for task, (args, kwargs) in enumerate(others, 1):
-            self._load(values, task)
-            yield self.module.forward(*args, **kwargs)
 
     def _by_products(self, others: Sequence[Any], values: Mapping[Tensor, Tensor], counts: Sequence[int]) -> Tensor:
         """The layer's output for the images of all tasks but the first."""

@@ -30,19 +30,12 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
-_lock = threading.Lock()  # torch caches generated weights for the whole process
+_lock = threading.Lock()  # of all predictors, because a precision may set the default type of the entire process
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How a task classifies an image.
-
-    Args:
-        task: Name of the task.
-        label: The most probable class.
-        probability: Its probability.
-        probabilities: Probabilities of all classes of the task, by name.
-    """
+    """How a task classifies an image: the most probable class, and the probabilities of all classes by name."""
 
     task: str
     label: str
@@ -60,8 +53,8 @@ def load(
 
     Args:
         run_dir: The run folder.
-        module: The module of the run's backbone and method, not yet built; None to make it from `config.yaml` (with
-            the precision of the run's trainer), which needs jsonargparse.
+        module: The run's backbone and method, not yet built; None to make it from `config.yaml` (with the precision of
+            the run's trainer), which needs jsonargparse.
         device: Where to compute; None for where the run's trainer would, or where the module is.
         tasks: Names of the tasks to read, at least one; None for all.
 
@@ -112,19 +105,11 @@ class Predictor:
         return list(self._tasks)
 
     def classes(self, task: str) -> list[str]:
-        """Class names of a task; the index of each is its label.
-
-        Raises:
-            RunError: If there is no such task.
-        """
+        """Class names of a task, in order of label; raises RunError if there is no such task."""
         return list(self._find(task).classes)
 
     def image_size(self, task: str) -> int:
-        """Height and width in pixels to which a task's images are resized.
-
-        Raises:
-            RunError: If there is no such task.
-        """
+        """Height and width in pixels of a task's images; raises RunError if there is no such task."""
         return self._find(task).image_size
 
     def predict(
@@ -136,14 +121,13 @@ class Predictor:
         """Classifies images, preprocessed as in training, all by the same task or each by its own.
 
         Args:
-            images: One image or a sequence of them: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of
-                any size; or a batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating point in [0, 1], which
-                are rounded to the 256 values that files have.
+            images: One image or several: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of any size; or a
+                batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating point in [0, 1], rounded to uint8.
             task: The task for all images; None where `tasks` is given.
             tasks: The task of each image; None where `task` is given.
 
         Returns:
-            A prediction for each image, in the order of the images.
+            A prediction for each image, in order.
 
         Raises:
             RunError: If there is no such task.
@@ -162,12 +146,11 @@ class Predictor:
         """Classifies images that are decoded already, each by its own task.
 
         Args:
-            images: uint8 (N, 3, S, S), S being the image size of the tasks; or N tensors (3, S, S), each of the size
-                of its task.
+            images: uint8 (N, 3, S, S), or N tensors (3, S, S), each of the image size S of its task.
             tasks: The task of each image (N,).
 
         Returns:
-            A prediction for each image, in the order of the images.
+            A prediction for each image, in order.
 
         Raises:
             RunError: If there is no such task.
@@ -200,8 +183,7 @@ class Predictor:
             Name of the task.
 
         Raises:
-            PatchError: If the patch is damaged or does not belong here, or if a task has its name. The predictor is
-                unchanged then.
+            PatchError: If the patch is damaged or does not belong here, or if a task has its name; nothing changes.
         """
         patch = patch if isinstance(patch, TaskPatch) else TaskPatch.load(patch)
         if not self._module.isolated:
@@ -213,11 +195,7 @@ class Predictor:
         return patch.task
 
     def remove(self, task: str) -> None:
-        """Removes a task. Its name can be used again.
-
-        Raises:
-            RunError: If there is no such task.
-        """
+        """Removes a task, whose name can be used again; raises RunError if there is no such task."""
         with _lock:
             self._find(task)
             del self._tasks[task]
@@ -238,7 +216,7 @@ class Predictor:
     def _find(self, name: str) -> "_Task":
         task = self._tasks.get(name)
         if task is None:
-            raise RunError(f"there is no task {name!r}; the tasks are {', '.join(self.tasks)}")
+            raise RunError(f"no task is named {name!r}; the tasks are {', '.join(self.tasks)}")
         return task
 
     @torch.no_grad()

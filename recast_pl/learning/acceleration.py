@@ -1,6 +1,6 @@
 """Computes the same results with less work: skips unused tokens, and generates weights once for each evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -50,11 +50,7 @@ class MergedWeights:
 
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
-        """Within it, the current thread uses the weights as they were at the start, without gradients.
-
-        Args:
-            network: The network; its parametrized weights are generated now.
-        """
+        """A context in which the current thread uses a network's weights as they are now, without gradients."""
         with torch.no_grad():
             weights = self._generate(network)
         with fixed_weights(weights):
@@ -70,10 +66,8 @@ class MergedWeights:
         for module in network.modules():
             if not isinstance(module, ParametrizationList):
                 continue
-            first = module[0]
-            if len(module) == 1 and isinstance(first, Mixture):
-                coefficients = module.original0
-                assert isinstance(coefficients, Tensor)
+            first, coefficients = module[0], getattr(module, "original0", None)
+            if len(module) == 1 and isinstance(first, Mixture) and isinstance(coefficients, Tensor):
                 mixed.setdefault(first.bank, {})[module] = coefficients
             else:
                 weight = module()
@@ -121,27 +115,22 @@ def _last_tokenwise(network: nn.Module) -> list[nn.Module]:
 
 @torch.enable_grad()
 def _count_read_tokens(network: nn.Module, module: nn.Module, image_size: int) -> tuple[int, int] | None:
-    """Measures how many leading tokens of a module's output the features depend on.
-
-    Args:
-        network: Maps images to features.
-        module: One of its modules.
-        image_size: Height and width of the images.
+    """Measures how many leading tokens of a module's output (B, N, D) the features depend on.
 
     Returns:
-        The position after the last token with a gradient, and N; None if the module's output is not (B, N, D), or if
+        The position after the last token with a gradient, and N; None if the module's output has another shape, or if
         the features depend on no token, or on other tokens than the gradient shows (as a maximum over tokens does).
     """
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, image_size, image_size, generator=generator).to(next(network.parameters()))
     outputs: list[Tensor | None] = []
 
-    def track(output: Any) -> Any:
+    def track(_: nn.Module, __: Any, output: Any) -> Any:
         tokens = isinstance(output, Tensor) and output.ndim == 3
         outputs.append(output.detach().requires_grad_() if tokens else None)
         return output if outputs[-1] is None else outputs[-1].clone()  # the network may change a clone in place
 
-    with _changed_output(module, track):
+    with module.register_forward_hook(track):
         features = network(image)
     if len(outputs) != 1 or outputs[0] is None or not features.requires_grad:
         return None
@@ -151,18 +140,9 @@ def _count_read_tokens(network: nn.Module, module: nn.Module, image_size: int) -
         return None
     read = int(gradient[0].any(1).nonzero().max()) + 1
     noise = 1e3 * torch.randn(gradient.shape, generator=generator).to(gradient)
-    with _changed_output(module, lambda output: torch.cat([output[:, :read], noise[:, read:]], 1)):
+    with module.register_forward_hook(lambda _, __, output: torch.cat([output[:, :read], noise[:, read:]], 1)):
         unchanged = torch.equal(network(image), features)
     return (read, gradient.shape[1]) if unchanged else None
-
-
-@contextmanager
-def _changed_output(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, __, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _narrow(module: nn.Module, read: int, total: int) -> None:

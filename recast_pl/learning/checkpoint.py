@@ -15,7 +15,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints atomically.
 
     Lightning writes them into the system's temporary folder first. If that is on another disk, it copies them over the
@@ -36,12 +36,7 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Sets all parameters that are trained.
-
-    Args:
-        module: The module, which is changed.
-        state: From `trainable_state`.
-    """
+    """Sets all parameters that are trained to what `trainable_state` returned."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(state[name])

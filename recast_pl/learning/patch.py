@@ -53,26 +53,16 @@ class TaskPatch:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("head", "pieces")}
 
     def with_tensors(self, tensors: Mapping[str, Tensor], **facts: Any) -> "TaskPatch":
-        """A copy with other tensors.
-
-        Args:
-            tensors: Named as in `tensors`.
-            facts: Other fields to change, by name.
-        """
+        """A copy with other tensors, named as in `tensors`, and with other facts."""
         parts = _nested(tensors, {"head": 1, "pieces": len(self.method)})
         return replace(self, head=parts["head"][0], pieces=parts["pieces"], **facts)
 
     def widened(self) -> "TaskPatch":
-        """A copy in single precision, in which networks compute; the tensors of this one may have any precision."""
+        """A copy in single precision, in which networks compute."""
         return self.with_tensors({n: t.float() if t.is_floating_point() else t for n, t in self.tensors.items()})
 
     def check(self, base: str, method: list[str], features: int) -> None:
-        """Checks that the patch belongs to a network.
-
-        Args:
-            base: Fingerprint of the frozen network.
-            method: Names of the pieces.
-            features: Length D of the feature vector.
+        """Checks that the patch belongs to a network with this base and method, and D features.
 
         Raises:
             PatchError: If the base or the method is another one, or the head has a wrong shape or a NaN.
@@ -99,13 +89,9 @@ class TaskPatch:
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskPatch":
-        """Reads a file that `save` wrote.
-
-        Raises:
-            PatchError: If the file is missing, damaged, of another kind or of a newer format.
-        """
-        content = _load(path, "patch", _PATCH_FACTS, lambda facts: {"head": 1, "pieces": len(facts["method"])})
-        return cls(**content | {"head": content["head"][0]})
+        """Reads a file that `save` wrote; raises PatchError if it is missing, damaged or of another kind or format."""
+        values = _read(path, "patch", _PATCH_FACTS, lambda facts: {"head": 1, "pieces": len(facts["method"])})
+        return cls(**values | {"head": values["head"][0]})
 
 
 @dataclass(frozen=True)
@@ -132,7 +118,7 @@ class SharedState:
         return sum(tensor.nbytes for state in (*self.heads, *self.pieces) for tensor in state.values())
 
     def check(self, base: str, method: list[str]) -> None:
-        """Raises PatchError if the base (a fingerprint) or the method (names of pieces) is another one."""
+        """Raises PatchError unless the state belongs to a network with this base and method."""
         if (self.base, self.method) != (base, method):
             raise PatchError(
                 f"the shared state is of method {self.method} on base {self.base[:12]}…, not of {method} on base "
@@ -146,26 +132,16 @@ class SharedState:
 
     @classmethod
     def load(cls, path: str | Path) -> "SharedState":
-        """Reads a file that `save` wrote.
+        """Reads a file that `save` wrote; raises PatchError if it is missing, damaged or of another kind or format."""
 
-        Raises:
-            PatchError: If the file is missing, damaged, of another kind or of a newer format.
-        """
-        counts = lambda facts: {"heads": len(facts["tasks"]), "pieces": len(facts["method"])}  # noqa: E731
-        return cls(**_load(path, "shared", _SHARED_FACTS, counts))
+        def counts(facts: Mapping[str, Any]) -> dict[str, int]:
+            return {"heads": len(facts["tasks"]), "pieces": len(facts["method"])}
 
-
-def head_state(head: nn.Module) -> dict[str, Tensor]:
-    """Copies of a head's parameters on the CPU, by name."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in head.named_parameters()}
+        return cls(**_read(path, "shared", _SHARED_FACTS, counts))
 
 
 def load_head(state: Mapping[str, Tensor]) -> nn.Linear:
-    """A head from its state.
-
-    Raises:
-        PatchError: If the shapes do not belong together, or a number is NaN or infinite.
-    """
+    """A head from its state; raises PatchError if the shapes do not fit, or a number is NaN or infinite."""
     classes, features = state["weight"].shape
     head = nn.Linear(features, classes)
     check_state("the head", state, {"weight": (classes, features), "bias": (classes,)})
@@ -173,34 +149,31 @@ def load_head(state: Mapping[str, Tensor]) -> nn.Linear:
     return head
 
 
-Check = Callable[[Any], bool]
+_Check = Callable[[Any], bool]
 
-_TEXT: Check = lambda value: isinstance(value, str)  # noqa: E731
+_text: _Check = lambda value: isinstance(value, str)  # noqa: E731
+_texts: _Check = lambda value: isinstance(value, list) and all(map(_text, value))  # noqa: E731
+_number: _Check = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+_channels: _Check = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_number, value))  # noqa: E731
 
-_TEXTS: Check = lambda value: isinstance(value, list) and all(map(_TEXT, value))  # noqa: E731
+_SHARED_FACTS: dict[str, _Check] = {"tasks": _texts, "method": _texts, "base": _text}
 
-_NUMBER: Check = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
-
-_CHANNELS: Check = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_NUMBER, value))  # noqa: E731
-
-_SHARED_FACTS: dict[str, Check] = {"tasks": _TEXTS, "method": _TEXTS, "base": _TEXT}
-
-_PATCH_FACTS: dict[str, Check] = {
-    "task": _TEXT,
-    "classes": _TEXTS,
-    "method": _TEXTS,
+_PATCH_FACTS: dict[str, _Check] = {
+    "task": _text,
+    "classes": _texts,
+    "method": _texts,
     "image_size": lambda value: isinstance(value, int) and value > 0,
-    "mean": _CHANNELS,
-    "std": lambda value: _CHANNELS(value) and min(value) > 0,
-    "base": _TEXT,
-    "metrics": lambda value: isinstance(value, dict) and all(map(_NUMBER, value.values())),
+    "mean": _channels,
+    "std": lambda value: _channels(value) and min(value) > 0,
+    "base": _text,
+    "metrics": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
 }
 
 
-def _load(
-    path: str | Path, kind: str, checks: Mapping[str, Check], counts: Callable[[Mapping[str, Any]], Mapping[str, int]]
+def _read(
+    path: str | Path, kind: str, checks: Mapping[str, _Check], count: Callable[[Mapping[str, Any]], Mapping[str, int]]
 ) -> dict[str, Any]:
-    """Reads a file of a kind: its checked metadata, and lists of states, of which `counts` gives the lengths."""
+    """Reads the fields of a value, after a check of its metadata; `count` tells how many states it has of each kind."""
     tensors, facts = read_tensors(path, PatchError)
     found, version = facts.pop("kind", None), facts.pop("format", None)
     if (found, version) != (kind, _FORMAT):
@@ -208,12 +181,12 @@ def _load(
         raise PatchError(f"{path} is a {found} of format {version}, not a {name} of format {_FORMAT}; check the path")
     try:
         _check_facts(facts, checks)
-        return facts | _nested(tensors, counts(facts))
-    except (KeyError, TypeError, ValueError, IndexError) as cause:
+        return facts | _nested(tensors, count(facts))
+    except (KeyError, ValueError, IndexError) as cause:
         raise PatchError(f"{path} is incomplete or damaged ({cause}); train its tasks again") from cause
 
 
-def _check_facts(facts: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+def _check_facts(facts: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:
     """Raises ValueError unless the metadata has exactly the expected entries, each with a valid value."""
     if facts.keys() != checks.keys():
         raise ValueError(f"it states {', '.join(sorted(facts))}")

@@ -13,12 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of one split.
-
-    Args:
-        features: (N, D).
-        labels: (N,).
-    """
+    """Features (N, D) and labels (N,) of one split."""
 
     features: Tensor
     labels: Tensor
@@ -38,7 +33,7 @@ def extract_features(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     Args:
         network: Maps images (B, 3, S, S) to features (B, D).
         batches: Images and labels (B,).
-        precision: The trainer's, in which the network computes.
+        precision: The trainer's.
     """
     features, labels = [], []
     for images, targets in batches:

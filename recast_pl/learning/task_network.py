@@ -11,14 +11,14 @@ from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.errors import RunError
 from recast_pl.files import fingerprint
 from recast_pl.learning.acceleration import MergedWeights, skip_unread_tokens
-from recast_pl.learning.patch import SharedState, TaskPatch, head_state, load_head
-from recast_pl.methods.piece import Piece
+from recast_pl.learning.patch import SharedState, TaskPatch, load_head
+from recast_pl.methods.piece import Piece, copies
 
 
 class TaskNetwork(nn.Module):
     """A network that holds one task at a time.
 
-    `begin_task` starts a new task, `patch` returns the current one, and `activate` brings it back. If a piece is not
+    `begin_task` starts a new task, `patch` returns the current one, and `activate` loads one. If a piece is not
     isolated, every new task changes the old ones, and `shared_state` is the state that all of them need.
 
     Args:
@@ -54,11 +54,7 @@ class TaskNetwork(nn.Module):
         return sum(p.numel() for piece in self.pieces for p in piece.parameters.values())
 
     def build(self, image_size: int) -> Backbone:
-        """Loads the backbone, freezes it and attaches the pieces; the second call only returns the backbone.
-
-        Args:
-            image_size: Height and width of the input in pixels.
-        """
+        """Loads the backbone for an image size, freezes it and attaches the pieces; later calls only return it."""
         if self.backbone is None:
             backbone = self.backbone_config.build(image_size).requires_grad_(False)
             # without the buffers of pieces, which every process computes for itself and which may differ by rounding
@@ -82,21 +78,13 @@ class TaskNetwork(nn.Module):
     # -- the current task ----------------------------------------------------------------------------------
 
     def begin_task(self, name: str, classes: Sequence[str]) -> None:
-        """Starts a task: a new head, and every piece at its start. Call `build` before.
-
-        Args:
-            name: Name of the task.
-            classes: Its class names, in order of label.
-        """
+        """Starts a task, with its class names in order of label. Call `build` before."""
         self._set_task(name, classes)
         for piece in self.pieces:
             piece.begin_task()
 
     def activate(self, patch: TaskPatch) -> None:
-        """Brings a trained task back. Call `build` before.
-
-        Args:
-            patch: The task, in any precision.
+        """Makes a trained task, in any precision, the current one. Call `build` before.
 
         Raises:
             PatchError: If it belongs to another base or method.
@@ -108,16 +96,12 @@ class TaskNetwork(nn.Module):
             piece.load_task_state(state)
 
     def patch(self, metrics: Mapping[str, float]) -> TaskPatch:
-        """The current task in its present state.
-
-        Args:
-            metrics: Accuracies in percent, by name, to be kept with it.
-        """
+        """The current task in its present state, with accuracies in percent by name."""
         backbone, head = self.current()
         return TaskPatch(
             task=self.task_name,
             classes=self.classes,
-            head=head_state(head),
+            head=copies(head.state_dict()),
             pieces=[piece.task_state() for piece in self.pieces],
             method=self.method,
             image_size=backbone.image_size,
@@ -128,11 +112,7 @@ class TaskNetwork(nn.Module):
         )
 
     def current(self) -> tuple[Backbone, nn.Linear]:
-        """The backbone, and the head of the current task.
-
-        Raises:
-            RunError: If there is no task yet.
-        """
+        """The backbone, and the head of the current task; raises RunError if there is no task yet."""
         if self.backbone is None or self.head is None:
             raise RunError("TILModule has no task yet; call Trainer.fit, or build and then begin_task or activate")
         return self.backbone, self.head
@@ -165,11 +145,7 @@ class TaskNetwork(nn.Module):
     # -- all tasks -----------------------------------------------------------------------------------------
 
     def check_patch(self, patch: TaskPatch) -> None:
-        """Checks that a patch belongs to this base and method, and that its head fits. Call `build` before.
-
-        Raises:
-            PatchError: If it does not; the message names the difference.
-        """
+        """Raises PatchError unless a patch belongs to this base and method, and its head fits. Call `build` before."""
         patch.check(self.base, self.method, self._built().num_features)
 
     def head_of(self, patch: TaskPatch) -> Mapping[str, Tensor]:
@@ -181,15 +157,12 @@ class TaskNetwork(nn.Module):
 
     def shared_state(self) -> SharedState:
         """The state that all trained tasks need, as it is after the last one."""
-        heads, pieces = map(head_state, self.old_heads), [piece.shared_state() for piece in self.pieces]
-        return SharedState(list(self.old_tasks), list(heads), pieces, self.method, self.base)
+        heads = [copies(head.state_dict()) for head in self.old_heads]
+        pieces = [piece.shared_state() for piece in self.pieces]
+        return SharedState(list(self.old_tasks), heads, pieces, self.method, self.base)
 
     def load_shared_state(self, state: SharedState) -> None:
-        """Loads what `shared_state` returned. Call `build` before.
-
-        Raises:
-            PatchError: If it belongs to another base or method.
-        """
+        """Loads what `shared_state` returned, or raises PatchError if it does not fit. Call `build` before."""
         state.check(self.base, self.method)
         self.old_tasks, self.old_heads = list(state.tasks), nn.ModuleList(map(load_head, state.heads))
         self.old_heads.to(self._built().mean.device)

@@ -147,11 +147,7 @@ class TILModule(TaskNetwork, LightningModule):
         checkpoint["probe"] = [self.probe_accuracy, *self.probe_score]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads what `on_save_checkpoint` kept; learning rates are the configured ones.
-
-        Raises:
-            RunError: If the checkpoint is of another task or method.
-        """
+        """Loads what `on_save_checkpoint` kept, except the learning rates; raises RunError if it does not fit."""
         if checkpoint["state_dict"].keys() != trainable_state(self).keys():
             raise RunError(f"the checkpoint is not of task {self.task_name!r} with {self.method}; start a new run")
         for piece, state in zip(self.pieces, checkpoint["pieces"], strict=True):
@@ -179,18 +175,17 @@ class TILModule(TaskNetwork, LightningModule):
 
     def _log_mean(self, name: str, values: Tensor) -> None:
         """Logs the mean of values (B,) over the epoch and all processes."""
-        metric = self.means[name]
-        assert isinstance(metric, MeanMetric)
+        metric: Any = self.means[name]
         metric.update(values.float())
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == "val/accuracy", batch_size=len(values))
 
     # -- data ----------------------------------------------------------------------------------------------
 
     def _data(self) -> SequentialTaskDataModule:
-        data = getattr(self.trainer, "datamodule", None)
+        data: SequentialTaskDataModule | None = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise RunError("TILModule needs datamodule=SequentialTaskDataModule(...) in the call of the trainer")
-        return data  # type: ignore[no-any-return]
+        return data
 
     @property
     def stream_length(self) -> int:

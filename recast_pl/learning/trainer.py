@@ -17,8 +17,7 @@ from torch import Tensor
 from recast_pl.compat.lightning import ignore_signals
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
-from recast_pl.learning.checkpoint import WholeCheckpoints, load_trainable_state, trainable_state
-from recast_pl.learning.til_module import TILModule
+from recast_pl.learning.checkpoint import AtomicCheckpoints, load_trainable_state, trainable_state
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,19 @@ class TrainerFactory:
         Args:
             folder: Where checkpoints and logs go by default.
             version: TensorBoard's logs go to `folder/tensorboard/version`.
-            callbacks: Further callbacks; those that the settings turn off are left out.
+            callbacks: More callbacks, without those that need something the settings turn off.
         """
         settings = dict(self.settings)
         if settings.get("logger") in (None, True):
             settings["logger"] = tensorboard(folder, version)
+        needs = {LearningRateMonitor: "logger", ModelCheckpoint: "enable_checkpointing"}
+        refused = tuple(kind for kind, setting in needs.items() if settings.get(setting) is False)
         own = copy.deepcopy(_listed(settings.get("callbacks")))
-        added = [*callbacks]
-        if settings["logger"] is False:
-            added = [callback for callback in added if not isinstance(callback, LearningRateMonitor)]
-        if settings.get("enable_checkpointing") is False:
-            added = [callback for callback in added if not isinstance(callback, ModelCheckpoint)]
+        added = [callback for callback in callbacks if not isinstance(callback, refused)]
         if settings.get("enable_progress_bar") in (None, True) and not any(isinstance(c, ProgressBar) for c in own):
             added.append(TaskProgressBar())
         settings["callbacks"] = [*own, *added]
-        settings["plugins"] = [*_listed(settings.get("plugins")), WholeCheckpoints()]
+        settings["plugins"] = [*_listed(settings.get("plugins")), AtomicCheckpoints()]
         return _trainer({"default_root_dir": folder, **settings})
 
     def for_evaluation(self) -> Trainer:
@@ -61,11 +58,7 @@ class TrainerFactory:
         return _trainer({**self.settings, **quiet})
 
     def alone(self, **settings: Any) -> "TrainerFactory":
-        """A factory with the same settings, but for a single process.
-
-        Args:
-            settings: Further arguments of `Trainer`.
-        """
+        """A factory with the same settings and some others, for a single process."""
         return TrainerFactory({**self.settings, "devices": 1, "num_nodes": 1, "strategy": "auto", **settings})
 
     def without_checkpoints(self) -> "TrainerFactory":
@@ -114,9 +107,8 @@ class BestEpoch(Callback):
         self.score = (float("-inf"), 0.0)
         self.weights: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Counts a warm start as epoch 0."""
-        assert isinstance(pl_module, TILModule)
         if pl_module.warm_start and not self.weights:
             self._compare(pl_module, *pl_module.probe_score)
 
@@ -146,12 +138,7 @@ class BestEpoch(Callback):
 
 
 class SeedEpochs(Callback):
-    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run equals an uninterrupted one.
-
-    Args:
-        seed: The seed of the run.
-        task: Name of the task.
-    """
+    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run equals an uninterrupted one."""
 
     def __init__(self, seed: int, task: str) -> None:
         self.seed, self.task = seed, task
@@ -166,11 +153,8 @@ class SeedEpochs(Callback):
 class FiniteLoss(Callback):
     """Stops a task whose loss is NaN or infinite, before the checkpoint of that epoch is written.
 
-    It reads the result every `log_every_n_steps` steps and at the end of the epoch; after each step, the processor
-    would have to wait for the device.
-
-    Args:
-        task: Name of the task.
+    It looks every `log_every_n_steps` steps and at the end of the epoch, because the processor must wait for the device
+    each time.
     """
 
     def __init__(self, task: str) -> None:
@@ -208,9 +192,8 @@ class CoefficientHistograms(Callback):
     Pieces with more than a million parameters are left out: their histograms would take as long as their training.
     """
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the histograms."""
-        assert isinstance(pl_module, TILModule)
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         for piece in pl_module.pieces if writers else ():
             if 0 < sum(p.numel() for p in piece.parameters.values()) <= 10**6:
@@ -238,11 +221,6 @@ class Resources(Callback):
             self._memory = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
 
     def used(self) -> dict[str, float | None]:
-        """What training used.
-
-        Returns:
-            `seconds` of wall time; `cpu_percent`, the mean use of all cores; `gpu_gigabytes`, the peak of allocated
-            memory, or None without a GPU.
-        """
+        """Wall time, mean use of all cores, and peak of allocated GPU memory (None without a GPU)."""
         busy = 100 * self._cpu / self._wall / (os.cpu_count() or 1) if self._wall else 0.0
         return {"seconds": self._wall, "cpu_percent": busy, "gpu_gigabytes": self._memory or None}

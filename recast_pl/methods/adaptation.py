@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -32,15 +33,7 @@ Part = Literal["q", "k", "v"]
 
 
 def thirds(name: str, parts: Sequence[Part]) -> list[int] | None:
-    """Which thirds of a weight's rows to change.
-
-    Args:
-        name: Name of the weight.
-        parts: The parts to change of a fused query-key-value weight.
-
-    Returns:
-        Indices from 0 to 2, ascending; None for all rows, where the weight is not a fused one.
-    """
+    """Indices of the thirds of a weight's rows to change, ascending; None for all rows if the weight is not fused."""
     return sorted("qkv".index(part) for part in set(parts)) if re.search(r"qkv|in_proj", name) else None
 
 
@@ -57,15 +50,11 @@ class Adaptation(nn.Module):
             cls.product = Adaptation.product  # type: ignore[method-assign]
 
     def reset(self, weight: Tensor) -> None:
-        """Resets the parameters to the start of every task.
-
-        Args:
-            weight: What `change` receives at that point (*shape).
-        """
+        """Resets the parameters to the start of every task, where `change` receives this weight (*shape)."""
         raise NotImplementedError
 
     def change(self, weight: Tensor) -> Tensor:
-        """The changed weight, of the same shape."""
+        """The changed weight (*shape)."""
         raise NotImplementedError
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
@@ -105,20 +94,11 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         self._sites: dict[str, tuple[nn.Module, str]] = {}
 
     def adapt(self, name: str, weight: Tensor) -> AdaptationT:
-        """Makes the adaptation of one weight.
-
-        Args:
-            name: Name of the weight.
-            weight: Its present value (*shape).
-        """
+        """Makes the adaptation of one weight, from its name and present value (*shape)."""
         raise NotImplementedError
 
     def attach(self, network: nn.Module) -> None:
-        """Puts an adaptation on every target.
-
-        Raises:
-            MethodError: If no weight matches.
-        """
+        """Puts an adaptation on every target; raises a MethodError if no weight matches."""
         sites = {name: site for name, site in weight_owners(network).items() if f".{ADDED}." not in name}
         self._sites = {name: sites[name] for name in select(type(self).__name__, sites, self.targets)}
         for name, (module, attribute) in self._sites.items():
@@ -139,14 +119,10 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         """What an adaptation receives: its weight (*shape) as the parametrizations before it return it."""
         module, attribute = self._sites[name]
         chain: Any = module.parametrizations[attribute]  # type: ignore[index]
-        originals = ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
-        weight: Any = [getattr(chain, original) for original in originals]
-        for parametrization in chain:
-            if parametrization is adaptation:
-                break
+        weight: list[Tensor] = list(chain.parameters(recurse=False))  # what the first one receives
+        for parametrization in takewhile(lambda each: each is not adaptation, chain):
             weight = [parametrization(*weight)]
-        result: Tensor = weight[0]
-        return result
+        return weight[0]
 
 
 class CompactPiece(WeightPiece[AdaptationT]):

@@ -6,8 +6,8 @@ Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Reco
 
 The bottleneck reads x before its normalisation, as in the authors' code.
 
-Deviations: the default rank is 1, as in RECAST's tables, not 64; and there is a version for residual networks, in which
-the bottleneck is parallel to the second convolution of a block.
+Deviations: the default rank is 1, as in RECAST's tables, not 64. In residual networks with two convolutions in each
+block, the bottleneck is parallel to the second one.
 """
 
 import math
@@ -21,14 +21,7 @@ from recast_pl.methods.piece import ADDED
 
 
 class Bottleneck(nn.Module):
-    """s·up(ReLU(down(x))) over the channels of x: tokens (B, N, D) or maps (B, D, H, W).
-
-    Args:
-        width: D.
-        rank: Width of the bottleneck.
-        scale: s.
-        dimension: Dimension of the channels: -1 for tokens, 1 for maps.
-    """
+    """s·up(ReLU(down(x))) over the channels of x: `dimension` -1 of tokens (B, N, D), or 1 of maps (B, D, H, W)."""
 
     def __init__(self, width: int, rank: int, scale: float, dimension: int) -> None:
         super().__init__()
@@ -51,10 +44,7 @@ class Bottleneck(nn.Module):
 
 
 class AdaptFormer(ModulePiece):
-    """A bottleneck in parallel to the second half of each block (Chen et al., 2022), which reads the same input.
-
-    In a vision transformer that half is the MLP, and the bottleneck reads the tokens before their normalisation; in a
-    residual network with two convolutions a block it is the second convolution.
+    """A bottleneck in parallel to the MLP of each block (Chen et al., 2022), or to a block's second convolution.
 
     Args:
         rank: Width of the bottleneck.

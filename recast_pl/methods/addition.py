@@ -1,4 +1,4 @@
-"""What methods that change activations share: the piece that adds a small module to modules of the network."""
+"""The piece that adds a small module to modules of the network, which methods that change activations share."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -45,13 +45,9 @@ class ModulePiece(Piece):
         raise NotImplementedError
 
     def attach(self, network: nn.Module) -> None:
-        """Extends every module whose name matches.
-
-        Raises:
-            MethodError: If none does.
-        """
-        modules = dict(network.named_modules())
-        selected = select(type(self).__name__, modules, self.targets)
+        """Extends every module whose name matches; raises a MethodError if there is none."""
+        modules, owner = dict(network.named_modules()), type(self).__name__
+        selected = select(owner, modules, self.targets)
         for name in selected:
             addition = self.add(modules[name])
             if addition is not None:
@@ -59,8 +55,8 @@ class ModulePiece(Piece):
                 self.parameters |= {f"{name}:{key}": p for key, p in addition.named_parameters()}
         if not self.additions:
             raise MethodError(
-                f"{type(self).__name__} fits none of the {len(selected)} modules whose names match "
-                f"{list(self.targets)}; set targets to regular expressions for modules that it can extend"
+                f"{owner} fits none of the {len(selected)} modules whose names match {list(self.targets)}; "
+                "set targets to regular expressions for modules that it can extend"
             )
         self.begin_task()  # so that the network computes what it did before
 
@@ -72,18 +68,12 @@ class ModulePiece(Piece):
 
 
 def extend(owner: str, module: nn.Module, addition: nn.Module) -> None:
-    """Registers an addition under the name `ADDED`.
-
-    Args:
-        owner: Class of the piece that extends, for messages.
-        module: The module to extend.
-        addition: What the hooks of the piece look up.
+    """Registers an addition in a module, under the name `ADDED`, where the hooks of its piece look it up.
 
     Raises:
-        MethodError: If another piece extends the same module, whose addition would be replaced.
+        MethodError: If another piece, not the `owner`, extends the same module already.
     """
     if ADDED in dict(module.named_children()):
-        raise MethodError(
-            f"{owner} and a piece before it extend the same {type(module).__name__}; leave one of them out"
-        )
+        name = type(module).__name__
+        raise MethodError(f"{owner} and a piece before it extend the same {name}; leave one of them out")
     module.add_module(ADDED, addition)

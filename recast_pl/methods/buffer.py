@@ -1,4 +1,4 @@
-"""What methods that replay images of earlier tasks share: the buffer, and the piece that fills it while training."""
+"""The buffer of images from earlier tasks, and the base of methods that replay them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -37,10 +37,13 @@ class Samples(NamedTuple):
         return Samples(*(part.to(device) for part in self))
 
 
+_NO_SAMPLES = Samples(*(torch.empty(0, 0) for _ in Samples._fields))
+
+
 class Buffer:
     """A bounded buffer of images on the CPU, of 3·S² bytes each.
 
-    What it keeps depends only on what was added, and in which order: processes that add the same keep the same.
+    Processes that add the same images in the same order keep the same ones.
 
     Args:
         balanced: Whether to keep classes equally frequent: an image of the most frequent class leaves for one of a
@@ -64,8 +67,7 @@ class Buffer:
         """Number of classes seen so far."""
         self.added: Counter[tuple[int, int]] = Counter()
         """Images added so far, by task and label."""
-        self._slots: Samples | None = None  # the first `_count` are taken
-        self._count = 0
+        self._slots, self._count = _NO_SAMPLES, 0  # the first `_count` slots are taken
 
     def __len__(self) -> int:
         return self._count
@@ -76,25 +78,16 @@ class Buffer:
         return self.total or (self.per_class or 0) * self.classes
 
     @property
-    def kept(self) -> Samples | None:
-        """The samples that it holds; None before anything was added."""
-        return None if self._slots is None else Samples(*(part[: self._count] for part in self._slots))
+    def kept(self) -> Samples:
+        """The samples that it holds."""
+        return Samples(*(part[: self._count] for part in self._slots))
 
     def draw(self, count: int) -> Samples:
-        """Draws samples at random without replacement; they stay in the buffer.
-
-        Args:
-            count: How many; all if it holds fewer.
-        """
-        assert self._slots is not None
+        """Copies samples at random without replacement: as many as `count`, or all if it holds fewer."""
         return self._slots.take(torch.randperm(len(self))[:count])
 
     def add(self, samples: Samples) -> None:
-        """Offers samples to the buffer, in order.
-
-        Args:
-            samples: On any device.
-        """
+        """Offers samples, on any device, to the buffer in order."""
         samples = samples.to(torch.device("cpu"))
         random = torch.Generator().manual_seed(self.added.total())
         choose = self._balanced_slots if self.balanced else self._reservoir_slots
@@ -105,23 +98,19 @@ class Buffer:
     def state(self) -> dict[str, Tensor]:
         """The content and the counts, as tensors."""
         added = torch.tensor([[*key, count] for key, count in self.added.items()]).view(-1, 3)
-        kept = {} if self.kept is None else {name: part.clone() for name, part in self.kept._asdict().items()}
+        kept = {name: part.clone() for name, part in self.kept._asdict().items()} if len(self) else {}
         return {"classes": torch.tensor(self.classes), "added": added} | kept
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Loads what `state` returned.
-
-        Raises:
-            PatchError: If it does not fit this buffer.
-        """
+        """Loads what `state` returned; raises a PatchError if it does not fit this buffer."""
         try:
             self.classes = int(state["classes"])
             self.added = Counter({(task, label): count for task, label, count in state["added"].tolist()})
-            self._slots = Samples(*(state[name] for name in Samples._fields)) if "images" in state else None
+            self._slots = Samples(*(state[name] for name in Samples._fields)) if "images" in state else _NO_SAMPLES
         except (KeyError, ValueError) as cause:
             raise PatchError(f"the shared state has no buffer of images ({cause}); train the tasks again") from cause
-        self._count = 0 if self._slots is None else len(self._slots.labels)
-        if self._count > self.capacity or any(len(part) != self._count for part in self._slots or ()):
+        self._count = len(self._slots.labels)
+        if self._count > self.capacity or any(len(part) != self._count for part in self._slots):
             raise PatchError(
                 f"the buffer of the shared state does not fit one of {self.capacity} images; train the tasks again"
             )
@@ -162,28 +151,25 @@ class Buffer:
         return slots
 
     def _put(self, slots: dict[int, int], samples: Samples) -> None:
-        """Writes samples into slots; memory for the whole capacity is reserved at once, but used only when written."""
-        held = samples.take(torch.empty(0, dtype=torch.long)) if self._slots is None else self._slots
+        """Writes samples into slots; memory for all slots is reserved at once, but used only when written."""
+        held = self._slots if len(self) else samples.take(torch.empty(0, dtype=torch.long))
         width = max(held.logits.shape[1], samples.logits.shape[1])
-        held = held._replace(logits=widen(held.logits, width))
+        held, samples = (each._replace(logits=widen(each.logits, width)) for each in (held, samples))
         if len(held.labels) < self.capacity:
-            held = Samples(*(_lengthen(part, self.capacity) for part in held))
+            short, held = held, Samples(*(part.new_empty(self.capacity, *part.shape[1:]) for part in held))
+            for part, old in zip(held, short, strict=True):
+                part[: len(old)] = old
         where, which = torch.tensor(list(slots)), torch.tensor(list(slots.values()))
-        for part, new in zip(held, samples._replace(logits=widen(samples.logits, width)), strict=True):
+        for part, new in zip(held, samples, strict=True):
             part[where] = new[which]
         self._slots, self._count = held, max(self._count, max(slots) + 1)
 
 
 class Replay(Guard):
-    """A piece that trains on images of earlier tasks again.
+    """A piece that trains on images of earlier tasks again; its arguments are those of `Buffer`.
 
     As in the reference implementations, the buffer holds images before augmentation, and replayed images are augmented
     again, each as its own task asks.
-
-    Args:
-        balanced: See `Buffer`.
-        per_class: Images kept of each class; None to bound them in total.
-        total: Images kept in total; None to bound them by class.
     """
 
     keeps_heads = True
@@ -212,11 +198,9 @@ class Replay(Guard):
             self.buffer.add(samples)
 
     def draw(self, step: Step) -> tuple[Tensor, Samples]:
-        """Draws as many samples as a step has images.
+        """Draws as many samples as a step has images; returns what their own heads output now (B, C), and the samples.
 
-        Returns:
-            What the samples' own heads output now for the images, augmented again (B, C), and the samples, both on the
-            device of the step.
+        The images are augmented again. Both results are on the device of the step.
         """
         samples = self.buffer.draw(len(step.labels))
         images = self.learner.augment(samples.images, samples.tasks)
@@ -249,15 +233,9 @@ def _below(bound: int, random: torch.Generator) -> int:
     return int(torch.randint(bound, (), generator=random))
 
 
-def _keys(samples: Samples | None) -> list[tuple[int, int]]:
+def _keys(samples: Samples) -> list[tuple[int, int]]:
     """Task and label of each sample."""
-    return [] if samples is None else list(zip(samples.tasks.tolist(), samples.labels.tolist(), strict=True))
-
-
-def _lengthen(part: Tensor, count: int) -> Tensor:
-    longer = part.new_empty(count, *part.shape[1:])
-    longer[: len(part)] = part
-    return longer
+    return list(zip(samples.tasks.tolist(), samples.labels.tolist(), strict=True))
 
 
 def _of_all_processes(samples: Samples) -> list[Samples]:

@@ -17,11 +17,7 @@ from recast_pl.methods.piece import ADDED
 
 
 class Ghost(nn.Conv2d):
-    """A depthwise 3×3 convolution that starts as the identity.
-
-    Args:
-        channels: Number of channels.
-    """
+    """A depthwise 3×3 convolution that starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)

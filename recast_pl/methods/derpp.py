@@ -19,8 +19,7 @@ from recast_pl.methods.piece import Step
 class DERPP(Replay):
     """Dark experience replay++ (Buzzega et al., 2020): α·‖z − z₀‖² and β·cross-entropy of replayed images.
 
-    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation, and replayed images
-    are augmented again.
+    List it after `FineTune`, which trains the weights.
 
     Args:
         alpha: α.
@@ -55,7 +54,7 @@ def logit_distance(logits: Tensor, stored: Tensor) -> Tensor:
 
     Args:
         logits: (B, C); minus infinity beyond the classes of an image's head.
-        stored: (B, C'), as above, with C' ≤ C.
+        stored: The same, with no more columns.
     """
     stored = widen(stored, logits.shape[1])
     own = stored.isfinite()

@@ -16,7 +16,7 @@ from recast_pl.methods.lora import LoRA, LowRank
 
 
 class MagnitudeDirection(LowRank):
-    """m·V/‖V‖ with V = W + s·B·A; the arguments are those of `LowRank`."""
+    """m·V/‖V‖ with V = W + s·B·A; arguments as for `LowRank`."""
 
     def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
         super().__init__(weight, rank, scale, parts)

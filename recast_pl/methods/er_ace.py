@@ -19,8 +19,7 @@ from recast_pl.methods.piece import Step
 class ERACE(Replay):
     """Experience replay with asymmetric cross-entropy (Caccia et al., 2022).
 
-    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation, and replayed images
-    are augmented again.
+    List it after `FineTune`, which trains the weights.
 
     Args:
         per_class: Images kept of each class; None to bound them in total.

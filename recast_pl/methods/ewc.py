@@ -79,9 +79,8 @@ class EWC(Guard):
         for images, labels in self.learner.batches("train"):
             for image, label in zip(images.split(1), labels.split(1), strict=True):  # not the square of a mean
                 loss = F.cross_entropy(head(backbone(image)), label)
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)  # 0 if unused
                 for square, gradient in zip(squares.values(), gradients, strict=True):
-                    if gradient is not None:
-                        square.add_(gradient.square())
+                    square.add_(gradient.square())
                 count += 1
         return {name: square / count for name, square in squares.items()}

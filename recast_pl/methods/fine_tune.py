@@ -9,7 +9,7 @@ class FineTune(Piece):
     """Trains all weights, one task after the other: the lower bound when alone, and what guards of old tasks need.
 
     Args:
-        learning_rate: Learning rate of the weights; None for that of the head, which is high for a whole network.
+        learning_rate: Learning rate of the weights; None for that of the head, which is too high for a network.
     """
 
     isolated = False
@@ -34,7 +34,7 @@ class FullFineTune(FineTune):
     """Trains all weights, in a copy for each task: the upper bound, at the price of a network for each task.
 
     Args:
-        learning_rate: Learning rate of the weights; None for that of the head, which is high for a whole network.
+        learning_rate: Learning rate of the weights; None for that of the head, which is too high for a network.
     """
 
     isolated = True

@@ -16,8 +16,7 @@ from recast_pl.methods.buffer import Replay, Samples, to_uint8
 class GDumb(Replay):
     """Greedy sampler and dumb learner (Prabhu et al., 2020): every task trains from the start on a balanced buffer.
 
-    List it after `FineTune`, which trains the weights. The buffer holds images before augmentation; training augments
-    them as their own tasks ask.
+    List it after `FineTune`, which trains the weights. Training augments the images as their own tasks ask.
 
     Args:
         per_class: Images kept of each class; None to bound them in total.
@@ -32,15 +31,10 @@ class GDumb(Replay):
 
     def begin_fit(self) -> None:
         """Fills the buffer and starts over, unless the task is resumed; then trains on the buffer."""
-        kept = self.buffer.kept
-        if kept is None or not bool((kept.tasks == self.task).any()):
-            self._fill()
+        if not bool((self.buffer.kept.tasks == self.task).any()):
+            for images, labels in self.learner.batches("train"):
+                tasks = torch.full_like(labels, self.task)
+                self.buffer.add(Samples(to_uint8(images), labels, tasks, torch.empty(len(labels), 0)))
             self.learner.restart()
         kept = self.buffer.kept
-        assert kept is not None
         self.learner.train_on(kept.images, kept.labels, kept.tasks)
-
-    def _fill(self) -> None:
-        for images, labels in self.learner.batches("train"):
-            tasks = torch.full_like(labels, self.task)
-            self.buffer.add(Samples(to_uint8(images), labels, tasks, torch.empty(len(labels), 0)))

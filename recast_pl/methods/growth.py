@@ -2,8 +2,7 @@
 
     W' = W + Σ_j c_j · B_j·A_j over the templates (A_j, B_j) that earlier tasks have left
 
-It is not from a paper, and brought no gain in our measurements. After `Recast`, the bank of templates grows by one
-low-rank template on each target with each of the first tasks.
+It is not from a paper, and brought no gain in our measurements.
 """
 
 from collections.abc import Sequence
@@ -19,12 +18,7 @@ from recast_pl.methods.piece import ParameterGroup, check_state
 
 
 class Grown(LowRank):
-    """W + Σ_j c_j·B_j·A_j over the templates in use, and + B·A while one more is trained.
-
-    Args:
-        weight: The weight to change (rows, *columns); the columns of a convolution are flattened.
-        rank: r, of each template.
-    """
+    """W + Σ_j c_j·B_j·A_j over the templates in use, and + B·A while one more is trained; all of the same rank."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__(weight, rank, 1.0, None)
@@ -39,23 +33,17 @@ class Grown(LowRank):
         """Numbers of a template, r·(rows + columns)."""
         return self.A.numel() + self.B.numel()
 
-    def template(self) -> Tensor:
-        """B and A as they are, one after the other (size,)."""
-        return torch.cat([self.B.detach().flatten(), self.A.detach().flatten()])
-
     def use(self, templates: Sequence[Tensor], coefficients: Tensor, growing: bool) -> None:
-        """Holds exactly these templates, so that it does not matter to a task, even in one bit, what came later.
+        """Holds exactly these templates, so that later ones do not change a task in a single bit.
 
         Args:
-            templates: Each as `template` returns it.
+            templates: The entries of each one's B, then of its A (size,).
             coefficients: One for each (m,).
             growing: Whether B·A is added, and trained.
         """
         split = [template.to(self.A).split([self.B.numel(), self.A.numel()]) for template in templates]
-        self.left.data = torch.cat([self.B.new_zeros(len(self.left), 0), *(b.view(-1, self.rank) for b, _ in split)], 1)
-        self.right.data = torch.cat(
-            [a.view(self.rank, -1) for _, a in split] or [self.A.new_zeros(self.right[:0].shape)]
-        )
+        self.left.data = torch.cat([self.left[:, :0], *(b.view(-1, self.rank) for b, _ in split)], 1)
+        self.right.data = torch.cat([self.right[:0], *(a.view(self.rank, -1) for _, a in split)])
         # a new parameter, because the optimizer of the previous task knows the old one
         self.coefficients = nn.Parameter(coefficients.to(self.A), requires_grad=len(coefficients) > 0)
         self.growing = growing
@@ -71,11 +59,9 @@ class Grown(LowRank):
 class Growth(WeightPiece[Grown]):
     """Experimental, not in the paper: what the first tasks train at low rank becomes templates for later tasks.
 
-    Each of the first tasks of the stream trains, on every target, a low-rank update B·A beside everything else. When it
-    ends, the update becomes a template of the target: r·(rows + columns) numbers that no longer change. The task itself
-    uses it with coefficient 1. Every later task trains a coefficient for each template, starting from 0. So a task
-    depends on the tasks before it but not on those after it: its patch names the templates it needs, and its logits
-    stay the same, bit by bit.
+    Each of the first tasks trains a low-rank update B·A of every target beside everything else. When it ends, the
+    update becomes a template, which no longer changes and which the task uses with coefficient 1. Later tasks train a
+    coefficient for each template, starting from 0. So a task depends only on the tasks before it.
 
     Args:
         tasks: How many tasks leave a template.
@@ -118,9 +104,9 @@ class Growth(WeightPiece[Grown]):
         self._use(torch.zeros(len(self.adaptations), count), growing)
         self.parameters = {}
         for name, grown in self.adaptations.items():
-            for factor in (grown.A, grown.B):
-                factor.grad = None
-                factor.requires_grad_(growing)
+            grown.zero_grad()
+            grown.A.requires_grad_(growing)
+            grown.B.requires_grad_(growing)
             trained = {key: p for key, p in grown.named_parameters() if p.requires_grad}
             self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}
 
@@ -137,7 +123,7 @@ class Growth(WeightPiece[Grown]):
         grown = list(self.adaptations.values())
         if grown[0].growing:
             before = torch.stack([g.coefficients.detach() for g in grown]).cpu()  # (targets, m)
-            self.templates.append(torch.cat([g.template() for g in grown]).cpu())
+            self.templates.append(torch.cat([factor.flatten() for g in grown for factor in (g.B, g.A)]).cpu())
             self._use(torch.cat([before, torch.ones(len(grown), 1)], 1), growing=False)
 
     def task_state(self) -> dict[str, Tensor]:
@@ -148,11 +134,7 @@ class Growth(WeightPiece[Grown]):
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Loads the coefficients.
-
-        Raises:
-            PatchError: If the templates are not those that the task was trained with.
-        """
+        """Loads the coefficients; raises a PatchError if the task was trained with other templates."""
         targets = len(self.adaptations)
         count = state["coefficients"].numel() // targets if "coefficients" in state else 0
         check_state("Growth", state, {"coefficients": (targets * count,), "templates": (32,)} if count else {})

@@ -1,4 +1,4 @@
-"""What methods that protect earlier tasks share: they need another piece that trains what tasks share."""
+"""The base of methods that protect earlier tasks: they need another piece that trains the shared weights."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -19,11 +19,7 @@ class Guard(Piece):
     """The pieces that train these weights."""
 
     def join(self, pieces: Sequence[Piece]) -> None:
-        """Finds the pieces to protect.
-
-        Raises:
-            MethodError: If there is none, or the guard is listed twice.
-        """
+        """Finds the pieces to protect; raises a MethodError if there is none, or if the guard is listed twice."""
         super().join(pieces)
         candidates = pieces[: pieces.index(self)] if self.comes_after else pieces
         self.protected = [piece for piece in candidates if piece.continues]

@@ -8,10 +8,11 @@ Serrà et al., "Overcoming Catastrophic Forgetting with Hard Attention to the Ta
 
 The gradient of e is compensated for the annealing, and e is kept within ±6 (section 2.5).
 
-Deviations: embeddings start around 2 and not 0, as the network is pretrained; the protection scales the optimizer's
-whole step, not the gradient, so that momentum and weight decay move nothing; joins of the residual stream cannot be
-masked and count as used by every task, so that after the first task a weight that neither leads into nor out of a
-masked unit stays as it is, normalisation included.
+Deviations:
+- Embeddings start around 2. With 0, as published, a pretrained network would lose half of its units at once.
+- The protection scales the optimizer's step, not the gradient, so that momentum and weight decay move nothing.
+- Sums of the residual stream cannot be masked and count as used by every task. So weights that lead neither into nor
+  out of a masked unit stay fixed after the first task, normalisation included.
 """
 
 from typing import Any
@@ -26,12 +27,7 @@ from recast_pl.methods.piece import ADDED, Step, check_state, copies
 
 
 class UnitMask(nn.Module):
-    """A mask on units, σ(s·e), that anneals from soft to hard.
-
-    Args:
-        units: Number of units.
-        hardest: s_max, the s of evaluation.
-    """
+    """A mask on units, σ(s·e), that anneals from soft to hard; `hardest` is s_max, the s of evaluation."""
 
     def __init__(self, units: int, hardest: float) -> None:
         super().__init__()
@@ -43,13 +39,10 @@ class UnitMask(nn.Module):
         e, s = self.embedding.detach(), self.scale
         slope = s * torch.sigmoid(s * e) * torch.sigmoid(-s * e)
         slope = slope * self.hardest / s * ((s * e).clamp(-50, 50).cosh() + 1) / (e.cosh() + 1)
-        return self._at(s) + slope * (self.embedding - e)  # the second term is zero, and carries the gradient
+        return self.at(s) + slope * (self.embedding - e)  # the second term is zero, and carries the gradient
 
-    def final(self) -> Tensor:
-        """The mask of evaluation (units,), without gradient."""
-        return self._at(self.hardest)
-
-    def _at(self, scale: float) -> Tensor:
+    def at(self, scale: float) -> Tensor:
+        """The mask (units,) for a value of s, without gradient."""
         mask = torch.sigmoid(scale * self.embedding.detach())
         return mask * (mask > 1e-20)  # denormal numbers make processors many times slower
 
@@ -57,14 +50,12 @@ class UnitMask(nn.Module):
 class HAT(Guard):
     """Hard attention to the task (Serrà et al., 2018): a mask on units for each task; what masks use is protected.
 
-    Units are the hidden ones of MLPs and of residual blocks, between two consecutive layers. `FineTune` beside it, in
-    any order, trains the weights.
+    Units are the hidden ones of MLPs and residual blocks. `FineTune` beside it, in any order, trains the weights.
 
     Args:
         sparsity: λ, the weight of the term that keeps masks small.
         hardest: s_max; s rises from 1/s_max to s_max in each epoch.
-        start: Mean of the normal distribution from which a task's embeddings start; its deviation is 1. With 0, as
-            published for networks that start at random, half of the units of a pretrained network would be lost.
+        start: Mean of the normal distribution from which a task's embeddings start; its deviation is 1.
         learning_rate: Learning rate of the embeddings; None for that of the head.
 
     Raises:
@@ -87,11 +78,7 @@ class HAT(Guard):
         self._before: dict[str, Tensor] = {}
 
     def attach(self, network: nn.Module) -> None:
-        """Puts a mask between every two consecutive layers.
-
-        Raises:
-            MethodError: If there are none.
-        """
+        """Puts a mask between every two consecutive layers; raises a MethodError if there are none."""
         for path, block in list(network.named_modules()):
             for first, between, second in _CONSECUTIVE:
                 layers = [getattr(block, name, None) for name in (first, second)]
@@ -135,15 +122,7 @@ class HAT(Guard):
             mask.scale = self.hardest
 
     def freedom(self, name: str, weight: Tensor) -> Tensor:
-        """1 − min(used_i, used_j) of a weight.
-
-        Args:
-            name: Name of the weight in the network.
-            weight: The weight.
-
-        Returns:
-            A tensor that expands to the shape of the weight; 0 where it cannot move.
-        """
+        """1 − min(used_i, used_j) of the weight of a name in the network; expands to its shape, 0 where it is fixed."""
         used, rest = self.memory.tensors, weight.new_tensor(float(bool(self.memory.tensors)))
         into, out_of = (used.get(of.get(name, ""), rest) for of in (self._into, self._from))
         trailing = [1] * (weight.ndim - 1)
@@ -156,7 +135,7 @@ class HAT(Guard):
     def end_task(self) -> None:
         """Marks the task's units as used from now on."""
         used = self.memory.tensors
-        final = {name: mask.final() for name, mask in self.masks.items()}
+        final = {name: mask.at(self.hardest) for name, mask in self.masks.items()}
         self.memory.keep({name: torch.maximum(used.get(name, mask), mask) for name, mask in final.items()})
 
     def task_state(self) -> dict[str, Tensor]:

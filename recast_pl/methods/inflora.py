@@ -4,14 +4,15 @@ Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Lear
 
     W' = W + Σ_t B_t·A_t over tasks; only B_t is trained
 
-The rows of A_t are the leading directions of the task's inputs orthogonal to those of all earlier tasks. The space of
-earlier inputs takes in each task's inputs up to a fraction ε of their energy (DualGPM, section 4.3); ε rises from
-`energy` to 1 over the stream. Only the sum is kept: earlier tasks see later updates, as far as their inputs reach into
-directions that the space left out.
+The rows of A_t are the leading directions of the task's inputs outside of the space of earlier inputs. That space holds
+a fraction ε of the energy of each task's inputs (DualGPM, section 4.3); ε rises from `energy` to 1 over the stream.
+Only the sum is kept, so later updates change earlier tasks as far as their inputs lie outside of the space.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,11 @@ from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, Adaptation, Part, WeightPiece, thirds
 from recast_pl.methods.lora import LowRank
-from recast_pl.methods.piece import check_state, copies
+from recast_pl.methods.piece import copies
 
 
 class AccumulatedLowRank(LowRank):
-    """W + Σ B·A over tasks, where the A of a task is fixed while its B is trained.
-
-    Args:
-        weight: The weight to change (rows, *columns).
-        rank: r.
-        parts: Which thirds of the rows; None for all rows as one.
-    """
+    """W + Σ B·A over tasks, where the A of a task is fixed while its B is trained; arguments as for `LowRank`."""
 
     def __init__(self, weight: Tensor, rank: int, parts: Sequence[int] | None) -> None:
         super().__init__(weight, rank, 1.0, parts)
@@ -59,19 +54,15 @@ class AccumulatedLowRank(LowRank):
 
 @dataclass(frozen=True)
 class Subspace:
-    """A space of inputs, given by an orthonormal basis of the space or of its complement, whichever is smaller.
-
-    Args:
-        basis: (d, k).
-        complement: Whether the basis spans the complement.
-    """
+    """A space of inputs, given by an orthonormal basis (d, k) of the space or of its complement if that is smaller."""
 
     basis: Tensor
     complement: bool
 
     def outside(self, matrix: Tensor) -> Tensor:
         """Projects the columns of a matrix (d, m) onto the complement of the space."""
-        projected = self.basis @ (self.basis.T @ matrix)
+        basis = self.basis.to(matrix)
+        projected = basis @ (basis.T @ matrix)
         return projected if self.complement else matrix - projected
 
     def grow(self, covariance: Tensor, energy: float) -> "Subspace":
@@ -82,17 +73,20 @@ class Subspace:
             energy: The fraction, of the trace of the covariance.
 
         Returns:
-            The space, given by its complement once it has more than d/2 dimensions.
+            The space, on the CPU; given by its complement once it has more than d/2 dimensions.
         """
+        basis = self.basis.to(covariance)
         budget = (1 - energy) * float(covariance.trace())  # may stay outside
         if self.complement:
-            values, vectors = _descending(self.basis.T @ covariance @ self.basis)
-            return Subspace(self.basis @ vectors[:, _needed(values, budget) :], True)
+            values, vectors = _descending(basis.T @ covariance @ basis)
+            basis = basis @ vectors[:, _needed(values, budget) :]
+            return Subspace(basis.cpu(), True)
         values, vectors = _descending(self.outside(self.outside(covariance).T))
-        basis = torch.linalg.qr(torch.cat([self.basis, vectors[:, : _needed(values, budget)]], 1)).Q
-        if basis.shape[1] <= len(basis) / 2:
-            return Subspace(basis, False)
-        return Subspace(torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :], True)
+        basis = torch.linalg.qr(torch.cat([basis, vectors[:, : _needed(values, budget)]], 1)).Q
+        complement = basis.shape[1] > len(basis) / 2
+        if complement:
+            basis = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+        return Subspace(basis.cpu(), complement)
 
 
 class InfLoRA(WeightPiece[AccumulatedLowRank]):
@@ -102,7 +96,7 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
         rank: r, of each task's update.
         energy: Fraction of the energy of inputs that is protected after the first task; it rises to 1 over the stream.
         targets: Regular expressions for names of weights.
-        parts: Which parts of fused query-key-value weights to adapt (any sequence); other weights are adapted whole.
+        parts: Which parts of fused query-key-value weights to adapt (any sequence).
         learning_rate: Learning rate of B; None for that of the head.
 
     Raises:
@@ -148,12 +142,10 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
         if self.designed:
             return
         for name, covariance in self._covariances().items():
-            space = self.spaces.get(name)
-            if space is not None:
-                space = Subspace(space.basis.to(covariance), space.complement)
-            matrix = self.adaptations[name].A.copy_(design(covariance, space, self.rank))  # (r, columns) for each part
+            a = self.adaptations[name].A
+            a.copy_(design(covariance, self.spaces.get(name), self.rank))  # (r, columns) for each part
             if distributed.is_available() and distributed.is_initialized():
-                distributed.broadcast(matrix, 0)  # rounding may differ, and eigenvectors have no sign
+                distributed.broadcast(a, 0)  # rounding may differ, and eigenvectors have no sign
         self.designed = True
 
     @torch.no_grad()
@@ -161,9 +153,8 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
         """Adds the task's inputs to the spaces, and its update to the sum."""
         energy = self.energy + (1 - self.energy) * self.finished / self.learner.stream_length
         for name, covariance in self._covariances().items():
-            old = self.spaces.get(name, Subspace(covariance.new_empty(len(covariance), 0), False))
-            new = Subspace(old.basis.to(covariance), old.complement).grow(covariance, energy)
-            self.spaces[name] = Subspace(new.basis.cpu(), new.complement)
+            space = self.spaces.get(name, Subspace(covariance.new_empty(len(covariance), 0), False))
+            self.spaces[name] = space.grow(covariance, energy)
             self.adaptations[name].merge()
         self.finished += 1
 
@@ -174,19 +165,15 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
             state[f"{'complement' if space.complement else 'space'}:{name}"] = space.basis.clone()
         return state | {"learnt": torch.tensor(self.finished)}
 
-    @torch.no_grad()
     def load_shared_state(self, state: dict[str, Tensor]) -> None:
         """Loads the sums and the spaces."""
         sums = {f"merged:{name}": low_rank.merged for name, low_rank in self.adaptations.items()}
-        expected = {key: tuple(merged.shape) for key, merged in sums.items()}
-        check_state("InfLoRA", {key: state[key] for key in state if key in sums}, expected)
-        for key, merged in sums.items():
-            merged.copy_(state[key])
+        self._load({key: state[key] for key in state if key in sums}, sums)
         try:
             self.finished = int(state["learnt"])
             for name in self.adaptations:
-                complement = f"complement:{name}" in state
-                self.spaces[name] = Subspace(state[f"{'complement' if complement else 'space'}:{name}"], complement)
+                kind = "complement" if f"complement:{name}" in state else "space"
+                self.spaces[name] = Subspace(state[f"{kind}:{name}"], kind == "complement")
         except KeyError as cause:
             raise PatchError(f"the shared state lacks {cause} of InfLoRA; train the tasks again") from cause
 
@@ -194,46 +181,36 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
         """A of the current task."""
         return {name: low_rank.A.detach().clone() for name, low_rank in self.adaptations.items()}
 
-    @torch.no_grad()
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Loads A."""
-        for name, matrix in state.items():
-            self.adaptations[name].A.copy_(matrix)
+        self._load(state, {name: low_rank.A for name, low_rank in self.adaptations.items()})
         self.designed = True
 
     def _covariances(self) -> dict[str, Tensor]:
         """Σ x·xᵀ (d, d) in float64 over the inputs x of each weight, for the training images of the current task."""
         sums: dict[str, Tensor] = {}
 
-        def summing(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-                rows = _rows(module, args[0]).float()  # (N, d)
-                product = (rows.T @ rows).double()
-                sums[name] = sums[name] + product if name in sums else product
+        def add(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = Inputs(module, args[0]).rows() if isinstance(module, nn.Conv2d) else args[0]
+            rows = x.reshape(-1, x.shape[-1]).float()  # the vectors that the weight multiplies (N, d)
+            product = (rows.T @ rows).double()
+            sums[name] = sums[name] + product if name in sums else product
 
-            return add
-
-        handles = [site.register_forward_pre_hook(summing(name)) for name, (site, _) in self._sites.items()]
-        try:
-            with torch.no_grad():
-                for images, _ in self.learner.batches("train"):
-                    self.learner.current()[0](images)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name, (module, _) in self._sites.items():
+                hooks.enter_context(module.register_forward_pre_hook(partial(add, name)))
+            for images, _ in self.learner.batches("train"):
+                self.learner.current()[0](images)
         return sums
 
 
 def design(covariance: Tensor, space: Subspace | None, rank: int) -> Tensor:
-    """The rows of A: leading directions of inputs outside of a space, divided by √3 as in the authors' code.
+    """The rows of A (r, d): leading directions of inputs outside of a space, divided by √3 as in the authors' code.
 
     Args:
-        covariance: Σ x·xᵀ (d, d).
+        covariance: Σ x·xᵀ (d, d); rows of A are zero once the inputs have no further direction.
         space: The space of the inputs of earlier tasks; None during the first.
         rank: r.
-
-    Returns:
-        (r, d); rows are zero once the inputs have no further direction outside of the space.
     """
     outside = covariance if space is None else space.outside(space.outside(covariance).T)
     values, vectors = _descending(outside)
@@ -252,8 +229,3 @@ def _needed(values: Tensor, budget: float) -> int:
     """How many leading values to take, so that the rest sums to no more than a budget."""
     left = values.sum() - values.cumsum(0)
     return 0 if float(values.sum()) <= budget else int((left > budget).sum()) + 1
-
-
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The vectors (N, d) that a module's weight, with flattened columns, is multiplied with."""
-    return Inputs(module, x).rows().flatten(0, 1) if isinstance(module, nn.Conv2d) else x.reshape(-1, x.shape[-1])

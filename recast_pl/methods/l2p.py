@@ -24,14 +24,7 @@ _ENTRY_AND_EXIT = (("norm_pre", "norm"), ("encoder.dropout", "encoder.ln"))
 
 
 class PromptPool(nn.Module):
-    """Prompts, each with a key that is compared with a query.
-
-    Args:
-        size: M, the number of prompts.
-        length: Tokens of each.
-        chosen: k, the prompts of an image.
-        width: D.
-    """
+    """Prompts of `length` tokens (D = `width`), each with a key; an image gets the `chosen` nearest to its query."""
 
     def __init__(self, size: int, length: int, chosen: int, width: int) -> None:
         super().__init__()
@@ -43,24 +36,18 @@ class PromptPool(nn.Module):
         self.similarity = torch.zeros(())
         """Mean over the images of Σ cos, over the chosen keys."""
 
-    def reset(self) -> None:
-        """Uniform in ±1."""
-        nn.init.uniform_(self.keys, -1, 1)
-        nn.init.uniform_(self.prompts, -1, 1)
-
-    def tokens(self) -> Tensor:
-        """The tokens (B, k·length, D) of the prompts whose keys are nearest to the query."""
-        assert self.query is not None
-        cosine = F.normalize(self.query.float(), dim=1) @ F.normalize(self.keys, dim=1).T  # (B, M)
+    def tokens(self, query: Tensor) -> Tensor:
+        """The tokens (B, k·length, D) of the prompts whose keys are nearest to queries (B, D)."""
+        cosine = F.normalize(query.float(), dim=1) @ F.normalize(self.keys, dim=1).T  # (B, M)
         nearest = cosine.topk(self.chosen)
         self.similarity = nearest.values.sum(1).mean()
         return self.prompts[nearest.indices].flatten(1, 2)  # (B, k, length, D) to (B, k·length, D)
 
 
 class L2P(Piece):
-    """Learning to prompt (Wang et al., 2022): tasks share a pool of prompts, of which each image gets the nearest.
+    """Learning to prompt (Wang et al., 2022): tasks share a pool of prompts, from which each image gets the nearest.
 
-    Every image passes through the network twice: once without prompts, to choose them.
+    Every image passes through the network twice: first without prompts, to choose them.
 
     Args:
         pool: M, the number of prompts.
@@ -90,11 +77,7 @@ class L2P(Piece):
         self.pool = PromptPool(0, 0, 0, 0)
 
     def attach(self, network: nn.Module) -> None:
-        """Adds the pool to the network.
-
-        Raises:
-            MethodError: If it is not a vision transformer of timm or torchvision.
-        """
+        """Adds the pool to a vision transformer of timm or torchvision; raises a MethodError for other networks."""
         names = {name for name, _ in network.named_modules()}
         doors = next(([network.get_submodule(d) for d in pair] for pair in _ENTRY_AND_EXIT if names >= set(pair)), None)
         width: Any = getattr(network, "embed_dim", getattr(network, "hidden_dim", None))
@@ -109,10 +92,10 @@ class L2P(Piece):
         self.parameters = {"keys": self.pool.keys, "prompts": self.pool.prompts}
         self.restart()
 
-    @torch.no_grad()
     def restart(self) -> None:
-        """Draws new prompts and keys."""
-        self.pool.reset()
+        """Draws new prompts and keys, uniformly in ±1."""
+        for parameter in self.parameters.values():
+            nn.init.uniform_(parameter, -1, 1)
 
     def loss(self, step: Step) -> Tensor:
         """−λ·Σ cos, the mean over the images."""
@@ -128,7 +111,7 @@ def _compute_query(module: Any, args: tuple[Tensor, ...]) -> None:
 
 def _prepend_prompts(module: Any, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
     pool = module.get_submodule(ADDED)
-    return tokens if pool.query is None else torch.cat([pool.tokens().to(tokens.dtype), tokens], 1)
+    return tokens if pool.query is None else torch.cat([pool.tokens(pool.query).to(tokens.dtype), tokens], 1)
 
 
 def _average_prompts(module: Any, args: tuple[Any, ...], tokens: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class LowRank(Adaptation):
         weight: The weight to change (rows, *columns); the columns of a convolution are flattened.
         rank: r.
         scale: s.
-        parts: Which thirds of the rows; None for all rows as one.
+        parts: Which thirds of the rows; None for all rows.
     """
 
     blocks: Tensor
@@ -72,8 +72,7 @@ class LoRA(WeightPiece[LowRank]):
         rank: r.
         alpha: α; None for r, so that the factor is 1.
         targets: Regular expressions for names of weights.
-        parts: Which parts of fused query-key-value weights to adapt (any sequence); None for q and v. Other weights are
-            adapted whole.
+        parts: Which parts of fused query-key-value weights to adapt (any sequence); None for q and v.
         learning_rate: Learning rate of all parameters; None for that of the head.
 
     Raises:

@@ -4,8 +4,8 @@ Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Par
 
     W' = W + U_r·Σ_r·R·V_rᵀ, where U·Σ·Vᵀ is the singular value decomposition of W and R (r, r) is trained
 
-The directions are computed from the frozen weight, so that a patch holds only R. Deviation: R starts from 0 rather than
-from small noise, so that the first task starts from the pretrained features exactly.
+A patch holds only R, as the frozen weight gives the directions. Deviation: R starts from 0 and not from small noise, so
+that the first task starts from exactly the pretrained features.
 """
 
 import numpy as np

@@ -86,10 +86,9 @@ class ParameterGroup(NamedTuple):
 
 
 class Memory(nn.Module):
-    """Tensors by name that a piece keeps from one task to the next.
+    """Tensors by name that a piece keeps from one task to the next; they move to the device with everything else.
 
-    The module that trains registers it, so that the tensors move to the device with everything else. They are frozen
-    parameters rather than buffers, because DDP broadcasts buffers at every forward pass.
+    They are frozen parameters rather than buffers, because DDP broadcasts buffers at every forward pass.
     """
 
     def __init__(self) -> None:
@@ -117,10 +116,8 @@ class Piece:
     the end of an epoch a checkpoint stores `training_state`; resumed training passes it to `load_training_state`
     before `begin_fit`.
 
-    A piece is a plain object and not an `nn.Module`, for three reasons. What it trains lies inside the network, often
-    is the network's own parameters, and must be named there once, in checkpoints and for the optimizer. It refers to
-    the module that trains, which it would register as its own child. And users' pieces fill the dictionary
-    `parameters`, a name that modules use for a method. Only tensors that outlive a task live in a module: `memory`.
+    A piece is not an `nn.Module`: what it trains lies inside the network and must be named there only, it refers to the
+    module that trains, and its dictionary `parameters` has the name of a module's method.
 
     Args:
         learning_rate: Learning rate of this piece's parameters; None for that of the head.
@@ -138,7 +135,7 @@ class Piece:
     def __init__(self, learning_rate: float | None = None) -> None:
         self.learning_rate = learning_rate
         self.parameters: dict[str, nn.Parameter] = {}
-        """What is trained for each task, by name; filled by `attach`."""
+        """The parameters that each task trains, by name; filled by `attach`."""
         self.memory = Memory()
         """What the piece keeps from one task to the next."""
 
@@ -229,11 +226,7 @@ class Piece:
         return {} if self.isolated else copies(self.parameters)
 
     def load_shared_state(self, state: dict[str, Tensor]) -> None:
-        """Loads what `shared_state` returned.
-
-        Raises:
-            PatchError: If names or shapes differ from this piece's.
-        """
+        """Loads what `shared_state` returned; raises as `load_task_state` does."""
         self._load(state, {} if self.isolated else self.parameters)
 
     def restart(self) -> None:
@@ -270,12 +263,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match at least one of several patterns.
-
-    Args:
-        owner: Class of the piece that asks, for messages.
-        names: Names of weights or modules.
-        patterns: Regular expressions, searched in the names.
+    """The names in which at least one regular expression is found; `owner` is the class that messages name.
 
     Raises:
         MethodError: If a pattern is not a regular expression, or no name matches.
@@ -294,12 +282,7 @@ def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[st
 
 
 def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks the names, shapes and values of a state.
-
-    Args:
-        owner: Class of the piece that the state is for, for messages.
-        state: Tensors by name.
-        expected: Shapes by name.
+    """Checks a state against the expected shapes by name; `owner` is the class that messages name.
 
     Raises:
         PatchError: If a name or shape differs, or a value is NaN or infinite.
@@ -313,11 +296,7 @@ def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, 
 
 
 def check_finite(owner: str, state: Mapping[str, Tensor]) -> None:
-    """Checks that no value is NaN or infinite.
-
-    Raises:
-        PatchError: Naming the tensors that hold such values.
-    """
+    """Raises a PatchError that names the tensors with NaN or infinity, if there are any."""
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
         raise PatchError(f"the patch holds NaN or infinity in {', '.join(bad)} of {owner}; train the task again")

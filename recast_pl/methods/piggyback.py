@@ -18,13 +18,7 @@ from recast_pl.methods.piece import check_state
 
 
 class BinaryMask(Adaptation):
-    """W ⊙ [scores > threshold].
-
-    Args:
-        weight: The weight to mask.
-        start: First value of the scores.
-        threshold: What a score must exceed to keep its weight.
-    """
+    """W ⊙ [scores > threshold]; all scores begin at `start`."""
 
     def __init__(self, weight: Tensor, start: float, threshold: float) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ and a patch stores the mean over the K sets, which is all that equation 2 uses.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -59,15 +60,14 @@ class Recast(Piece):
         self.decomposition = Decomposition(())
 
     def join(self, pieces: Sequence[Piece]) -> None:
-        """Counts the `Recast` pieces before, subclasses included, as each needs a file of its own."""
+        """Counts the `Recast` pieces before, including subclasses, as each needs a file of its own."""
         self.number = sum(isinstance(piece, Recast) for piece in pieces[: pieces.index(self)])
 
     def attach(self, network: nn.Module) -> None:
         """Decomposes the network, or loads the given decomposition, and installs it."""
         if self.path is not None:
             self.decomposition = Decomposition.load(self.path)
-        else:
-            assert self.layout is not None
+        elif self.layout is not None:
             self.decomposition = decompose(network, self.layout)
         self.parameters = install(network, self.decomposition)
         for name in self.parameters if self.gradient_tokens < 1 else ():
@@ -88,10 +88,7 @@ class Recast(Piece):
                 self.parameters[name].data = values.to(self.parameters[name].device, copy=True)  # (K, n)
 
     def task_state(self) -> dict[str, Tensor]:
-        """The mean over the sets of each weight's coefficients, weight after weight (Σ n,).
-
-        It is one tensor because a file spends 80 bytes on naming each.
-        """
+        """The mean over the sets of each weight's coefficients, in one tensor (Σ n,): naming each costs 80 bytes."""
         means = [parameter.detach().mean(0) for parameter in self.parameters.values()]
         return {"coefficients": torch.cat(means).cpu()}
 
@@ -112,7 +109,7 @@ class Recast(Piece):
         return [self.decomposition.table()]
 
     def save_base(self, folder: Path) -> None:
-        """Writes the decomposition, so that later sessions use these bits even where they would solve it otherwise."""
+        """Writes the decomposition, so that later sessions use the same bits even if they would solve for others."""
         path = decomposition_file(folder, self.number)
         if not path.exists():
             self.decomposition.save(path)
@@ -125,27 +122,16 @@ class Recast(Piece):
 
 
 def decomposition_file(folder: Path, number: int) -> Path:
-    """Where a run folder keeps a decomposition.
-
-    Args:
-        folder: The run folder.
-        number: How many `Recast` pieces precede its piece in the method.
-    """
+    """Where a run folder keeps the decomposition of the `Recast` piece whose `number` this is."""
     return folder / f"decomposition{f'_{number}' if number else ''}.safetensors"
 
 
 def load_decompositions(folder: Path) -> Decomposition:
-    """Everything that a run decomposes: the banks of all its `Recast` pieces, or of `MimicryModule`.
-
-    Args:
-        folder: The run folder.
+    """The banks of all `Recast` pieces of a run folder, or of its `MimicryModule`.
 
     Raises:
         DecompositionError: If there is none, or a file is damaged.
     """
-    banks = Decomposition.load(decomposition_file(folder, 0)).banks
-    number = 1
-    while decomposition_file(folder, number).exists():
-        banks += Decomposition.load(decomposition_file(folder, number)).banks
-        number += 1
-    return Decomposition(banks)
+    others = takewhile(Path.exists, (decomposition_file(folder, number) for number in count(1)))
+    paths = [decomposition_file(folder, 0), *others]
+    return Decomposition(tuple(bank for path in paths for bank in Decomposition.load(path).banks))

@@ -5,12 +5,10 @@ Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adapta
     W' = W + B·A + S, where S has k = ⌊density · entries of W⌋ entries that are not zero
 
 `RoSA` is S; listed after `LoRA` it is the full method. The k entries are those of the largest mean squared gradient
-over the first steps, and are chosen again for every task.
-
-Here gradients are summed while the low-rank part warms up, and training simply continues once entries are chosen.
+over the first steps of each task, in which the low-rank part trains already.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +20,14 @@ from recast_pl.methods.piece import check_state
 
 
 class Sparse(Adaptation):
-    """W + S, where S is zero except for k entries, chosen by the gradients of all.
-
-    Args:
-        weight: The weight to change.
-        count: k.
-    """
+    """W + S, where S is zero except for k = `count` entries, chosen by the gradients of all."""
 
     indices: Tensor
 
     def __init__(self, weight: Tensor, count: int) -> None:
         super().__init__()
         self.register_buffer("indices", torch.zeros(count, dtype=torch.long, device=weight.device), persistent=False)
-        self.values, self.size = nn.Parameter(weight.new_zeros(count)), weight.numel()
+        self.values, self.shape = nn.Parameter(weight.new_zeros(count)), weight.shape
         self.chosen = False
         self.squares: Tensor | None = None
         """Sum over the observed steps of every entry's squared gradient (size,); None before the first."""
@@ -46,16 +39,12 @@ class Sparse(Adaptation):
         nn.init.zeros_(self.values)
         self.chosen, self.squares, self.dense = False, None, None
 
-    def observe(self, shape: Sequence[int]) -> None:
-        """Adds the gradient of the previous step to the sums; call it before each step of the warm-up.
-
-        Args:
-            shape: Shape of the weight.
-        """
-        device = self.values.device
-        self.squares = torch.zeros(self.size, device=device) if self.squares is None else self.squares.to(device)
+    def observe(self) -> None:
+        """Adds the gradient of the previous step to the sums; call it before each step of the warm-up."""
+        device, size = self.values.device, self.shape.numel()
+        self.squares = torch.zeros(size, device=device) if self.squares is None else self.squares.to(device)
         if self.dense is None:
-            self.dense = torch.zeros(*shape, device=device, requires_grad=True)
+            self.dense = torch.zeros(self.shape, device=device, requires_grad=True)
         elif self.dense.grad is not None:
             squares = self.dense.grad.flatten().square()
             if squares.isfinite().all():  # the optimizer, too, skips a step that overflows in half precision
@@ -88,8 +77,7 @@ class Sparse(Adaptation):
 class RoSA(WeightPiece[Sparse]):
     """The sparse part of robust adaptation (Nikdan et al., 2024): W + S, S free on the entries that matter most.
 
-    The entries are those of the largest mean squared gradient over the first steps of the task, in which only the rest
-    of the method trains. After `LoRA` in the list of pieces it is the full RoSA; alone it is sparse adaptation.
+    After `LoRA` in the list of pieces it is the full RoSA; alone it is sparse adaptation.
 
     Args:
         density: Fraction of each weight's entries, rounded down.
@@ -130,10 +118,10 @@ class RoSA(WeightPiece[Sparse]):
 
     def begin_step(self, progress: float) -> None:
         """Observes gradients, and chooses the entries at the end of the warm-up."""
-        if self.steps <= self.warm_up:
-            self._observe()
-        if self.steps == self.warm_up:
-            for sparse in self.adaptations.values():
+        for sparse in self.adaptations.values():
+            if self.steps <= self.warm_up:
+                sparse.observe()
+            if self.steps == self.warm_up:
                 sparse.choose()
         self.steps += 1
 
@@ -150,10 +138,9 @@ class RoSA(WeightPiece[Sparse]):
         check_state("RoSA", state, {"indices": (sum(counts),), "values": (sum(counts),)})
         parts = zip(state["indices"].split(counts), state["values"].split(counts), strict=True)
         for (name, sparse), (indices, values) in zip(self.adaptations.items(), parts, strict=True):
-            if int(indices.min()) < 0 or int(indices.max()) >= sparse.size:
-                raise PatchError(
-                    f"the patch has an entry outside of {name}, which has {sparse.size:,}; train the task again"
-                )
+            size = sparse.shape.numel()
+            if int(indices.min()) < 0 or int(indices.max()) >= size:
+                raise PatchError(f"the patch has an entry outside of {name}, which has {size:,}; train the task again")
             sparse.reset(values)
             sparse.chosen = True
             sparse.indices.copy_(indices)
@@ -169,12 +156,15 @@ class RoSA(WeightPiece[Sparse]):
 
     def training_state(self) -> dict[str, Tensor]:
         """The steps done, and the chosen entries or, during the warm-up, the sums of squared gradients."""
-        if 0 < self.steps <= self.warm_up:
-            self._observe()
-        named = self.adaptations.items()
-        entries = {f"indices:{name}": sparse.indices for name, sparse in named if sparse.chosen}
-        sums = {f"squares:{name}": sparse.squares for name, sparse in named if sparse.squares is not None}
-        return {"steps": torch.tensor(self.steps)} | entries | sums
+        state = {"steps": torch.tensor(self.steps)}
+        for name, sparse in self.adaptations.items():
+            if 0 < self.steps <= self.warm_up:
+                sparse.observe()
+            if sparse.chosen:
+                state[f"indices:{name}"] = sparse.indices
+            if sparse.squares is not None:
+                state[f"squares:{name}"] = sparse.squares
+        return state
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Loads the steps, and entries or sums."""
@@ -183,8 +173,3 @@ class RoSA(WeightPiece[Sparse]):
             sparse.chosen, sparse.dense = f"indices:{name}" in state, None
             sparse.squares = state.get(f"squares:{name}")
             sparse.indices = state.get(f"indices:{name}", sparse.indices).to(sparse.values.device)
-
-    def _observe(self) -> None:
-        for name, sparse in self.adaptations.items():
-            module, attribute = self._sites[name]
-            sparse.observe(getattr(module, attribute).shape)

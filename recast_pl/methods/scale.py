@@ -13,12 +13,7 @@ from recast_pl.methods.adaptation import EVERY_LAYER, Adaptation, CompactPiece, 
 
 
 class Scales(Adaptation):
-    """A factor for each of the equal parts of a weight's rows.
-
-    Args:
-        weight: The weight to scale (rows, *columns).
-        parts: Number of parts.
-    """
+    """A factor for each of some equal parts of a weight's rows."""
 
     def __init__(self, weight: Tensor, parts: int) -> None:
         super().__init__()

@@ -34,16 +34,14 @@ def evaluate_run(
         RunError: If no task is trained.
         PatchError: If a patch is damaged.
     """
-    finished = folder.finished()
+    finished, evaluator = folder.finished(), trainers.for_evaluation()
     data.prepare_data()
-    evaluator = trainers.for_evaluation()
     restore(module, folder, data.image_size)
-    results = accuracy_matrix([files.load_record() for files in finished.values()])[-1]
-    recorded = dict(zip(finished, results, strict=True))
+    recorded = accuracy_matrix([files.load_record() for files in finished.values()])[-1]
     names = [task.name for task in data.tasks]
     return [
-        (name, accuracy, measure(module, data, names.index(name), finished[name].load()[0], evaluator))
-        for name, accuracy in recorded.items()
+        (name, accuracy, measure(module, data, names.index(name), files.load()[0], evaluator))
+        for (name, files), accuracy in zip(finished.items(), recorded, strict=True)
         if accuracy is not None
     ]
 
@@ -56,24 +54,13 @@ def check_choice(folder: RunFolder, task: str | None, file: str | None) -> None:
 
 
 def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskPatch:
-    """Reads the patch of a trained task, or a patch file; exactly one of the two must be given.
-
-    Raises:
-        RunError: If neither or both are given, or the run has no such task.
-        PatchError: If the patch is damaged.
-    """
+    """Reads the patch of a trained task, or a patch file; raises RunError unless exactly one of the two is given."""
     check_choice(folder, task, file)
     return folder.load_patches([task])[task] if task is not None else TaskPatch.load(str(file))
 
 
 def restore(module: TILModule, folder: RunFolder, image_size: int) -> None:
-    """Builds a module on the base of a run, with what its tasks share, so that tasks can be activated.
-
-    Args:
-        module: The run's method and backbone.
-        folder: The run folder.
-        image_size: Height and width of the input in pixels.
-    """
+    """Builds a module, which has the run's method and backbone, on the base of a run, with what its tasks share."""
     for piece in module.pieces:
         piece.load_base(folder.path)
     module.build(image_size)
@@ -89,11 +76,9 @@ def trained_coefficients(module: TILModule, folder: RunFolder) -> dict[str, Tens
         module: The run's method; it need not be built.
         folder: The run folder.
     """
-    if not folder.is_trained:
-        return {}
+    patches = folder.load_patches() if folder.is_trained else {}
     indices = [index for index, piece in enumerate(module.pieces) if isinstance(piece, Recast)]
-    patches = folder.load_patches().items()
-    return {task: torch.cat([patch.pieces[index]["coefficients"] for index in indices]) for task, patch in patches}
+    return {task: torch.cat([p.pieces[index]["coefficients"] for index in indices]) for task, p in patches.items()}
 
 
 def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:

@@ -4,8 +4,7 @@ import asyncio
 import dataclasses
 import hmac
 import tempfile
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Collection
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,12 +52,7 @@ _FORM_SCHEMA = {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task that is served.
-
-    Args:
-        name: Its name.
-        classes: Its class names; the index of each is its label.
-    """
+    """A task that is served, with its class names in order of label."""
 
     name: str
     classes: list[str]
@@ -84,7 +78,7 @@ def create_app(
     service = _Service(predictor, limits or Limits(), token)
     app = FastAPI(
         title="recast_pl",
-        lifespan=service.lifespan,
+        lifespan=lambda _: service.batcher.running(),
         docs_url=None,  # this page and the next would fetch scripts from other servers
         redoc_url=None,
         exception_handlers={HTTPException: _on_http_error, Exception: _on_failure},
@@ -101,26 +95,14 @@ def create_app(
 
 
 class _Service:
-    """The handlers of all paths.
-
-    Args:
-        predictor: The tasks.
-        limits: Limits of the load.
-        token: The secret of clients that may add tasks; None if none may.
-    """
+    """The handlers of all paths; arguments are those of `create_app`."""
 
     def __init__(self, predictor: Predictor, limits: Limits, token: str | None) -> None:
         self.limits, self.counts = limits, Metrics()
         self._predictor, self._token = predictor, token
-        self._batcher = Batcher(predictor, limits, self.counts.batches.observe)
-        self.counts.waiting.set_function(lambda: self._batcher.waiting)
+        self.batcher = Batcher(predictor, limits, self.counts.batches.observe)
+        self.counts.waiting.set_function(lambda: self.batcher.waiting)
         self.counts.tasks.set_function(lambda: len(predictor.tasks))
-
-    @asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Runs the batcher from the start of the server to its end."""
-        async with self._batcher.running():
-            yield
 
     async def page(self) -> Response:
         """The web page."""
@@ -134,7 +116,7 @@ class _Service:
             content = await image.read()
         try:
             async with asyncio.timeout(self.limits.timeout):
-                return await self._batcher.classify(content, task)
+                return await self.batcher.classify(content, task)
         except RunError as error:
             raise HTTPException(404, str(error)) from error
         except TimeoutError as cause:
@@ -153,7 +135,7 @@ class _Service:
 
     async def health(self) -> dict[str, Any]:
         """Shows that the server answers."""
-        return {"status": "ok", "tasks": len(self._predictor.tasks), "waiting": self._batcher.waiting}
+        return {"status": "ok", "tasks": len(self._predictor.tasks), "waiting": self.batcher.waiting}
 
     async def metrics(self) -> Response:
         """The metrics."""
@@ -202,8 +184,7 @@ def _single_field(form: FormData, name: str, kind: type[Field]) -> Field:
     return values[0]
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
     reason = error.detail
     if reason == HTTPStatus(error.status_code).phrase:  # raised by the router
         request_line = f"{request.method} {request.url.path[:80]}"

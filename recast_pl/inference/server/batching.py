@@ -22,15 +22,7 @@ _FORMATS = sorted({name for suffix, name in Image.registered_extensions().items(
 
 
 def decode(content: bytes, size: int, max_pixels: int) -> Tensor:
-    """Decodes an image from an untrusted source, as `Predictor.predict` would.
-
-    Args:
-        content: The image file.
-        size: Height and width in pixels of the result.
-        max_pixels: Largest number of pixels that the file may have.
-
-    Returns:
-        uint8 (3, size, size).
+    """Decodes an image file from an untrusted source into uint8 (3, size, size), as `Predictor.predict` would.
 
     Raises:
         HTTPException: 413 if it has more pixels; 422 if it cannot be read.
@@ -75,11 +67,7 @@ class Batcher:
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()  # bounded by `waiting`
 
     async def classify(self, content: bytes, task: str) -> Prediction:
-        """Decodes an image and waits for its prediction.
-
-        Args:
-            content: The image file.
-            task: Name of a task.
+        """Decodes an image file and waits for its prediction.
 
         Raises:
             RunError: If there is no such task.

@@ -15,7 +15,7 @@ class Limits:
         max_pixels: Pixels of an image, by its header; decoding takes up to 26 bytes for each, of four images at a time.
         timeout: Seconds in which a request must have arrived, and then must be answered.
         batch_size: Images that are classified together, whatever their tasks.
-        queue_size: Images that wait or are being classified; requests beyond that are told to try again.
+        queue_size: Images that wait or are being classified; further requests are refused until later.
 
     Raises:
         RunError: If a limit is not a finite number above 0.

@@ -18,13 +18,7 @@ _BODIES = 16  # all requests together may hold this many bodies of the largest s
 
 
 def error_response(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
-    """An error as JSON.
-
-    Args:
-        status: HTTP status code.
-        reason: What is wrong, and what to do.
-        headers: Additional headers; None for none.
-    """
+    """An error as JSON: `reason` tells the problem and the remedy, `headers` are added to the usual ones."""
     return JSONResponse({"error": reason}, status, headers)
 
 
@@ -46,12 +40,11 @@ class RequestFilter:
         self._held = 0  # bytes of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers why not."""
+        """Passes a request on, or refuses it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(Headers(scope=scope))
-        if refusal:
+        if refusal := self._refusal(Headers(scope=scope)):
             await refusal(scope, receive, send)
             return
         size, deadline = 0, asyncio.get_running_loop().time() + self._limits.timeout
@@ -80,16 +73,14 @@ class RequestFilter:
             self._held -= size
 
     def _refusal(self, headers: Headers) -> Response | None:
-        """The answer to a request whose headers alone are reason to refuse it."""
-        host = headers.get("host", "")
+        """The answer to a request that its headers alone give reason to refuse; None for other requests."""
+        host, origin, length = headers.get("host", ""), headers.get("origin"), headers.get("content-length", "0")
         if "*" not in self._hosts and _host_name(host) not in self._hosts:
             reason = f"host {host[:80]!r} is not allowed; start the server with --allowed_hosts to allow it"
             return error_response(403, reason)
-        origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             reason = f"requests from pages of {origin[:80]!r} are refused; use the server's own page"
             return error_response(403, reason)
-        length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_body:
             return error_response(413, _too_large(self._limits))
         return None
