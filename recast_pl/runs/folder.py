@@ -130,7 +130,7 @@ class RunFolder:
         """Raises RunError if the folder has content, which a new run would overwrite."""
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
-                f"run folder {self.path} exists; add --resume true to continue training its tasks, or name another --run_dir"
+                f"run folder {self.path} exists; add --resume true to continue its tasks, or name another --run_dir"
             )
 
     def add_files(self, write: Callable[[Path], None]) -> bool:
