@@ -75,18 +75,18 @@ class Subspace:
         Returns:
             The space, on the CPU; given by its complement once it has more than d/2 dimensions.
         """
-        basis = self.basis.to(covariance)
+        basis, complement = self.basis.to(covariance), self.complement
         budget = (1 - energy) * float(covariance.trace())  # may stay outside
-        if self.complement:
+        if complement:
             values, vectors = _descending(basis.T @ covariance @ basis)
             basis = basis @ vectors[:, _needed(values, budget) :]
-            return Subspace(basis.cpu(), True)
-        values, vectors = _descending(self.outside(self.outside(covariance).T))
-        basis = torch.linalg.qr(torch.cat([basis, vectors[:, : _needed(values, budget)]], 1)).Q
-        complement = basis.shape[1] > len(basis) / 2
-        if complement:
-            basis = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
-        return Subspace(basis.cpu(), complement)
+        else:
+            values, vectors = _descending(self.outside(self.outside(covariance).T))
+            basis = torch.linalg.qr(torch.cat([basis, vectors[:, : _needed(values, budget)]], 1)).Q
+            complement = basis.shape[1] > len(basis) / 2
+            if complement:
+                basis = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+        return Subspace(basis.cpu().contiguous(), complement)  # as in a file, so that a resumed run rounds alike
 
 
 class InfLoRA(WeightPiece[AccumulatedLowRank]):
