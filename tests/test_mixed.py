@@ -95,7 +95,7 @@ def trained(name, count=3):
                 for parameter in piece.parameters.values():
                     parameter.add_(0.3 * parameter.abs().mean().clamp_min(0.03) * torch.randn_like(parameter))
                 for sparse in piece.adaptations.values() if isinstance(piece, RoSA) else ():
-                    sparse.indices = torch.randperm(sparse.size)[: len(sparse.indices)].sort().values
+                    sparse.indices = torch.randperm(sparse.shape.numel())[: len(sparse.indices)].sort().values
                     sparse.chosen = True
         states.append([piece.task_state() for piece in module.pieces])
     return module.eval(), states

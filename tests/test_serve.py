@@ -406,7 +406,7 @@ def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa:
         (torn, 422, "the patch is damaged"),
         (dataclasses.replace(food, base="0" * 64).to_bytes(), 422, "belongs to base 000000000000"),
         (dataclasses.replace(food, method=["LoRA"]).to_bytes(), 422, "is of method ['LoRA']"),
-        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "of another method"),
+        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "belongs to another method"),
         (bytes(1_000_001), 413, "larger than 1000000 bytes"),
     ):
         answer = client.post("/tasks", content=body, headers=ADDING)
