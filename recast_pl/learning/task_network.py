@@ -112,7 +112,7 @@ class TaskNetwork(nn.Module):
         )
 
     def current(self) -> tuple[Backbone, nn.Linear]:
-        """The backbone, and the head of the current task; raises RunError if there is no task yet."""
+        """The backbone, and the head of the current task; raises RunError before the first task begins."""
         if self.backbone is None or self.head is None:
             raise RunError("TILModule has no task yet; call Trainer.fit, or build and then begin_task or activate")
         return self.backbone, self.head
