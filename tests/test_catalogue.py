@@ -46,7 +46,7 @@ def test_a_set_is_downloaded_once_and_read(name, server, publish, tmp_path, caps
     check_source(open_source(TaskConfig(name), tmp_path), made)
     assert prepare(tmp_path, name) == 0
     assert verify(tmp_path, name) == 0
-    assert f"{name}: whole" in capsys.readouterr().out
+    assert f"{name}: intact" in capsys.readouterr().out
     assert len(server.requests) == len(paths)
 
 
@@ -56,7 +56,7 @@ def test_a_set_that_torchvision_left_is_used_without_network(name, server, publi
     put(tmp_path, make(name).tree)
     assert prepare(tmp_path, name) == 0
     assert verify(tmp_path) == 0  # of those on disk
-    assert {f"{name}: whole", "digits: whole"} <= set(capsys.readouterr().out.splitlines())
+    assert {f"{name}: intact", "digits: intact"} <= set(capsys.readouterr().out.splitlines())
     check_source(open_source(TaskConfig(name), tmp_path), make(name))
     assert server.requests == []
 

@@ -57,9 +57,9 @@ def test_diff_prints_what_differs_and_by_how_much(run, tmp_path, capsys):
     assert all(name in out for name in ("classes", "head/0/weight"))
 
 
-def test_verify_accepts_whole_patches(run, capsys):
+def test_verify_accepts_intact_patches(run, capsys):
     assert patch("verify", run / SIGNS, run / PEOPLE, "--run_dir", run) == 0
-    assert capsys.readouterr().out.count("whole, and fits") == 2
+    assert capsys.readouterr().out.count("intact, and fits") == 2
 
 
 def with_byte(path):

@@ -58,5 +58,5 @@ def _verify_data(options: Namespace) -> int:
     for name in names:
         faults = source_faults(name, root)
         status |= bool(faults)
-        Console().print(f"{name}: {'; '.join(faults) or 'whole'}", soft_wrap=True, highlight=False)
+        Console().print(f"{name}: {'; '.join(faults) or 'intact'}", soft_wrap=True, highlight=False)
     return status

@@ -71,7 +71,7 @@ def _verify(paths: list[Path], options: Namespace) -> None:
         except PatchError as cause:
             raise PatchError(f"{path}: {cause}") from cause
         fits = "" if init is None else f", and fits {options.run_dir}"
-        Console().print(f"{path}: whole{fits}", soft_wrap=True, highlight=False)
+        Console().print(f"{path}: intact{fits}", soft_wrap=True, highlight=False)
 
 
 def _average(paths: list[Path], options: Namespace) -> None:
