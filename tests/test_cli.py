@@ -384,9 +384,3 @@ def test_compare_refuses_options_that_it_sets_itself(words, named, tmp_path, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
     assert not (tmp_path / "out").exists()
-
-
-def test_config_yaml_spells_out_defaults_inside_of_lists(tiny_fit, tmp_path):
-    assert main(tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")) == 0
-    tasks = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["tasks"]
-    assert [(task["flip"], task["transforms"], task["args"]) for task in tasks] == [(True, [], {})] * 2

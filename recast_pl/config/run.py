@@ -40,13 +40,9 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         parser: A parser with the options of `declare_run`.
         config: Its result.
     """
-
-    def dumped(values: Namespace) -> str:
-        kept = Namespace(**{key: values[key] for key in RUN_KEYS})  # type: ignore[no-untyped-call]
-        text: str = parser.dump(kept, skip_link_targets=False)
-        return text
-
-    return dumped(parser.parse_string(dumped(config)))  # parsing again fills in defaults inside of lists
+    kept = Namespace(**{key: config[key] for key in RUN_KEYS})  # type: ignore[no-untyped-call]
+    text: str = parser.dump(kept, skip_link_targets=False)
+    return text
 
 
 def read_run(folder: str) -> tuple[Path, Namespace]:
