@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
@@ -384,3 +385,25 @@ def test_compare_refuses_options_that_it_sets_itself(words, named, tmp_path, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is OpenMP's runtime of torch on Linux")
+@pytest.mark.parametrize(("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_idle_threads_of_openmp_spin_briefly_unless_the_user_decides(given, spins):
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "from recast_pl.cli import main; main(['fit', '--help'])"  # imports torch, whose OpenMP prints its settings
+    environment = kept | {"OMP_DISPLAY_ENV": "verbose"} | given
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in printed
+
+
+def test_a_wait_policy_of_the_user_is_kept(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert main([]) == 2
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_a_system_without_hangup_signals_is_supported(tiny_fit, monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ COMMANDS = {
     "data": "List, download and verify data sets.",
 }
 
+_SPINS = "1000"
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command.
@@ -34,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 if `test` finds a difference, `data verify` a fault, or a run on an engine fails; 2 after
         an error that the user can fix.
     """
+    _bound_spinning()
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] not in COMMANDS:
         return _no_command(argv)
@@ -50,6 +54,15 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return _refuse(error.__cause__)
     return status
+
+
+def _bound_spinning() -> None:
+    """Bounds how long idle threads of OpenMP spin, unless the user has set it; OpenMP reads it when torch is imported.
+
+    By default they spin so long that one other busy process makes a run many times slower (`benchmarks/busy.py`).
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def _no_command(argv: Sequence[str]) -> int:

@@ -25,8 +25,9 @@ def interruptible() -> Iterator[Interruption]:
         raise KeyboardInterrupt
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows does not have it
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(hangup)
     in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
     before = {number: signal.signal(number, interrupt) for number in numbers if in_main_thread}
     try:
