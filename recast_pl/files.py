@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,29 @@ _PART = ".part"  # suffix of a file that is being written
 _METADATA_KEY = "recast_pl"  # a single key, because safetensors keeps several keys in no fixed order
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
+def write_atomic(path: str | Path, content: bytes | str | Iterable[str]) -> None:
     """Writes a file atomically: readers see the old content or the new content, even after a crash, never a part.
 
     Args:
         path: The file. Missing folders are created.
-        content: Bytes, or text to encode as UTF-8.
+        content: Bytes, or text to encode as UTF-8, also in parts, which are written as they come.
 
     Raises:
         StorageError: If the disk is full or writing is not allowed; the old content stays.
     """
+    if str(path) == "-":
+        for part in [content] if isinstance(content, bytes | str) else content:
+            sys.stdout.buffer.write(part if isinstance(part, bytes) else part.encode(errors="surrogateescape"))
+        sys.stdout.flush()
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:  # not tempfile, whose files do not follow the umask
-                file.write(content.encode() if isinstance(content, str) else content)
+                for part in [content] if isinstance(content, bytes | str) else content:
+                    file.write(part if isinstance(part, bytes) else part.encode(errors="surrogateescape"))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

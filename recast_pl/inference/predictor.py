@@ -42,6 +42,10 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
 
+    def ranked(self, count: int) -> dict[str, float]:
+        """The `count` most probable classes and their probabilities, in descending order."""
+        return dict(sorted(self.probabilities.items(), key=lambda item: -item[1])[:count])
+
 
 def load(
     run_dir: str | Path,
