@@ -135,6 +135,7 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the probabilities of a task are not finite numbers.
             DataError: If an image cannot be read, or if not exactly one of `task` and `tasks` is given.
         """
         items = _as_list(images)
@@ -158,6 +159,7 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the probabilities of a task are not finite numbers.
             DataError: If an image does not have the type or shape above, or if the numbers of images and tasks differ.
         """
         if len(images) != len(tasks):
@@ -238,6 +240,9 @@ class Predictor:
                 F.linear(part, task.weight.to(part.dtype), task.bias.to(part.dtype)).softmax(1).float().cpu()
                 for (_, task, _), part in zip(groups, features.split(counts), strict=True)
             ]
+        for (name, _, _), part in zip(groups, parts, strict=True):
+            if not part.isfinite().all():
+                raise PatchError(f"task {name!r} gives probabilities that are not finite; train it again")
         return [
             _prediction(name, task.classes, row.tolist())
             for (name, task, _), part in zip(groups, parts, strict=True)
