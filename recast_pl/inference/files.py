@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from recast_pl.data.images import decode_file, images_below
+from recast_pl.data.images import decode_file, files_below, is_image_file
 from recast_pl.errors import DataError
 from recast_pl.inference.predictor import Prediction, Predictor
 
@@ -96,10 +96,9 @@ def _files_of(name: str) -> tuple[list[Path], int]:
 
 
 def _files_below(folder: Path) -> tuple[list[Path], int]:
-    images = [path for path in images_below(folder) if path.is_file()]
-    inside = (path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file())
-    shown = sum(not any(part.startswith(".") for part in parts) for parts in inside)
-    return images, max(0, shown - len(images))
+    files = files_below(folder)
+    images = [file for file in files if is_image_file(file)]
+    return images, len(files) - len(images)
 
 
 def _is(test: Callable[[Path], bool], path: Path) -> bool:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
-"""A file, a PIL image, an array (H, W, 3) or a tensor (3, H, W); the last two uint8, or floating point in [0, 1]."""
+Picture = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor
+"""A path, the bytes of an image file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W).
+
+Arrays and tensors are uint8, or floating point in [0, 1]; those without channels are grey.
+"""
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
@@ -103,6 +106,9 @@ class Predictor:
         self._network = MixedBatch(module.backbone, module.pieces)
         self._tasks: dict[str, _LoadedTask] = {}
 
+    def __reduce__(self) -> NoReturn:
+        raise RunError("a Predictor cannot be copied or sent to another process; call recast_pl.load there")
+
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, in the order in which they were trained or added."""
@@ -125,8 +131,9 @@ class Predictor:
         """Classifies images, preprocessed as in training, all by the same task or each by its own.
 
         Args:
-            images: One image or several: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of any size; or a
-                batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating point in [0, 1], rounded to uint8.
+            images: One image or several: paths, bytes of image files, PIL images, arrays (H, W, 3) or tensors (3, H, W)
+                of any size, also grey (H, W); or a batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating
+                point in [0, 1], rounded to uint8.
             task: The task for all images; None where `tasks` is given.
             tasks: The task of each image; None where `task` is given.
 
@@ -279,7 +286,8 @@ def _as_list(images: Any) -> list[Any]:
     """The images of a sequence or batch, or the one image."""
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    single = str | bytes | bytearray | memoryview
+    return list(images) if isinstance(images, Sequence) and not isinstance(images, single) else [images]
 
 
 def _task_of_each(count: int, task: str | None, tasks: Sequence[str] | None) -> list[str]:

@@ -9,11 +9,11 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from recast_pl.data.images import SUFFIXES, decode_any
+from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError
 
-# no other formats, because Pillow passes some (PostScript) on to other programs
-_FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
+# no other formats: Pillow passes some (PostScript) on to other programs, and rare ones are little tested
+_FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 
 _MAX_SCANS = 100
 """Scans that a JPEG file may have, as in libtiff. Encoders write about ten; a small file may have thousands, and each
