@@ -10,17 +10,17 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recast_pl.data.datamodule import BadImagePolicy
 from recast_pl.errors import DataError
-from recast_pl.files import write_atomic
+from recast_pl.files import STANDARD_OUTPUT, is_standard_output, write_atomic
 from recast_pl.inference.files import classify_files, find_files, read_names
 from recast_pl.inference.predictor import Prediction, Predictor, load
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.runs.evaluation import check_choice
 from recast_pl.runs.folder import RunFolder
+from recast_pl.terminal import open_console
 
 IMAGES_SKIPPED = 3
 """The exit status if some images cannot be read and the others are classified."""
@@ -36,7 +36,7 @@ def declare(parser: ArgumentParser) -> None:
     images = "Image files, folders (searched at any depth), and patterns such as 'photos/**/*.jpg'."
     parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
     parser.add_argument("--list", type=str | None, help="Text file with one image or folder a line; - for its input.")
-    parser.add_argument("--output", type=str, default="-", help="File to write; - for standard output.")
+    parser.add_argument("--output", type=str, default=STANDARD_OUTPUT, help="File to write; - for standard output.")
     formats = "csv: path,label,probability; jsonl: an object for each image (default: by the ending of --output)."
     parser.add_argument("--format", type=Literal["csv", "jsonl"] | None, help=formats)
     classes = "How many classes to write for each image, the most probable first; 0 for all."
@@ -53,7 +53,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
         raise DataError("no image is named; add --images FILE or FOLDER, or --list FILE")
     files, others = find_files(names)
     model, task = _load(config)
-    rows_on_screen = config.output == "-" and sys.stdout.isatty()
+    rows_on_screen = is_standard_output(config.output) and sys.stdout.isatty()
     log = _Log(len(files), stop=config.on_bad_image == "error", bar=not rows_on_screen)
     with log.progress:
         found = log.follow(classify_files(model, task, files, log.on_bad))
@@ -86,7 +86,7 @@ class _Log:
 
     def __init__(self, count: int, stop: bool, bar: bool) -> None:
         self._count, self._stop, self._bad = count, stop, 0
-        console = Console(stderr=True)
+        console = open_console(stderr=True)
         columns = TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self.progress = Progress(
             *columns,
@@ -124,7 +124,7 @@ class _Log:
         return IMAGES_SKIPPED
 
     def _print(self, text: str) -> None:
-        self.progress.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self.progress.console.print(text, soft_wrap=True)
 
 
 def _csv_rows(found: Iterable[tuple[Path, Prediction]], top_k: int) -> Iterator[str]:
