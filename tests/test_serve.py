@@ -27,6 +27,7 @@ from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
 
 import recast_pl
 from recast_pl.cli import main
+from recast_pl.inference.server import untrusted
 from recast_pl.inference.server.app import create_app
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.log_filter import LogFilter
@@ -80,6 +81,11 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def chunk(kind, data):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 class Held:
@@ -246,6 +252,22 @@ def test_bytes_that_only_look_like_scans_are_not_counted(serve):
         assert ask(client, content).json() == ask(client, IMAGE).json()
 
 
+def with_small_parts(image, end, part, count):
+    """A file with many small parts that have no meaning, in front of `end`."""
+    image.save(content := io.BytesIO(), "JPEG" if part[:1] == b"\xff" else "PNG")
+    before, after = content.getvalue()[:end], content.getvalue()[end:]
+    return before + part * count + after
+
+
+@pytest.mark.parametrize(("end", "part"), [(2, b"\xff\xe0\0\2"), (33, chunk(b"abCd", b"")), (-12, chunk(b"abCd", b""))])
+def test_an_image_of_very_many_parts_is_given_up(end, part, serve, monkeypatch):
+    client, image = serve(), Image.new("RGB", (50, 50))
+    assert ask(client, with_small_parts(image, end, part, 100)).status_code == 200
+    monkeypatch.setattr(untrusted, "_MAX_SECONDS", 0.1)
+    answer = ask(client, with_small_parts(image, end, part, 500_000))
+    assert (answer.status_code, "it takes more than 0.1 seconds" in answer.json()["error"]) == (422, True)
+
+
 def test_large_images_do_not_delay_small_ones(serve):
     client, large = serve(), jpeg_of_scans(100)
     with ThreadPoolExecutor(4) as pool:
@@ -278,10 +300,6 @@ def test_a_failure_shows_no_details_and_does_not_stop_the_server(serve, model, m
 
 def png(width, height):
     """An image that is large according to its header only."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
 
-from recast_pl.errors import PatchError, RunError
+from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.inference.predictor import Prediction, Predictor
 from recast_pl.inference.server.batching import Batcher
 from recast_pl.inference.server.limits import Limits
@@ -109,7 +109,7 @@ class _Service:
                 return await self.batcher.classify(content, task)
         except RunError as error:
             raise HTTPException(404, str(error)) from error
-        except PatchError as error:
+        except (PatchError, DataError) as error:  # the second if a task of another image size took its place
             raise HTTPException(500, str(error)) from error
         except TimeoutError as cause:
             reason = f"there was no answer in {self.limits.timeout:g} seconds; try again when the server is less busy"

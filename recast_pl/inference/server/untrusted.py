@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,9 +20,30 @@ _MAX_SCANS = 100
 """Scans that a JPEG file may have, as in libtiff. Encoders write about ten; a small file may have thousands, and each
 takes a pass over all pixels."""
 
+_MAX_SECONDS = 5.0
+"""Processor time that reading a file may take. 50 million pixels take one or two seconds; files of millions of tiny
+parts take minutes."""
+
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
-_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")  # none of those that stand alone, within a scan
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # none of those that stand alone, within a scan
+
+
+class _SlowError(Exception):
+    """An image takes too long to read."""
+
+
+class _Content(io.BytesIO):
+    """A file in memory that cannot be read any more after `_MAX_SECONDS` of the thread's processor time."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._end = time.thread_time() + _MAX_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end:
+            raise _SlowError(f"it takes more than {_MAX_SECONDS:g} seconds")
+        return super().read(size)
 
 
 def check_image(content: bytes, max_pixels: int) -> int:
@@ -71,10 +93,11 @@ def count_scans(content: bytes) -> int:
 def _open(content: bytes) -> Iterator[Image.Image]:
     """Opens an image file, and converts errors; the pixels are not read before they are needed."""
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with Image.open(_Content(content), formats=_FORMATS) as image:
             yield image
     except (HTTPException, Image.DecompressionBombError):
         raise
     except Exception as cause:  # decoders raise nearly anything on damaged files
-        reason = cause.__cause__ if isinstance(cause, DataError) else "it is damaged or of an unknown format"
+        known = cause.__cause__ if isinstance(cause, DataError) else cause if isinstance(cause, _SlowError) else None
+        reason = known or "it is damaged or of an unknown format"  # other texts show addresses in memory
         raise HTTPException(422, f"the image cannot be read ({reason}); send a {', '.join(_FORMATS)} file") from cause
