@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         self.name, self.image_size = name, image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.num_features = self._measure_features()
+        self.num_features = self.check_size(image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, S, S) with values in [0, 1]."""
@@ -89,10 +89,10 @@ class Backbone(nn.Module):
         return features
 
     @torch.no_grad()
-    def _measure_features(self) -> int:
-        size = self.image_size
+    def check_size(self, size: int) -> int:
+        """The number of features D of an image of a size in pixels; raises BackboneError if the network takes none."""
         try:
-            features = self(torch.zeros(1, 3, size, size))
+            features = self(torch.zeros(1, 3, size, size).to(self.mean))
         except (AssertionError, RuntimeError, ValueError) as cause:
             raise BackboneError(
                 f"backbone {self.name!r} does not take {size}×{size} images ({one_line(cause)}); "

@@ -14,7 +14,7 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.evaluation import measure, restore
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, check_patch, compare_patches, quantize_patch
+from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, compare_patches, quantize_patch
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -63,13 +63,12 @@ def _verify(paths: list[Path], options: Namespace) -> None:
     init = None if options.run_dir is None else open_run(options.run_dir)[1]
     for path in paths:
         patch = TaskPatch.load(path)
-        try:
-            check_patch(patch)
-            if init is not None:
+        if init is not None:
+            try:
                 restore(init.model, RunFolder(options.run_dir), patch.image_size)
                 init.model.activate(patch)
-        except PatchError as cause:
-            raise PatchError(f"{path}: {cause}") from cause
+            except PatchError as cause:
+                raise PatchError(f"{path}: {cause}") from cause
         fits = "" if init is None else f", and fits {options.run_dir}"
         Console().print(f"{path}: intact{fits}", soft_wrap=True, highlight=False)
 

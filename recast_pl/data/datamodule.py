@@ -20,6 +20,7 @@ from recast_pl.data.datasets import ImageSource
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, derive_seed, split_digest, split_images
 from recast_pl.errors import DataError
+from recast_pl.rules import LARGEST_SIDE
 
 BadImagePolicy = Literal["error", "skip"]
 
@@ -74,6 +75,8 @@ class SequentialTaskDataModule(LightningDataModule):
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
             if value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
+        if image_size > LARGEST_SIDE:
+            raise DataError(f"data.image_size={image_size} must be at most {LARGEST_SIDE} pixels")
         if order_seed is not None and order_seed < 0:
             raise DataError(f"data.order_seed={order_seed} must be at least 0, or null for the order given")
         order = range(len(tasks)) if order_seed is None else np.random.default_rng(order_seed).permutation(len(tasks))

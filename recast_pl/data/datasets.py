@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from recast_pl.data.images import ImageFiles, Images, images_below
 from recast_pl.data.tasks import SPLITS, find_split
 from recast_pl.errors import DataError
+from recast_pl.rules import LABEL_RULE, find_bad_label
 
 _LAYOUTS = "CLASS/IMAGE or train|val|test/CLASS/IMAGE"
 
@@ -31,6 +32,9 @@ class ImageSource:
         splits: `train`, `val` or `test` for each image; an empty string for an image without official split.
         images: The images (N).
         location: Where the images come from; different for different sources.
+
+    Raises:
+        DataError: If two classes have one name, or a patch cannot hold a name.
     """
 
     classes: Sequence[str]
@@ -38,6 +42,13 @@ class ImageSource:
     splits: Sequence[str]
     images: Images
     location: str
+
+    def __post_init__(self) -> None:
+        name = find_bad_label(self.classes)
+        if name is not None:
+            raise DataError(
+                f"class {name!r:.80} of {self.location!r} is listed twice, or is not {LABEL_RULE}; rename the class"
+            )
 
 
 def open_folder(root: Path) -> ImageSource:
