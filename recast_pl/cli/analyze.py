@@ -26,6 +26,7 @@ from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
 from recast_pl.runs.evaluation import sample_images, trained_coefficients
 from recast_pl.runs.folder import RunFolder
+from recast_pl.terminal import open_console
 
 _IMAGES = 16  # test images of the first task, if none are given
 
@@ -68,7 +69,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     subject = _of_file(config) if config.run_dir is None else _of_run(config)
     if paths and subject.backbone is None:
         raise RunError("--images compares features, which needs the network; give its --backbone")
-    console = Console()
+    console = open_console()
     images = _images(subject, paths, console)
     analysis = _analyze(subject, images)
     sheets = analysis_sheets(analysis)

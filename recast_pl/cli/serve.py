@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible
 from recast_pl.errors import RunError
 from recast_pl.inference.predictor import load
 from recast_pl.inference.server.limits import Limits
 from recast_pl.optional_imports import extra
+from recast_pl.terminal import open_console
 
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
@@ -59,7 +59,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
             timeout_keep_alive=min(_IDLE, seconds),
             timeout_graceful_shutdown=seconds,
         )
-        Console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
+        open_console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
         uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
     return 0
 

@@ -190,7 +190,8 @@ def _decode_all(source: ImageSource, side: int, store: Callable[[int, Tensor], A
             store(start, part)
         return len(indices)
 
-    columns = (TextColumn("decoding {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    name = TextColumn("decoding {task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # threads, because Pillow releases Python's lock while it decodes and resizes
     with Progress(*columns, transient=True) as progress, ThreadPoolExecutor() as pool:
         task = progress.add_task(Path(source.location).name, total=len(images))

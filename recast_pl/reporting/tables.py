@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from recast_pl.data.catalogue import DataSet
 from recast_pl.learning.patch import TaskPatch
@@ -49,8 +50,9 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
 
 def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
     """Makes the terminal table of tasks with their recorded and their measured accuracy in percent."""
+    different = Text("DIFFERENT", "bold red")
     cells = [
-        [task, f"{recorded:.4f}", f"{measured:.4f}", "equal" if recorded == measured else "[bold red]DIFFERENT[/]"]
+        [task, f"{recorded:.4f}", f"{measured:.4f}", "equal" if recorded == measured else different]
         for task, recorded, measured in rows
     ]
     return terminal_table((["task", "recorded %", "measured %", ""], cells))
@@ -120,7 +122,7 @@ def table_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def markdown_table(cells: Cells, text_columns: int = 1) -> str:
-    """Writes a table as Markdown.
+    """Writes a table as Markdown; a `|` in a cell is no border.
 
     Args:
         cells: Header and rows.
@@ -128,10 +130,13 @@ def markdown_table(cells: Cells, text_columns: int = 1) -> str:
     """
     header, rows = cells
     rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+    plain = ([cell.replace("|", r"\|") for cell in row] for row in (header, rule, *rows))
+    return "".join(f"| {' | '.join(row)} |\n" for row in plain)
 
 
-def terminal_table(cells: Cells, text_columns: int = 1, title: str | None = None) -> Table:
+def terminal_table(
+    cells: tuple[Sequence[str], Sequence[Sequence[str | Text]]], text_columns: int = 1, title: str | None = None
+) -> Table:
     """Makes a table for the terminal.
 
     Args:
