@@ -23,7 +23,7 @@ from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.recast import Recast
 from recast_pl.optional_imports import extra
 
-_FORMAT = 1
+_FORMAT = 2  # of the metadata
 
 _TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest logit, that rounding may cause."""
@@ -110,7 +110,9 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
             f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: it "
             f"changes more than weights or its architecture is unknown; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
-    facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
+    normalisation = {"mean": patch.mean, "std": patch.std}
+    facts = _facts(patch, "(image - mean) / std for each channel") | normalisation
+    facts |= {"constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"
     return Exported(pack_tensors(weights, facts), difference, usage)
 
@@ -156,7 +158,7 @@ def export_bank(module: TILModule, patch: TaskPatch) -> Exported:
         sizes[f"net.{path}.parametrizations.{attribute}.original0"] = parameter.shape[1]
     classes = {0: Dim("classes")}
     shapes = {**_BATCHES, "coefficients": None, "weight": classes, "bias": classes}
-    facts = {"kind": "bank"} | {name: _facts(patch)[name] for name in ("format", "image_size", "base")}
+    facts = {"kind": "bank"} | {name: _facts(patch)[name] for name in ("format", "image_size", "preprocessing", "base")}
     inputs = {"images": _noise(patch), **_inputs_of_task(module, patch)}
     return _onnx(BankModel(copy.deepcopy(module.current()[0]), sizes), inputs, shapes, dense_copy(module), facts)
 
@@ -246,9 +248,22 @@ def _inputs_of_task(module: TILModule, patch: TaskPatch) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in {**state, **patch.head}.items()}
 
 
-def _facts(patch: TaskPatch) -> dict[str, Any]:
-    names = ("task", "classes", "image_size", "mean", "std", "method", "base")
-    return {"format": _FORMAT, "kind": "model", **{name: getattr(patch, name) for name in names}}
+def _facts(patch: TaskPatch, normalisation: str = "none: it is inside the graph") -> dict[str, Any]:
+    """What the metadata says: the task, and all that `decode_file` and the caller do to an image before the model."""
+    size = patch.image_size
+    preprocessing = {
+        "file": "upright, as its EXIF orientation says; transparent parts on white; 16-bit grey scaled to 8 bits",
+        "colour": "RGB",
+        "crop": "the largest centred square",
+        "resize": [size, size],
+        "interpolation": "bicubic, antialiased, rounded to 8 bits",
+        "range": [0, 1],
+        "normalisation": normalisation,
+        "layout": ["batch", "channel", "height", "width"],
+    }
+    names = ("task", "classes", "image_size", "method", "base")
+    values = {name: getattr(patch, name) for name in names}
+    return {"format": _FORMAT, "kind": "model", **values, "preprocessing": preprocessing}
 
 
 def _noise(patch: TaskPatch) -> Tensor:
