@@ -138,6 +138,7 @@ INVALID = {
     "infinity": (lambda p: scaled(p, torch.inf), "NaN, infinity"),
     "complex numbers": (lambda p: typed(p, torch.complex64), "torch.complex64"),
     "8-bit floats": (lambda p: typed(p, torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "tensor of two lines": (lambda p: replace(p, pieces=[{"a\nb": torch.zeros(1)}]), r"'pieces/0/a\nb'"),
     "whole head": (lambda p: headed(p, p.classes, *(p.head[n].long() for n in ("weight", "bias"))), "torch.int64"),
 }
 

@@ -80,6 +80,8 @@ class TaskPatch:
             raise PatchError(f"it holds the states of {len(self.pieces)} pieces for method {self.method}")
         _check_head(self.head, len(self.classes))
         for name, tensor in self.tensors.items():
+            if not is_label(name):
+                raise PatchError(f"a tensor is called {name!r:.80}, which must be {LABEL_RULE}")
             if tensor.dtype not in _TYPES:
                 raise PatchError(f"{name!r:.80} has the type {tensor.dtype}, which patches do not have")
             if not (tensor.abs() <= _LARGEST).all():
