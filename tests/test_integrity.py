@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recast_pl import BackboneConfig, BankLayout, Decomposition, LinearProbe, SharedState, TaskPatch, TILModule
-from recast_pl.data.datasets import open_manifest
+from recast_pl.data.manifests import open_manifest
 from recast_pl.decomposition.bank import decompose
 from recast_pl.errors import DataError, DecompositionError, PatchError
 from recast_pl.files import pack_tensors

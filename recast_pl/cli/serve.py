@@ -39,11 +39,15 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     import uvicorn  # noqa: PLC0415
 
     from recast_pl.compat.uvicorn import BoundedProtocol  # noqa: PLC0415
-    from recast_pl.inference.server.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
+    from recast_pl.inference.server.app import create_app  # noqa: PLC0415
+    from recast_pl.inference.server.log_filter import LogFilter  # noqa: PLC0415
     from recast_pl.inference.server.request_filter import LOCAL_HOSTS  # noqa: PLC0415
+    from recast_pl.inference.server.schema import TOKEN_VARIABLE  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets its warnings as an error
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(LogFilter())
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
-"""A file, a PIL image, an array (H, W, 3) or a tensor (3, H, W); the last two uint8, or floating point in [0, 1]."""
+Picture = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor
+"""A path, the bytes of an image file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W).
+
+Arrays and tensors are uint8, or floating point in [0, 1]; those without channels are grey.
+"""
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
@@ -41,6 +44,10 @@ class Prediction:
     label: str
     probability: float
     probabilities: dict[str, float]
+
+    def ranked(self, count: int) -> dict[str, float]:
+        """The `count` most probable classes and their probabilities, in descending order."""
+        return dict(sorted(self.probabilities.items(), key=lambda item: -item[1])[:count])
 
 
 def load(
@@ -99,6 +106,9 @@ class Predictor:
         self._network = MixedBatch(module.backbone, module.pieces)
         self._tasks: dict[str, _LoadedTask] = {}
 
+    def __reduce__(self) -> NoReturn:
+        raise RunError("a Predictor cannot be copied or sent to another process; call recast_pl.load there")
+
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, in the order in which they were trained or added."""
@@ -121,8 +131,9 @@ class Predictor:
         """Classifies images, preprocessed as in training, all by the same task or each by its own.
 
         Args:
-            images: One image or several: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of any size; or a
-                batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating point in [0, 1], rounded to uint8.
+            images: One image or several: paths, bytes of image files, PIL images, arrays (H, W, 3) or tensors (3, H, W)
+                of any size, also grey (H, W); or a batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating
+                point in [0, 1], rounded to uint8.
             task: The task for all images; None where `tasks` is given.
             tasks: The task of each image; None where `task` is given.
 
@@ -131,6 +142,7 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the probabilities of a task are not finite numbers.
             DataError: If an image cannot be read, or if not exactly one of `task` and `tasks` is given.
         """
         items = _as_list(images)
@@ -154,6 +166,7 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the probabilities of a task are not finite numbers.
             DataError: If an image does not have the type or shape above, or if the numbers of images and tasks differ.
         """
         if len(images) != len(tasks):
@@ -234,6 +247,9 @@ class Predictor:
                 F.linear(part, task.weight.to(part.dtype), task.bias.to(part.dtype)).softmax(1).float().cpu()
                 for (_, task, _), part in zip(groups, features.split(counts), strict=True)
             ]
+        for (name, _, _), part in zip(groups, parts, strict=True):
+            if not part.isfinite().all():
+                raise PatchError(f"task {name!r} gives probabilities that are not finite; train it again")
         return [
             _prediction(name, task.classes, row.tolist())
             for (name, task, _), part in zip(groups, parts, strict=True)
@@ -270,7 +286,8 @@ def _as_list(images: Any) -> list[Any]:
     """The images of a sequence or batch, or the one image."""
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    single = str | bytes | bytearray | memoryview
+    return list(images) if isinstance(images, Sequence) and not isinstance(images, single) else [images]
 
 
 def _task_of_each(count: int, task: str | None, tasks: Sequence[str] | None) -> list[str]:

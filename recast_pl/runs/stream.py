@@ -21,6 +21,7 @@ from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
 from recast_pl.runs.evaluation import measure, percent
 from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
+from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
     accuracy_matrix,
     average_accuracy,
@@ -173,6 +174,7 @@ class Stream:
         self.patches, self.records = {}, {}
         for index in finished:
             self.patches[index], self.records[index] = files[index].load()
+            check_images(self.data, index, self.records[index], resuming=True)
             self.module.activate(self.patches[index])
 
     def _train(self, index: int) -> None:
@@ -234,6 +236,7 @@ class Stream:
             patch=sha256(content),
             shared_bytes=0 if shared is None else shared.nbytes,
             wall_seconds=round(time.monotonic() - self._started, 2),
+            images=self.data.image_record,
         )
         self._started = time.monotonic()
         if self.evaluator.is_global_zero:
