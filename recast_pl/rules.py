@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 TASK_RULE = "a name of at most 200 bytes: letters, digits and '_', then also '-', '.' and spaces"
 
@@ -13,6 +14,29 @@ LARGEST_SIDE = 2048
 
 _CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
 """Categories of Unicode: control characters, bytes that are not UTF-8, and separators of lines and paragraphs."""
+
+
+ImageSize = int | tuple[int, int]
+"""The height and width of images in pixels: one number if they are equal, otherwise two."""
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """The height and width of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_text(size: ImageSize) -> str:
+    """The size for messages, as HEIGHT×WIDTH."""
+    return "×".join(map(str, height_and_width(size)))
+
+
+def read_size(value: Any) -> ImageSize | None:
+    """The size that a user gives, two equal numbers as one; None unless the sides are 1 to `LARGEST_SIDE` pixels."""
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides):
+        return None
+    height, width = sides
+    return height if height == width else (height, width)
 
 
 def is_task_name(name: str) -> bool:

@@ -366,7 +366,7 @@ def test_sizes_below_one_are_refused(name, value):
 
 
 def test_an_image_size_that_a_patch_may_not_have_is_refused():
-    with pytest.raises(DataError, match=r"data.image_size=3000 must be at most 2048"):
+    with pytest.raises(DataError, match=r"data.image_size=3000 must be 1 to 2048 pixels"):
         SequentialTaskDataModule(image_size=3000)
 
 

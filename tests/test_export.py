@@ -50,7 +50,7 @@ def check_preprocessing(facts, size=32):
     told = facts["preprocessing"]
     assert told["colour"] == "RGB"
     assert told["crop"] == "the largest centred square"
-    assert told["resize"] == [size, size]
+    assert told["resize"] == {"height": size, "width": size}
     assert told["interpolation"] == "bicubic, antialiased, rounded to 8 bits"
     assert told["range"] == [0, 1]
     assert told["layout"] == ["batch", "channel", "height", "width"]

@@ -24,6 +24,7 @@ from recast_pl.methods.recast import load_decompositions
 from recast_pl.reporting.analysis_plots import analysis_figures
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
+from recast_pl.rules import ImageSize
 from recast_pl.runs.evaluation import sample_images, trained_coefficients
 from recast_pl.runs.folder import RunFolder
 from recast_pl.terminal import open_console
@@ -42,7 +43,7 @@ class _Subject:
     decomposition: Decomposition
     output: Path
     backbone: BackboneConfig | None
-    image_size: int
+    image_size: ImageSize
     seed: int = 42
     data: SequentialTaskDataModule | None = None
     coefficients: dict[str, Tensor] = field(default_factory=dict)

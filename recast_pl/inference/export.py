@@ -22,6 +22,7 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.recast import Recast
 from recast_pl.optional_imports import extra
+from recast_pl.rules import height_and_width
 
 _FORMAT = 2  # of the metadata
 
@@ -250,12 +251,13 @@ def _inputs_of_task(module: TILModule, patch: TaskPatch) -> dict[str, Tensor]:
 
 def _facts(patch: TaskPatch, normalisation: str = "none: it is inside the graph") -> dict[str, Any]:
     """What the metadata says: the task, and all that `decode_file` and the caller do to an image before the model."""
-    size = patch.image_size
+    height, width = height_and_width(patch.image_size)
+    shape = "square" if height == width else f"part of which height : width is {height} : {width}"
     preprocessing = {
         "file": "upright, as its EXIF orientation says; transparent parts on white; 16-bit grey scaled to 8 bits",
         "colour": "RGB",
-        "crop": "the largest centred square",
-        "resize": [size, size],
+        "crop": f"the largest centred {shape}",
+        "resize": {"height": height, "width": width},
         "interpolation": "bicubic, antialiased, rounded to 8 bits",
         "range": [0, 1],
         "normalisation": normalisation,
@@ -268,7 +270,7 @@ def _facts(patch: TaskPatch, normalisation: str = "none: it is inside the graph"
 
 def _noise(patch: TaskPatch) -> Tensor:
     """Two images (2, 3, S, S), because tracing would take a batch of one as a constant."""
-    return torch.rand(2, 3, patch.image_size, patch.image_size, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, 3, *height_and_width(patch.image_size), generator=torch.Generator().manual_seed(0))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

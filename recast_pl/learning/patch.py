@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from recast_pl.errors import PatchError, one_line
 from recast_pl.files import pack_tensors, read_tensors, write_atomic
 from recast_pl.methods.piece import check_state
-from recast_pl.rules import LABEL_RULE, LARGEST_SIDE, TASK_RULE, find_bad_label, is_label, is_task_name
+from recast_pl.rules import (
+    LABEL_RULE,
+    LARGEST_SIDE,
+    TASK_RULE,
+    ImageSize,
+    find_bad_label,
+    is_label,
+    is_task_name,
+    read_size,
+)
 
 _FORMAT = 1
 
@@ -32,7 +41,7 @@ class TaskPatch:
         head: `weight` (classes, D) and `bias` (classes,) of the linear head.
         pieces: The task state of each piece of the method, in order.
         method: Names of the pieces.
-        image_size: Height and width of the input in pixels.
+        image_size: Height and width of the input in pixels, as one number if they are equal.
         mean: Mean of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
         base: SHA-256 of the frozen network (templates included) that the task was trained on.
@@ -44,11 +53,15 @@ class TaskPatch:
     head: dict[str, Tensor]
     pieces: list[dict[str, Tensor]]
     method: list[str]
-    image_size: int
+    image_size: ImageSize
     mean: list[float]
     std: list[float]
     base: str
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, list):  # JSON has no tuples
+            object.__setattr__(self, "image_size", tuple(self.image_size))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -221,6 +234,11 @@ def _is_classes(value: Any) -> bool:
     return bool(value) and _is_list_of(value, _is_text) and find_bad_label(value) is None
 
 
+def _is_size(value: Any) -> bool:
+    size = read_size(value)
+    return size is not None and size == (tuple(value) if isinstance(value, list) else value)
+
+
 def _is_base(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -239,7 +257,7 @@ _PATCH_FACTS: dict[str, _Rule] = {
     "task": _Rule(lambda value: isinstance(value, str) and is_task_name(value), TASK_RULE),
     "classes": _Rule(_is_classes, f"a list of at least one class, each once, and each {LABEL_RULE}"),
     "method": _METHOD,
-    "image_size": _Rule(lambda value: type(value) is int and 1 <= value <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels"),
+    "image_size": _Rule(_is_size, f"1 to {LARGEST_SIDE} pixels, or two such numbers if they differ"),
     "mean": _Rule(lambda value: _is_list_of(value, _is_number) and len(value) == 3, "3 numbers"),
     "std": _Rule(
         lambda value: _is_list_of(value, _is_number) and len(value) == 3 and min(value) > 0, "3 numbers above 0"

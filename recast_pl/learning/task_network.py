@@ -13,6 +13,7 @@ from recast_pl.files import fingerprint
 from recast_pl.learning.acceleration import MergedWeights, skip_unread_tokens
 from recast_pl.learning.patch import SharedState, TaskPatch, load_head
 from recast_pl.methods.piece import Piece, copies
+from recast_pl.rules import ImageSize
 
 
 class TaskNetwork(nn.Module):
@@ -53,7 +54,7 @@ class TaskNetwork(nn.Module):
         """How many parameters the pieces train for a task, without the head."""
         return sum(p.numel() for piece in self.pieces for p in piece.parameters.values())
 
-    def build(self, image_size: int) -> Backbone:
+    def build(self, image_size: ImageSize) -> Backbone:
         """Loads the backbone for an image size, freezes it and attaches the pieces; later calls only return it."""
         if self.backbone is None:
             backbone = self.backbone_config.build(image_size).requires_grad_(False)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from recast_pl.data.catalogue import DataSet
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.rules import size_text
 from recast_pl.runs.metrics import Matrix
 from recast_pl.runs.patch_tools import PatchDifference
 
@@ -67,7 +68,7 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
         "classes": f"{len(patch.classes)}: {', '.join(patch.classes)}",
         "method": " + ".join(patch.method),
         "base": patch.base,
-        "input": f"{patch.image_size}×{patch.image_size}, mean {patch.mean}, std {patch.std}",
+        "input": f"{size_text(patch.image_size)}, mean {patch.mean}, std {patch.std}",
         "metrics": ", ".join(f"{name} {value:.2f}" for name, value in patch.metrics.items()) or "none",
         "numbers": f"{numbers:,} and a head of {head:,}",
         "bytes": f"{path.stat().st_size:,}",
