@@ -96,7 +96,7 @@ def _write_stream(stream: Any, parts: Iterable[bytes]) -> None:
             stream.write(b"".join(parts).decode(errors="replace"))
         else:
             # not the stream itself, which may write a part only if it is unbuffered
-            with open(descriptor, "wb", closefd=False) as file:  # noqa: PTH123
+            with open(descriptor, "wb", closefd=False) as file:
                 file.writelines(parts)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         open_console().on_broken_pipe()

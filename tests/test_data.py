@@ -350,6 +350,7 @@ def test_selecting_changes_the_current_task(image_folder):
         ([TaskConfig("digits"), TaskConfig("digits")], "'digits' is listed twice"),
         ([TaskConfig("digist")], "'digist'; known by name: flowers"),
         *(([TaskConfig(name)], repr(name)) for name in ("", "../up", "a/b", ".hidden", "new\nline")),
+        ([TaskConfig("x" * 201)], "at most 200 bytes"),
     ],
 )
 def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
@@ -362,6 +363,18 @@ def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
 def test_sizes_below_one_are_refused(name, value):
     with pytest.raises(DataError, match=f"data.{name}={value}"):
         SequentialTaskDataModule(**{name: value})
+
+
+def test_an_image_size_that_a_patch_may_not_have_is_refused():
+    with pytest.raises(DataError, match=r"data.image_size=3000 must be 1 to 2048 pixels"):
+        SequentialTaskDataModule(image_size=3000)
+
+
+def test_a_class_name_that_a_patch_may_not_have_is_refused(image_folder, tmp_path):
+    path = image_folder("colours")
+    (path / "class0").rename(path / "two\nlines")
+    with pytest.raises(DataError, match=r"class 'two\\nlines' of .*control characters; rename the class"):
+        stream(TaskConfig("colours", str(path))).check()
 
 
 def test_names_that_differ_only_in_case_are_the_same():

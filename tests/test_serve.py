@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
+from test_patch_tools import INVALID
 from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
 
 import recast_pl
@@ -632,7 +633,7 @@ def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa:
         (torn, 422, "the patch is damaged"),
         (dataclasses.replace(food, base="0" * 64).to_bytes(), 422, "belongs to base 000000000000"),
         (dataclasses.replace(food, method=["LoRA"]).to_bytes(), 422, "is of method ['LoRA']"),
-        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "belongs to another method"),
+        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "the patch cannot be used: the head has"),
         (bytes(1_000_001), 413, "larger than 1000000 bytes"),
     ):
         answer = client.post("/tasks", content=body, headers=ADDING)
@@ -641,6 +642,28 @@ def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa:
     wrong = client.post("/tasks", content=content, headers={**ADDING, "Content-Type": "application/json"})
     assert wrong.status_code == 415
     assert model.tasks == ["food", "signs"]
+
+
+def test_an_invalid_patch_is_not_served(run, serve, model):  # noqa: F811
+    food, client = dataclasses.replace(patches(run)["food"], task="more"), serve(token=TOKEN)
+    for change, named in INVALID.values():
+        answer = client.post("/tasks", content=change(food).to_bytes(), headers=ADDING)
+        assert (answer.status_code, named in answer.json()["error"]) == (422, True), answer.text
+        assert len(answer.text) < 700
+    assert model.tasks == ["food", "signs"]
+
+
+def test_a_patch_whose_image_size_or_numbers_do_not_fit_the_network_is_not_served(run, serve, model):  # noqa: F811
+    food, client = dataclasses.replace(patches(run)["food"], task="more"), serve(token=TOKEN)
+    whole = [{name: tensor.round().long() for name, tensor in piece.items()} for piece in food.pieces]
+    for changes, message in (
+        ({"image_size": 48}, "does not take 48×48 images"),
+        ({"pieces": whole}, "coefficients of Recast as torch.int64"),
+    ):
+        answer = client.post("/tasks", content=dataclasses.replace(food, **changes).to_bytes(), headers=ADDING)
+        assert (answer.status_code, message in answer.json()["error"]) == (422, True), answer.text
+    assert model.tasks == ["food", "signs"]
+    assert ask(client).status_code == 200
 
 
 def test_the_page_loads_nothing_from_elsewhere(serve):

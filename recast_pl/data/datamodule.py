@@ -22,6 +22,7 @@ from recast_pl.data.datasets import ImageSource
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, derive_seed, split_digest, split_images
 from recast_pl.errors import DataError
+from recast_pl.rules import LARGEST_SIDE, ImageSize, height_and_width, read_size
 
 BadImagePolicy = Literal["error", "skip"]
 
@@ -39,7 +40,7 @@ class SequentialTaskDataModule(LightningDataModule):
 
     Args:
         tasks: The tasks, in order (any sequence).
-        image_size: S, height and width in pixels.
+        image_size: Height and width in pixels: one number, or two such as `[128, 256]`.
         batch_size: Images in a batch, on each process.
         num_workers: Processes that decode and transform; None for one for each core, but at most 8. Used only where
             images are decoded or transformed while training: copying decoded images to another process takes longer
@@ -64,7 +65,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self,
         # a tuple, because the command line merges an overriding list into the one before, element by element
         tasks: tuple[TaskConfig, ...] = (),
-        image_size: int = 224,
+        image_size: ImageSize = 224,
         batch_size: int = 128,
         num_workers: int | None = None,
         seed: int = 42,
@@ -76,14 +77,19 @@ class SequentialTaskDataModule(LightningDataModule):
         max_pixels: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("image_size", image_size), ("batch_size", batch_size), ("max_pixels", max_pixels)):
+        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
             if value is not None and value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
+        size = read_size(image_size)
+        if size is None:
+            raise DataError(
+                f"data.image_size={image_size} must be 1 to {LARGEST_SIDE} pixels: one number, or height and width"
+            )
         if order_seed is not None and order_seed < 0:
             raise DataError(f"data.order_seed={order_seed} must be at least 0, or null for the order given")
         order = range(len(tasks)) if order_seed is None else np.random.default_rng(order_seed).permutation(len(tasks))
         self.tasks = [tasks[index] for index in order]
-        self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
+        self.image_size, self.batch_size, self.num_workers, self.seed = size, batch_size, num_workers, seed
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
         self._opened: dict[str, _TaskImages] = {}
@@ -252,9 +258,9 @@ class SequentialTaskDataModule(LightningDataModule):
     def _convert(self, images: Tensor) -> Tensor:
         """Converts uint8 to [0, 1] and enlarges images that are stored smaller."""
         images, size = tv.to_dtype(images, torch.float32, scale=True), self.image_size
-        if images.shape[-1] == size:
+        if images.shape[-2:] == height_and_width(size):
             return images
-        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)  # (B, 3, S, S)
+        return F.interpolate(images, height_and_width(size), mode="bilinear", align_corners=False)  # (B, 3, H, W)
 
 
 class _TaskImages:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from recast_pl.data.images import ImageFiles, Images
 from recast_pl.data.tasks import normal_text
 from recast_pl.errors import DataError
+from recast_pl.rules import LABEL_RULE, find_bad_label
 
 LAYOUTS = "CLASS/IMAGE or train|val|test/CLASS/IMAGE"
 
@@ -28,6 +29,9 @@ class ImageSource:
         location: Where the images come from; different for different sources.
         names: A name for each image (N), which stays the same when the source moves; it decides about the split.
         notes: What a user should know about how the source was read, one line each.
+
+    Raises:
+        DataError: If two classes have one name, or a patch cannot hold a name.
     """
 
     classes: Sequence[str]
@@ -37,6 +41,13 @@ class ImageSource:
     location: str
     names: Sequence[str]
     notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        name = find_bad_label(self.classes)
+        if name is not None:
+            raise DataError(
+                f"class {name!r:.80} of {self.location!r} is listed twice, or is not {LABEL_RULE}; rename the class"
+            )
 
 
 class LabelledFile(NamedTuple):

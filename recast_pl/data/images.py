@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.errors import DataError, one_line
+from recast_pl.rules import ImageSize, height_and_width
 
 _NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")  # Pillow passes these on to other programs, or fails
 
@@ -50,8 +51,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def decode(self, index: int, side: int) -> Tensor:
-        """Decodes one image to uint8 (3, side, side); raises DataError, which names the image, if that fails."""
+    def decode(self, index: int, size: ImageSize) -> Tensor:
+        """Decodes one image to uint8 (3, H, W) of a size; raises DataError, which names the image, if that fails."""
         ...
 
     def fingerprint(self) -> str:
@@ -79,9 +80,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def decode(self, index: int, side: int) -> Tensor:
-        """Decodes one image to uint8 (3, side, side)."""
-        return decode_file(self.paths[index], side, self.max_pixels)
+    def decode(self, index: int, size: ImageSize) -> Tensor:
+        """Decodes one image to uint8 (3, H, W) of a size."""
+        return decode_file(self.paths[index], size, self.max_pixels)
 
     def fingerprint(self) -> str:
         """Changes with the names, sizes and times of the files."""
@@ -110,12 +111,12 @@ class ImageItems:
     def __len__(self) -> int:
         return len(self.items)
 
-    def decode(self, index: int, side: int) -> Tensor:
-        """Decodes one image to uint8 (3, side, side)."""
+    def decode(self, index: int, size: ImageSize) -> Tensor:
+        """Decodes one image to uint8 (3, H, W) of a size."""
         try:
             image = self.items[index][0]
             _check_pixels(image, self.max_pixels)
-            return _to_pixels(image, side)
+            return _to_pixels(image, size)
         except Exception as cause:
             text = f"cannot read image {index} of {self.name} ({one_line(cause)})"
             raise DataError(f"{text}; remove the data set and prepare it again") from cause
@@ -126,9 +127,9 @@ class ImageItems:
 
 
 class FileDataset(Dataset[tuple[Tensor, str]]):
-    """Image files as (image (3, size, size) in [0, 1], path); `size` is in pixels."""
+    """Image files as (image (3, H, W) in [0, 1], path); `size` is their height and width in pixels."""
 
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
+    def __init__(self, paths: Sequence[Path], size: ImageSize) -> None:
         self.paths, self.size = paths, size
 
     def __len__(self) -> int:
@@ -232,16 +233,16 @@ def open_image(path: Path) -> Image.Image:
         return _to_rgb(image)
 
 
-def decode_file(path: Path, size: int, max_pixels: int | None = None) -> Tensor:
-    """Decodes one image upright, as RGB on white, its shorter side resized and its centre cropped.
+def decode_file(path: Path, size: ImageSize, max_pixels: int | None = None) -> Tensor:
+    """Decodes one image upright, as RGB on white, its centre cropped to the shape and resized.
 
     Args:
         path: The file.
-        size: Height and width of the result in pixels.
+        size: Height and width of the result in pixels, as one number if they are equal.
         max_pixels: The largest image to read, by its header; None for Pillow's own limit, 178,956,970.
 
     Returns:
-        uint8 (3, size, size).
+        uint8 (3, H, W).
 
     Raises:
         DataError: If the file cannot be read as an image, or has more pixels.
@@ -251,13 +252,13 @@ def decode_file(path: Path, size: int, max_pixels: int | None = None) -> Tensor:
         return _to_pixels(image, size)
 
 
-def decode_any(image: Any, size: int) -> Tensor:
-    """Converts an image to uint8 (3, size, size) as `decode_file` does.
+def decode_any(image: Any, size: ImageSize) -> Tensor:
+    """Converts an image to uint8 (3, H, W) as `decode_file` does.
 
     Args:
         image: A path, the bytes of an image file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or
             (H, W). Arrays and tensors are uint8 or floating point in [0, 1]; those without channels are grey.
-        size: Height and width of the result in pixels.
+        size: Height and width of the result in pixels, as one number if they are equal.
 
     Raises:
         DataError: If it has another type, shape or range, or cannot be read.
@@ -334,11 +335,12 @@ def _check_pixels(image: Image.Image, max_pixels: int | None) -> None:
         raise ValueError(f"{image.width}×{image.height} pixels are more than data.max_pixels={max_pixels:,}")
 
 
-def _to_pixels(image: Image.Image, size: int) -> Tensor:
+def _to_pixels(image: Image.Image, size: ImageSize) -> Tensor:
     image = _to_rgb(image)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size)
+    height, width = height_and_width(size)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,6 @@
 """A task as a user names it, and how its images are divided into splits."""
 
 import hashlib
-import re
 import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from recast_pl.errors import DataError
+from recast_pl.rules import TASK_RULE, is_task_name
 
 SPLITS = ("train", "val", "test")
 
@@ -69,8 +69,8 @@ def check_names(tasks: Sequence[TaskConfig]) -> None:
     if not tasks:
         raise DataError("data.tasks is empty; list at least one task, such as [{name: defects, path: /data/defects}]")
     for task in tasks:
-        if not re.fullmatch(r"\w[\w.\- ]*", task.name):
-            raise DataError(f"task name {task.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
+        if not is_task_name(task.name):
+            raise DataError(f"task name {task.name!r:.80} cannot name a file; choose {TASK_RULE}")
     names = [task.name.casefold() for task in tasks]  # some file systems ignore case
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

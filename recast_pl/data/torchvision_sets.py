@@ -152,7 +152,9 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     for attribute in ("classes", "categories", "bin_classes"):
         names = getattr(dataset, attribute, None)
         if names is not None and len(names) == count:
-            return [str(name[0] if isinstance(name, tuple) else name) for name in names]  # the first of several names
+            firsts = [str(name[0] if isinstance(name, tuple) else name) for name in names]  # the first of several names
+            # ImageNet has two classes "crane"
+            return [f"{name} ({label})" if firsts.count(name) > 1 else name for label, name in enumerate(firsts)]
     return [str(label) for label in range(count)]
 
 

@@ -22,6 +22,7 @@ from recast_pl.inference.mixed_batch import MixedBatch, PackedState
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.rules import ImageSize, height_and_width
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
@@ -118,7 +119,7 @@ class Predictor:
         """Class names of a task, in order of label; raises RunError if there is no such task."""
         return list(self._find(task).classes)
 
-    def image_size(self, task: str) -> int:
+    def image_size(self, task: str) -> ImageSize:
         """Height and width in pixels of a task's images; raises RunError if there is no such task."""
         return self._find(task).image_size
 
@@ -158,7 +159,7 @@ class Predictor:
         """Classifies images that are decoded already, each by its own task.
 
         Args:
-            images: uint8 (N, 3, S, S), or N tensors (3, S, S), each of the image size S of its task.
+            images: uint8 (N, 3, H, W), or N tensors (3, H, W), each of the image size of its task.
             tasks: The task of each image (N,).
 
         Returns:
@@ -173,11 +174,9 @@ class Predictor:
             raise DataError(f"{len(images)} images and {len(tasks)} tasks are given; name one task for each image")
         entries = {name: self._find(name) for name in dict.fromkeys(tasks)}
         for image, name in zip(images, tasks, strict=True):
-            size = entries[name].image_size
-            if image.dtype != torch.uint8 or image.shape != (3, size, size):
-                raise DataError(
-                    f"an image is {image.dtype} {tuple(image.shape)}; task {name!r} needs uint8 {(3, size, size)}"
-                )
+            shape = (3, *height_and_width(entries[name].image_size))
+            if image.dtype != torch.uint8 or image.shape != shape:
+                raise DataError(f"an image is {image.dtype} {tuple(image.shape)}; task {name!r} needs uint8 {shape}")
         found: dict[int, Prediction] = {}
         by_task = sorted(range(len(tasks)), key=tasks.__getitem__)
         for size in {entry.image_size for entry in entries.values()}:
@@ -265,7 +264,7 @@ class _LoadedTask:
     classes: Sequence[str]
     weight: Tensor
     bias: Tensor
-    image_size: int
+    image_size: ImageSize
 
 
 def _from_config(run_dir: str | Path) -> tuple[TILModule, Precision, torch.device]:

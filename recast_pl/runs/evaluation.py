@@ -12,6 +12,7 @@ from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.methods.recast import Recast
+from recast_pl.rules import ImageSize
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import accuracy_matrix
@@ -62,7 +63,7 @@ def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskP
     return folder.load_patches([task])[task] if task is not None else TaskPatch.load(str(file))
 
 
-def restore(module: TILModule, folder: RunFolder, image_size: int) -> None:
+def restore(module: TILModule, folder: RunFolder, image_size: ImageSize) -> None:
     """Builds a module, which has the run's method and backbone, on the base of a run, with what its tasks share."""
     for piece in module.pieces:
         piece.load_base(folder.path)

@@ -201,7 +201,8 @@ class RunFolder:
         return patches
 
     def _patches(self) -> Iterable[Path]:
-        return (self.path / "patches").glob("*.safetensors")
+        """The files of patches; hidden ones, such as the `._NAME` of other systems, are none."""
+        return (path for path in (self.path / "patches").glob("*.safetensors") if not path.name.startswith("."))
 
 
 def write_once(path: Path, content: bytes) -> bool:
@@ -213,7 +214,7 @@ def write_once(path: Path, content: bytes) -> bool:
     Raises:
         StorageError: If the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
+    draft = path.with_name(f".{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
     write_atomic(draft, content)
     with writing(path):
         try:

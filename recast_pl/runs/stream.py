@@ -29,6 +29,7 @@ from recast_pl.runs.metrics import (
     backward_transfer,
     forgetting,
 )
+from recast_pl.terminal import open_console
 
 
 class Presentation(Protocol):
@@ -71,7 +72,7 @@ class Stream:
         presentation: Presentation | None = None,
     ) -> None:
         self.module, self.data, self.folder, self.trainers, self.seed = module, data, RunFolder(run_dir), trainers, seed
-        self.config, self.console, self.presentation = config, console or Console(), presentation
+        self.config, self.console, self.presentation = config, console or open_console(), presentation
         self.evaluator = trainers.for_evaluation()
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
@@ -198,7 +199,9 @@ class Stream:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
         last = files.checkpoints / "last.ckpt"
         if last.exists() and not is_whole_checkpoint(last):
-            self.console.print(f"{last} is damaged; the task is trained again from its start", soft_wrap=True)
+            self.console.print(
+                f"{last} is damaged; the task is trained again from its start", soft_wrap=True, markup=False
+            )
             return None
         return last if last.exists() else None
 

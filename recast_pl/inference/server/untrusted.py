@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError
+from recast_pl.rules import ImageSize
 
 # no other formats: Pillow passes some (PostScript) on to other programs, and rare ones are little tested
 _FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
@@ -67,8 +68,8 @@ def check_image(content: bytes, max_pixels: int) -> int:
     return pixels
 
 
-def decode(content: bytes, size: int) -> Tensor:
-    """Decodes an image file that `check_image` has passed to uint8 (3, size, size), as `Predictor.predict` would.
+def decode(content: bytes, size: ImageSize) -> Tensor:
+    """Decodes an image file that `check_image` has passed to uint8 (3, H, W), as `Predictor.predict` would.
 
     Raises:
         HTTPException: 422 if it cannot be read.
