@@ -5,55 +5,120 @@ import hashlib
 import json
 import os
 import secrets
+import stat
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from recast_pl.errors import RecastError, StorageError
+from recast_pl.terminal import open_console
 
-STORAGE_FAULTS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
-)
+_FAULTS = "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS ENOTDIR EISDIR ENOENT EEXIST ELOOP ENAMETOOLONG EBUSY ENXIO EIO"
+
+STORAGE_FAULTS = frozenset(getattr(errno, name) for name in _FAULTS.split() if hasattr(errno, name))
 """Error numbers of a failed write that the user can fix, such as a full disk."""
+
+STANDARD_OUTPUT = "-"
+"""The name of standard output where a command takes the name of an output file."""
 
 _PART = ".part"  # suffix of a file that is being written
 
 _METADATA_KEY = "recast_pl"  # a single key, because safetensors keeps several keys in no fixed order
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
+def write_atomic(path: str | Path, content: bytes | str | Iterable[str]) -> None:
     """Writes a file atomically: readers see the old content or the new content, even after a crash, never a part.
 
+    Symbolic links are followed, and a file that exists keeps its permissions. Pipes, devices and the streams of this
+    process, such as `/dev/stdout`, cannot be replaced: they are written directly.
+
     Args:
-        path: The file. Missing folders are created.
-        content: Bytes, or text to encode as UTF-8.
+        path: The file; `-` is standard output. Missing folders are created.
+        content: Bytes, or text to encode as UTF-8, also in parts, which are written as they come. In names of files
+            that are not UTF-8, bytes stay what they are.
 
     Raises:
         StorageError: If the disk is full or writing is not allowed; the old content stays.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
+    path, parts = Path(path), _encoded(content)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = _find_stream(path)
+        if stream is not None:
+            _write_stream(stream, parts)
+        elif path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                file.writelines(parts)
+        else:
+            _replace(Path(os.path.realpath(path)), parts)
+
+
+def is_standard_output(path: str | Path) -> bool:
+    """Whether `write_atomic` would write to standard output, so that messages must go elsewhere."""
+    return _find_stream(Path(path)) is sys.stdout
+
+
+def _encoded(content: bytes | str | Iterable[str]) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+    else:
+        for part in [content] if isinstance(content, str) else content:
+            yield part.encode(errors="surrogateescape")
+
+
+def _find_stream(path: Path) -> TextIO | None:
+    """Standard output or standard error, if the path is a name of it; None otherwise."""
+    if str(path) == STANDARD_OUTPUT:
+        return sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # such as those of notebooks, which are no files
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                return stream
+    return None
+
+
+def _write_stream(stream: Any, parts: Iterable[bytes]) -> None:
+    """Writes bytes to a text stream, after the text that it holds."""
+    try:
+        stream.flush()
         try:
-            with temporary.open("xb") as file:  # not tempfile, whose files do not follow the umask
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            descriptor = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # a notebook's stream takes text only
+            stream.write(b"".join(parts).decode(errors="replace"))
+        else:
+            # not the stream itself, which may write a part only if it is unbuffered
+            with open(descriptor, "wb", closefd=False) as file:
+                file.writelines(parts)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        open_console().on_broken_pipe()
+
+
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    temporary = path.with_name(f".{secrets.token_hex(8)}{_PART}")  # not tempfile, whose files do not follow the umask
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            with suppress(PermissionError):  # some file systems have no permissions
+                temporary.chmod(mode)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -99,7 +164,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        Console(stderr=True).print(f"waiting for another process: {what}", highlight=False)
+        open_console(stderr=True).print(f"waiting for another process: {what}")
         lock.acquire()
     try:
         yield
@@ -183,6 +248,8 @@ def read_tensors(path: str | Path, error: type[RecastError]) -> tuple[dict[str, 
     path = Path(path)
     if not path.is_file():
         raise error(f"{path} does not exist; check the path")
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise error(f"{path} has a name that is not UTF-8, which safetensors cannot open; rename it")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(json.loads((file.metadata() or {})[_METADATA_KEY]))

@@ -35,9 +35,9 @@ def decoded(monkeypatch):
     """The names of files decoded so far."""
     names, decode = [], images_module.decode_file
 
-    def counting(path, size):
+    def counting(path, *settings):
         names.append(path.name)
-        return decode(path, size)
+        return decode(path, *settings)
 
     monkeypatch.setattr(images_module, "decode_file", counting)
     return names
@@ -161,13 +161,13 @@ def prepare_slowly(folder, fatal, barrier, counts):
     """Runs in its own process: counts the images it decodes, and kills itself at image number `fatal`."""
     count, decode = 0, images_module.decode_file
 
-    def slow(path, size):
+    def slow(path, *settings):
         nonlocal count
         count += 1
         if count == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
-        return decode(path, size)
+        return decode(path, *settings)
 
     images_module.decode_file = slow
     barrier.wait()
@@ -281,10 +281,8 @@ def spoil(folder):
     )
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(place / "float.tif")
     (place / "dangling.png").symlink_to(place / "nowhere.png")
-    (place / "folder.png").mkdir()
-    return sorted(
-        ["truncated.jpg", "truncated.png", "empty.png", "text.jpg", "600 megapixels.png", "float.tif", "folder.png"]
-    )
+    (place / "folder.png").mkdir()  # not a file, so that it does not count
+    return sorted(["truncated.jpg", "truncated.png", "empty.png", "text.jpg", "600 megapixels.png", "float.tif"])
 
 
 def handled(folder):
@@ -385,7 +383,8 @@ def test_ratio_ignores_official_splits(image_folder, root):
         folder = image_folder(f"given/{split}", classes=2, images=20).parent
     official, ratio = stream(folder), stream(folder, split="ratio")
     assert official.sizes == {"train": 40, "val": 40, "test": 40}
-    assert ratio.sizes == {"train": 84, "val": 18, "test": 18}
+    assert sum(ratio.sizes.values()) == 120
+    assert 70 < ratio.sizes["train"] < 98  # 70 % are 84
 
 
 # resuming

@@ -15,13 +15,13 @@ from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.data.batches import TaskSampler
-from recast_pl.data.datasets import open_folder
+from recast_pl.data.folders import open_folder
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
 
 SPLITS = ("train", "val", "test")
-FOOD_SIZES = {"train": 190, "val": 39, "test": 39}
-FOOD = "9ce7fc6c898328447153cc9d9bf4480b103ca76de5b30310147565e543daf033"
+FOOD_SIZES = {"train": 182, "val": 44, "test": 42}
+FOOD = "d6912b7566ee3414313002a8cc411fa7f051b5efdc7f045dbf96ab42539f65ea"
 
 
 def stream(*tasks, **settings):
@@ -48,20 +48,28 @@ def write(path, colour=(200, 30, 90), size=(20, 20), **options):
 LABELS = np.repeat(np.arange(5), [3, 7, 40, 111, 20])
 
 
-def test_splits_are_disjoint_complete_and_stratified():
-    splits = split_images(LABELS, [""] * len(LABELS), 42)
+def divide(labels, seed=0, given=None, **settings):
+    """Splits images with names of their own."""
+    names = [f"{label}/{index:04d}.png" for index, label in enumerate(labels)]
+    return split_images(labels, given or [""] * len(labels), names, seed, **settings)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_splits_are_disjoint_complete_and_hold_every_class(seed):
+    splits = divide(LABELS, seed)
     assert list(splits) == list(SPLITS)
     assert sorted(np.concatenate(list(splits.values()))) == list(range(len(LABELS)))
-    for label, count in enumerate(np.bincount(LABELS)):
-        for held_out in ("val", "test"):
-            share = (LABELS[splits[held_out]] == label).sum()
-            assert abs(share - 0.15 * count) <= 1
-            assert share >= 1
-        assert (LABELS[splits["train"]] == label).sum() >= 1
+    assert all(set(LABELS[splits[name]]) == set(LABELS) for name in SPLITS)
+
+
+def test_splits_have_the_sizes_asked_for_on_average():
+    sizes = np.array([[len(split) for split in divide(np.repeat([0, 1], 300), seed).values()] for seed in range(50)])
+    assert np.abs(sizes.mean(0) / 600 - [0.7, 0.15, 0.15]).max() < 0.01
+    assert np.abs(sizes / 600 - [0.7, 0.15, 0.15]).max() < 0.06
 
 
 def test_a_split_depends_only_on_the_seed():
-    first, again, other = (split_images(LABELS, [""] * len(LABELS), seed) for seed in (1, 1, 2))
+    first, again, other = (divide(LABELS, seed) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in SPLITS)
     assert not np.array_equal(first["val"], other["val"])
 
@@ -69,24 +77,60 @@ def test_a_split_depends_only_on_the_seed():
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_class_too_small_to_divide_goes_to_training(count):
     labels = np.repeat([0, 1], [count, 10])
-    splits = split_images(labels, [""] * len(labels), 0)
-    assert (labels[splits["train"]] == 0).sum() == count
+    assert (labels[divide(labels)["train"]] == 0).sum() == count
 
 
 @pytest.mark.parametrize(("given", "missing"), [(("train", "test"), "val"), (("train", "val"), "test")])
 def test_only_the_missing_split_is_taken_from_training(given, missing):
     labels = np.tile(np.repeat([0, 1], 20), 2)
     names = np.repeat(given, 40)
-    splits = split_images(labels, list(names), 0)
+    splits = divide(labels, given=list(names))
     kept = given[1]
     assert splits[kept].tolist() == np.flatnonzero(names == kept).tolist()
-    assert np.bincount(labels[splits[missing]]).tolist() == [3, 3]  # 15 % of 20
+    assert np.bincount(labels[splits[missing]]).min() >= 1
+    assert 2 <= len(splits[missing]) <= 12  # 15 % of 40 are 6
     assert set(splits[missing]) | set(splits["train"]) == set(np.flatnonzero(names == "train"))
+
+
+def split_names(folder):
+    """The split of each image of a folder, by its name."""
+    images = stream(TaskConfig("colours", str(folder)))._images
+    return {images.source.names[index]: split for split in SPLITS for index in images.splits[split].tolist()}
+
+
+def test_the_split_of_an_image_does_not_depend_on_the_other_images(image_folder):
+    folder = image_folder("colours", images=60)
+    before = split_names(folder)
+    for index in range(9):
+        write(folder / "class1" / f"0{index}x.png", colour=(index, 0, 0))  # sorted between the others
+    write(folder / "another" / "x.png", colour=(0, 0, 9))
+    after = split_names(folder)
+    assert after.items() > before.items()
+    for index in range(0, 60, 3):
+        (folder / "class0" / f"{index:03d}.png").unlink()
+    assert split_names(folder).items() < after.items()
+
+
+def test_an_image_added_to_a_tiny_class_moves_at_most_one_other_into_each_split(image_folder):
+    folder = image_folder("colours", classes=2, images=3)
+    before = split_names(folder)
+    for index in range(12):
+        write(folder / "class0" / f"{index}x.png", colour=(index, 0, 0))
+        after = split_names(folder)
+        assert sum(after[name] != split for name, split in before.items()) <= 2
+        before = after
+
+
+def test_a_moved_folder_has_the_same_splits(image_folder, tmp_path):
+    folder = image_folder("colours", images=30)
+    before = split_names(folder)
+    folder.rename(tmp_path / "elsewhere")
+    assert split_names(tmp_path / "elsewhere") == before
 
 
 def test_given_splits_are_kept():
     names = ["train", "val", "test"] * 4
-    splits = split_images(np.repeat([0, 1], 6), names, 0)
+    splits = divide(np.repeat([0, 1], 6), given=names)
     assert {name: splits[name].tolist() for name in SPLITS} == {n: list(range(i, 12, 3)) for i, n in enumerate(SPLITS)}
 
 
@@ -306,6 +350,7 @@ def test_selecting_changes_the_current_task(image_folder):
         ([TaskConfig("digits"), TaskConfig("digits")], "'digits' is listed twice"),
         ([TaskConfig("digist")], "'digist'; known by name: flowers"),
         *(([TaskConfig(name)], repr(name)) for name in ("", "../up", "a/b", ".hidden", "new\nline")),
+        ([TaskConfig("x" * 201)], "at most 200 bytes"),
     ],
 )
 def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
@@ -318,6 +363,18 @@ def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
 def test_sizes_below_one_are_refused(name, value):
     with pytest.raises(DataError, match=f"data.{name}={value}"):
         SequentialTaskDataModule(**{name: value})
+
+
+def test_an_image_size_that_a_patch_may_not_have_is_refused():
+    with pytest.raises(DataError, match=r"data.image_size=3000 must be 1 to 2048 pixels"):
+        SequentialTaskDataModule(image_size=3000)
+
+
+def test_a_class_name_that_a_patch_may_not_have_is_refused(image_folder, tmp_path):
+    path = image_folder("colours")
+    (path / "class0").rename(path / "two\nlines")
+    with pytest.raises(DataError, match=r"class 'two\\nlines' of .*control characters; rename the class"):
+        stream(TaskConfig("colours", str(path))).check()
 
 
 def test_names_that_differ_only_in_case_are_the_same():

@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 from conftest import RANDOM, RESNET, ROOT, TINY_VIT, learn
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -45,7 +46,43 @@ def facts_of(path):
         return json.loads(file.metadata()["recast_pl"])
 
 
+def check_preprocessing(facts, size=32):
+    told = facts["preprocessing"]
+    assert told["colour"] == "RGB"
+    assert told["crop"] == "the largest centred square"
+    assert told["resize"] == {"height": size, "width": size}
+    assert told["interpolation"] == "bicubic, antialiased, rounded to 8 bits"
+    assert told["range"] == [0, 1]
+    assert told["layout"] == ["batch", "channel", "height", "width"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 37), (37, 50), (200, 101), (24, 31)])
+def test_what_the_metadata_says_gives_the_pixels_of_the_program(width, height, tmp_path):
+    """Whoever follows `check_preprocessing` with Pillow alone gets the program's own pixels."""
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "image.png", exif=exif)
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in (height, width))
+    square = (left, top, left + side, top + side)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "image.png")).convert("RGB")
+    pixels = np.array(upright.resize((32, 32), Image.Resampling.BICUBIC, square)).transpose(2, 0, 1)
+    found, _ = FileDataset([tmp_path / "image.png"], 32)[0]
+    np.testing.assert_allclose(found, pixels / np.float32(255), atol=1.1 / 255)
+
+
+def check_graph(facts, size=32):
+    """A graph normalises images itself, so its metadata must not say that the caller should."""
+    facts = {name: json.loads(facts[name]) if name in ("preprocessing", "format") else facts[name] for name in facts}
+    assert facts["preprocessing"]["normalisation"] == "none: it is inside the graph"
+    assert not {"mean", "std"} & facts.keys()
+    check_preprocessing(facts, size)
+
+
 def normalised(images, facts):
+    assert facts["preprocessing"]["normalisation"] == "(image - mean) / std for each channel"
     mean, std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
     return (images - mean) / std
 
@@ -56,6 +93,7 @@ def check_plain(run, task, plain, size=32):
     facts = facts_of(file)
     assert facts["classes"] == sorted(path.name for path in (ROOT / "data/clipart" / task).iterdir() if path.is_dir())
     assert (facts["task"], facts["image_size"]) == (task, size)
+    check_preprocessing(facts, size)
     plain.load_state_dict(load_file(file), strict=True)
     images, logits = expected(run, task, size)
     with torch.no_grad():
@@ -69,7 +107,9 @@ def check_onnx(run, file, task, size=32, **feed):
     for count in (1, 5):
         (found,) = session.run(None, {"images": images[:count].numpy(), **feed})
         np.testing.assert_allclose(found, logits[:count], atol=1e-4)
-    return session.get_modelmeta().custom_metadata_map
+    told = session.get_modelmeta().custom_metadata_map
+    check_graph(told, size)
+    return told
 
 
 def check_program(run, file, task, size=32):
@@ -79,7 +119,10 @@ def check_program(run, file, task, size=32):
     images, logits = expected(run, task, size)
     for count in (1, 5):
         torch.testing.assert_close(program.module()(images[:count]), logits[:count], atol=1e-4, rtol=1e-5)
-    assert json.loads(told["recast_pl.json"])["task"] == task
+    facts = json.loads(told["recast_pl.json"])
+    assert facts["task"] == task
+    assert "mean" not in facts
+    assert facts["preprocessing"]["normalisation"] == "none: it is inside the graph"
 
 
 def check_bank(run, file, size=32):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recast_pl import BackboneConfig, BankLayout, Decomposition, LinearProbe, SharedState, TaskPatch, TILModule
-from recast_pl.data.datasets import open_manifest
+from recast_pl.data.manifests import open_manifest
 from recast_pl.decomposition.bank import decompose
 from recast_pl.errors import DataError, DecompositionError, PatchError
 from recast_pl.files import pack_tensors
@@ -77,16 +77,18 @@ def test_no_byte_can_be_missing_or_too_many(file):
 def test_a_newer_format_and_more_or_less_than_expected_are_refused(tmp_path):
     path = tmp_path / "file.safetensors"
     facts = {"format": 1, "kind": "patch", "task": "t", "classes": ["a"], "method": [], "image_size": 8}
-    facts |= {"mean": [0, 0, 0], "std": [1, 1, 1], "base": "", "metrics": {}}
-    head = {"head/0/weight": torch.zeros(1, 2)}
+    facts |= {"mean": [0, 0, 0], "std": [1, 1, 1], "base": "0" * 64, "metrics": {}}
+    head = {"head/0/weight": torch.zeros(1, 2), "head/0/bias": torch.zeros(1)}
     path.write_bytes(pack_tensors(head, facts))
     TaskPatch.load(path)
     for tensors, changed, message in (
         (head, {"format": 2}, "format 2"),
         (head | {"more": torch.zeros(1)}, {}, "incomplete"),
         (head | {"pieces/0/c": torch.zeros(1)}, {}, "incomplete"),
+        (head | {"head/-1/more": torch.zeros(1)}, {}, "unknown"),
+        (head | {"head/00/more": torch.zeros(1)}, {}, "unknown"),
         (head, {"more": 1}, "states"),
-        (head, {"classes": "ab"}, "classes is ab"),
+        (head, {"classes": "ab"}, "classes is 'ab'"),
         (head, {"image_size": 0}, "image_size is 0"),
         (head, {"std": [1, 0, 1]}, "std is"),
         (head, {"metrics": {"accuracy": "high"}}, "metrics is"),

@@ -1,6 +1,7 @@
 """The patch command: show, diff, verify, average and quantize."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from conftest import ROOT, learn
 from safetensors.torch import load_file
 
-from recast_pl import TaskPatch
+from recast_pl import TaskPatch, load
 from recast_pl.cli import main
+from recast_pl.errors import PatchError
 
 SIGNS, PEOPLE = "patches/00_signs.safetensors", "patches/01_people.safetensors"
 PICTURES = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:3]
@@ -96,6 +98,97 @@ def test_verify_refuses_damaged_patches_in_one_line(damage, run, tmp_path, capsy
     error = capsys.readouterr().err
     assert str(path) in error
     assert named in error, error
+
+
+def scaled(patch, factor):
+    return patch.with_tensors({name: tensor * factor for name, tensor in patch.tensors.items()})
+
+
+def typed(patch, dtype):
+    return replace(patch, pieces=[{name: tensor.to(dtype) for name, tensor in p.items()} for p in patch.pieces])
+
+
+def headed(patch, classes, weight, bias):
+    return replace(patch, classes=classes, head={"weight": weight, "bias": bias})
+
+
+INVALID = {
+    "climbs out": (lambda p: replace(p, task="../patches/00_signs"), "task is '../patches/00_signs'"),
+    "absolute": (lambda p: replace(p, task="/elsewhere"), "task is '/elsewhere'"),
+    "hidden": (lambda p: replace(p, task=".signs"), "task is '.signs'"),
+    "empty name": (lambda p: replace(p, task=""), "task is ''"),
+    "line break": (lambda p: replace(p, task="a\nb"), r"task is 'a\nb'"),
+    "escape": (lambda p: replace(p, task="a\x1b[31m"), r"task is 'a\x1b[31m'"),
+    "NUL": (lambda p: replace(p, task="a\0b"), r"task is 'a\x00b'"),
+    "long name": (lambda p: replace(p, task="x" * 1_000_000), "at most 200 bytes"),
+    "no class": (lambda p: headed(p, [], torch.zeros(0, 512), torch.zeros(0)), "classes is []"),
+    "same class twice": (lambda p: replace(p, classes=[p.classes[0]] * len(p.classes)), "each once"),
+    "empty class": (lambda p: replace(p, classes=["", *p.classes[1:]]), "1 to 1,000 characters"),
+    "long class": (lambda p: replace(p, classes=["x" * 1001, *p.classes[1:]]), "1 to 1,000 characters"),
+    "class of two lines": (lambda p: replace(p, classes=["a\nb", *p.classes[1:]]), "control characters"),
+    "class not UTF-8": (lambda p: replace(p, classes=["caf\udce9", *p.classes[1:]]), "control characters"),
+    "classes without head": (lambda p: replace(p, classes=[*p.classes, "more"]), "the head"),
+    "image too large": (lambda p: replace(p, image_size=3000), "image_size is 3000"),
+    "image size true": (lambda p: replace(p, image_size=True), "image_size is True"),
+    "wrong base": (lambda p: replace(p, base="0"), "base is '0'"),
+    "mean of a million digits": (lambda p: replace(p, mean=[10**4000] * 3), "mean is"),
+    "metric": (lambda p: replace(p, metrics={"accuracy": 10**400}), "metrics is"),
+    "metric of two lines": (lambda p: replace(p, metrics={"a\nb": 1}), "metrics is"),
+    "huge numbers": (lambda p: scaled(p, 1e30), "beyond 1e+09"),
+    "infinity": (lambda p: scaled(p, torch.inf), "NaN, infinity"),
+    "complex numbers": (lambda p: typed(p, torch.complex64), "torch.complex64"),
+    "8-bit floats": (lambda p: typed(p, torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "tensor of two lines": (lambda p: replace(p, pieces=[{"a\nb": torch.zeros(1)}]), r"'pieces/0/a\nb'"),
+    "whole head": (lambda p: headed(p, p.classes, *(p.head[n].long() for n in ("weight", "bias"))), "torch.int64"),
+}
+
+
+def refused(capsys, path, named, *words):
+    assert main([str(word) for word in words]) == 2
+    out, error = capsys.readouterr()
+    assert (named in error, str(path) in error, error.count("\n"), out) == (True, True, 1, ""), error
+    assert len(error) < 600
+
+
+@pytest.mark.parametrize("kind", INVALID)
+def test_an_invalid_patch_is_refused_in_one_line(kind, run, tmp_path, capsys):
+    change, named = INVALID[kind]
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(change(TaskPatch.load(run / SIGNS)).to_bytes())
+    refused(capsys, path, named, "patch", "show", path)
+
+
+def test_every_command_refuses_an_invalid_patch_and_writes_nothing(run, tmp_path, capsys):
+    path, new = tmp_path / "bad.safetensors", tmp_path / "new"
+    path.write_bytes(replace(TaskPatch.load(run / SIGNS), task="../patches/00_signs").to_bytes())
+    before = {file: file.read_bytes() for folder in (run, tmp_path) for file in folder.rglob("*") if file.is_file()}
+    for words in (
+        ("patch", "diff", run / SIGNS, path),
+        ("patch", "verify", path, "--run_dir", run),
+        ("patch", "average", path, path, "--output", new),
+        ("patch", "quantize", path, "--output", new),
+        ("export", "--run_dir", run, "--patch", path, "--format", "safetensors"),
+        ("predict", "--run_dir", run, "--patch", path, "--images", PICTURES[0], "--output", new),
+    ):
+        refused(capsys, path, "task is '../patches/00_signs'", *words)
+    after = {file: file.read_bytes() for folder in (run, tmp_path) for file in folder.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_an_invalid_patch_is_not_added_to_a_network(run):
+    good, model = TaskPatch.load(run / SIGNS), load(run, tasks=["people"])
+    for kind, (change, named) in INVALID.items():
+        if kind != "8-bit floats":  # which become 32-bit floats
+            with pytest.raises(PatchError, match=re.escape(named)):
+                model.add_patch(change(good))
+    assert model.tasks == ["people"]
+
+
+def test_whole_numbers_do_not_fit_a_piece_of_fractions(run, tmp_path, capsys):
+    path = tmp_path / "whole.safetensors"
+    typed(TaskPatch.load(run / SIGNS), torch.int64).save(path)
+    assert patch("verify", path, "--run_dir", run) == 2
+    assert "coefficients of Recast as torch.int64" in capsys.readouterr().err
 
 
 def test_average_is_the_weighted_mean_and_a_patch(run, tmp_path):

@@ -1,8 +1,11 @@
 """Predictions: every kind of image, many threads, tasks that are added and removed."""
 
+import copy
 import csv
 import dataclasses
+import io
 import json
+import pickle
 import sys
 import threading
 import tracemalloc
@@ -99,6 +102,47 @@ def test_an_image_is_the_same_however_it_is_given(model):
     assert model.predict([], "food") == model.predict([], tasks=[]) == []
 
 
+def test_the_bytes_of_a_file_are_an_image(model):
+    content, wanted = FOOD[1].read_bytes(), model.predict(FOOD[1], "food")
+    for given in (content, bytearray(content), memoryview(content), [content]):
+        assert model.predict(given, "food") == wanted
+    assert model.predict([content, FOOD[1]], "food") == wanted * 2
+
+
+def test_arrays_without_channels_are_grey(model):
+    grey = Image.open(FOOD[1]).convert("L")
+    (wanted,) = model.predict(grey, "food")
+    array, tensor = np.array(grey), pil_to_tensor(grey)
+    for given in (array, array / 255, array[..., None], tensor, tensor[0], tensor / 255, tensor[0].bfloat16() / 255):
+        (found,) = model.predict(given, "food")
+        same = 0.1 if getattr(given, "dtype", None) == torch.bfloat16 else 1e-6
+        assert found.probabilities == pytest.approx(wanted.probabilities, abs=same)
+    for batch in (array[None, ..., None], tensor[None], [array, tensor[0]]):
+        assert {p.label for p in model.predict(batch, "food")} == {wanted.label}
+
+
+def test_what_cannot_be_sent_to_another_process_says_what_to_do(run, model):
+    (prediction,) = model.predict(FOOD[0], "food")
+    patch = patches(run)["food"]
+    assert pickle.loads(pickle.dumps(prediction)) == prediction
+    assert pickle.loads(pickle.dumps(patch)).to_bytes() == patch.to_bytes()
+    assert str(pickle.loads(pickle.dumps(PatchError("text")))) == "text"
+    for send in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(RunError, match=r"cannot be copied or sent to another process; call recast_pl\.load there"):
+            send(model)
+
+
+def test_probabilities_that_are_not_finite_are_an_error_of_their_task(run, model):
+    model.add_patch(tuned(patches(run)["food"], "bad", 1))
+    bad = model._tasks["bad"]
+    for value in (torch.inf, torch.nan):
+        model._tasks["bad"] = dataclasses.replace(bad, weight=torch.full_like(bad.weight, value))
+        for words in ({"task": "bad"}, {"tasks": ["bad", "food"]}):
+            with pytest.raises(PatchError, match="task 'bad' gives probabilities that are not finite; train it again"):
+                model.predict(FOOD[:2], **words)
+    assert model.predict(FOOD[:2], "food")
+
+
 def test_each_image_gets_its_own_task_in_the_order_given(model):
     tasks = ["signs", "food", "signs", "food", "signs"]
     found = model.predict(SIGNS[:5], tasks=tasks)
@@ -146,7 +190,13 @@ def test_tasks_of_several_image_sizes_share_a_predictor():
 WRONG = {
     "None": (lambda: None, "an image cannot be a NoneType"),
     "missing": (lambda: "nowhere.jpg", "'nowhere.jpg'"),
-    "grey": (lambda: np.zeros((8, 8), np.uint8), r"shape \(8, 8\) was given where an array \(H, W, 3\)"),
+    "four channels": (lambda: np.zeros((8, 8, 4), np.uint8), r"shape \(8, 8, 4\) was given where an array \(H, W, 3\)"),
+    "two channels": (lambda: torch.zeros(2, 8, 8), r"a tensor \(3, H, W\) or, if grey, \(H, W\) is needed; convert it"),
+    "line": (lambda: np.zeros(8), r"shape \(8,\)"),
+    "empty grey": (lambda: np.zeros((0, 8)), r"shape \(0, 8\)"),
+    "bytes": (lambda: b"text", "cannot read image '4 bytes'"),
+    "no bytes": (lambda: b"", "cannot read image '0 bytes'"),
+    "stream": (io.BytesIO, "cannot be a BytesIO; give a path, the bytes of an image file"),
     "channels-last": (lambda: torch.zeros(8, 9, 3), r"shape \(8, 9, 3\) was given where a tensor \(3, H, W\)"),
     "channels-first": (lambda: np.zeros((3, 8, 9)), r"shape \(3, 8, 9\) was given where an array \(H, W, 3\)"),
     "empty": (lambda: np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),

@@ -2,7 +2,11 @@
 
 import asyncio
 import dataclasses
+import errno
 import io
+import json
+import logging
+import os
 import re
 import socket
 import struct
@@ -11,17 +15,23 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
+import torch
+from fastapi import FastAPI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
+from test_patch_tools import INVALID
 from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
 
 import recast_pl
 from recast_pl.cli import main
+from recast_pl.inference.server import untrusted
 from recast_pl.inference.server.app import create_app
 from recast_pl.inference.server.limits import Limits
+from recast_pl.inference.server.log_filter import LogFilter
 
 LOCAL = "http://localhost:8000"
 IMAGE = FOOD[0].read_bytes()
@@ -72,6 +82,11 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def chunk(kind, data):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 class Held:
@@ -160,6 +175,119 @@ def test_a_request_that_times_out_is_not_computed(serve, model, monkeypatch):
     assert held.batches == [["food"], ["signs"]]
 
 
+def together(client, held, tasks, meanwhile):
+    """The answers to requests that are classified in one batch; `meanwhile` is called while they wait."""
+    with ThreadPoolExecutor(len(tasks) + 1) as pool:
+        first = pool.submit(ask, client)
+        until(lambda: held.batches)
+        asked = [pool.submit(ask, client, task=task) for task in tasks]
+        until(lambda: client.get("/health").json()["waiting"] == len(tasks) + 1)
+        time.sleep(0.3)  # until the last one is decoded, too
+        meanwhile()
+        held.go.set()
+        assert first.result().status_code == 200
+        return [future.result() for future in asked]
+
+
+BROKEN = {  # how a task breaks while requests wait, the status of its requests, part of their error
+    "removed": (lambda task: None, 404, "no task is named 'bad'; the tasks are food, signs"),
+    "misfit": (lambda task: dataclasses.replace(task, weight=task.weight[:, 1:]), 500, "the server failed"),
+    "state": (
+        lambda task: dataclasses.replace(task, state=task.state._replace(content=b"1234")),
+        *(500, "the server failed"),
+    ),
+    "not finite": (
+        lambda task: dataclasses.replace(task, weight=torch.full_like(task.weight, torch.inf)),
+        *(500, "task 'bad' gives probabilities that are not finite; train it again"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_task_that_fails_spoils_only_its_own_requests(name, run, serve, model, monkeypatch):  # noqa: F811
+    change, status, message = BROKEN[name]
+    model.add_patch(tuned(patches(run)["food"], "bad", 1))
+    wanted = {task: model.predict(FOOD[0], task)[0].probabilities for task in ("food", "signs")}
+
+    def break_it():
+        broken = change(model._tasks["bad"])
+        model.remove("bad")
+        if broken:
+            model._tasks["bad"] = broken
+
+    held, client = Held(model, monkeypatch), serve()
+    tasks = ["signs", "bad", "food", "bad", "signs"]
+    for answer, task in zip(together(client, held, tasks, break_it), tasks, strict=True):
+        if task == "bad":
+            assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+        else:
+            assert answer.json()["probabilities"] == pytest.approx(wanted[task], abs=1e-5)
+    assert len(held.batches[1]) == 5
+    assert ask(client, task="signs").status_code == 200
+
+
+def jpeg_of_scans(count, side=7000):
+    """A small file of a large grey image that is a progressive JPEG with many scans."""
+    Image.new("L", (side, side), 90).save(content := io.BytesIO(), "JPEG", progressive=True)
+    start, *scans = content.getvalue().removesuffix(b"\xff\xd9").split(b"\xff\xda")
+    last = b"\xff\xda" + scans[-1]
+    return b"\xff\xda".join([start, *scans]) + last * (count - len(scans)) + b"\xff\xd9"
+
+
+def test_an_image_of_very_many_scans_is_refused_before_it_is_decoded(serve):
+    client = serve()
+    for scans in (101, 1300, 5000):
+        content = jpeg_of_scans(scans)
+        start = time.monotonic()
+        answer = ask(client, content)
+        assert (answer.status_code, answer.json()["error"][:37]) == (422, "the image has more than 100 scans; sa")
+        assert time.monotonic() - start < 2
+    assert ask(client, jpeg_of_scans(100, side=64)).status_code == 200
+
+
+def test_bytes_that_only_look_like_scans_are_not_counted(serve):
+    client, marks = serve(), b"\xff\xda" * 200
+    video = IMAGE + marks  # as cameras append one
+    comment = IMAGE[:2] + b"\xff\xfe" + (len(marks) + 2).to_bytes(2) + marks + IMAGE[2:]
+    for content in (video, comment):
+        assert ask(client, content).json() == ask(client, IMAGE).json()
+
+
+def with_small_parts(image, end, part, count):
+    """A file with many small parts that have no meaning, in front of `end`."""
+    image.save(content := io.BytesIO(), "JPEG" if part[:1] == b"\xff" else "PNG")
+    before, after = content.getvalue()[:end], content.getvalue()[end:]
+    return before + part * count + after
+
+
+@pytest.mark.parametrize(("end", "part"), [(2, b"\xff\xe0\0\2"), (33, chunk(b"abCd", b"")), (-12, chunk(b"abCd", b""))])
+def test_an_image_of_very_many_parts_is_given_up(end, part, serve, monkeypatch):
+    client, image = serve(), Image.new("RGB", (50, 50))
+    assert ask(client, with_small_parts(image, end, part, 100)).status_code == 200
+    monkeypatch.setattr(untrusted, "_MAX_SECONDS", 0.1)
+    answer = ask(client, with_small_parts(image, end, part, 500_000))
+    assert (answer.status_code, "it takes more than 0.1 seconds" in answer.json()["error"]) == (422, True)
+
+
+def test_large_images_do_not_delay_small_ones(serve):
+    client, large = serve(), jpeg_of_scans(100)
+    with ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(ask, client, large) for _ in range(4)]
+        until(lambda: client.get("/health").json()["waiting"] == 4)
+        time.sleep(0.2)  # until they are being decoded
+        assert ask(client).status_code == 200
+        assert not any(future.done() for future in slow)
+        assert {future.result().status_code for future in slow} == {200}
+
+
+def test_a_limit_above_pillows_own_takes_effect(serve, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    Image.new("L", (200, 200)).save(content := io.BytesIO(), "PNG")
+    assert ask(serve(max_pixels=40_000), content.getvalue()).status_code == 200
+    refused = ask(serve(max_pixels=39_999), content.getvalue())
+    assert (refused.status_code, "has 40000 pixels" in refused.json()["error"]) == (413, True)
+
+
 def test_a_failure_shows_no_details_and_does_not_stop_the_server(serve, model, monkeypatch, caplog):
     client = serve()
     with monkeypatch.context() as patch:
@@ -173,10 +301,6 @@ def test_a_failure_shows_no_details_and_does_not_stop_the_server(serve, model, m
 
 def png(width, height):
     """An image that is large according to its header only."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
@@ -348,6 +472,109 @@ def test_a_body_that_arrives_too_slowly_times_out(model):
     assert taken < 10
 
 
+def test_a_client_that_leaves_is_no_failure_of_the_server(model, capfd, caplog):
+    app = create_app(model, token="t")
+    for path, kind in (("/predict", b"multipart/form-data; boundary=x"), ("/tasks", b"application/octet-stream")):
+        messages = iter([{"type": "http.request", "body": PART, "more_body": True}, {"type": "http.disconnect"}])
+        headers = [(b"host", b"localhost"), (b"content-type", kind), (b"authorization", b"Bearer t")]
+
+        async def receive(messages=messages):
+            return next(messages)
+
+        async def send(message):
+            pass
+
+        asyncio.run(app(scope() | {"path": path, "headers": headers}, receive, send))
+    client = TestClient(app, base_url=LOCAL)
+    counts = {labels: count for labels, count in metrics(client).items() if labels[0] == "recast_pl_requests_total"}
+    assert counts == {("recast_pl_requests_total", path, "499"): 1 for path in ("/predict", "/tasks")}
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_the_log_names_a_failure_that_repeats_once():
+    log, written = logging.getLogger("test of the log"), io.StringIO()
+    log.addHandler(logging.StreamHandler(written))
+    log.addFilter(LogFilter())
+    for _ in range(5000):
+        for number in (errno.EMFILE, errno.EINVAL):
+            log.error("no more connections\n%s", "detail", exc_info=OSError(number, os.strerror(number)))
+        log.error("another failure")
+    text = written.getvalue()
+    assert text.count("too many connections are open (Too many open files)") == 1
+    assert text.count("another failure") == text.count("Invalid argument") == 1
+    assert len(text.splitlines()) < 12
+
+
+def test_the_servers_own_page_works_behind_a_proxy_that_replaces_the_host(serve):
+    client = serve()
+    origin = {"Origin": "https://public.example"}  # the host is localhost:8000
+    refused = client.post("/predict", data={"task": "food"}, files={"image": FILE}, headers=origin)
+    assert (refused.status_code, "use the server's own page" in refused.json()["error"]) == (403, True)
+    (sent,) = re.findall(r"""headers: \{("[\w-]+": "\w+")\}""", client.get("/").text)  # by the page's own script
+    own = json.loads(f"{{{sent}}}")
+    for header in (own, {"Sec-Fetch-Site": "same-origin"}):
+        words = {"data": {"task": "food"}, "files": {"image": FILE}, "headers": {**origin, **header}}
+        assert client.post("/predict", **words).status_code == 200
+    for site in ("cross-site", "same-site", "none"):
+        assert client.get("/tasks", headers={**origin, "Sec-Fetch-Site": site}).status_code == 403
+    asked = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": next(iter(own))}
+    preflight = client.options("/predict", headers=asked)  # what a browser asks before another site may send the header
+    assert preflight.status_code == 403
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+def test_the_application_works_within_another_one(model, monkeypatch):
+    outer = FastAPI()
+    outer.mount("/vision/recast", create_app(model))
+    (wanted,) = model.predict(FOOD[0], "food")
+    for context in (True, False):  # with and without the start of the outer application
+        client = TestClient(outer, base_url=LOCAL)
+        with client if context else nullcontext():
+            for _ in range(2):
+                answer = client.post("/vision/recast/predict", data={"task": "food"}, files={"image": FILE})
+                assert answer.status_code == 200
+                assert answer.json()["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
+    page = client.get("/vision/recast/")
+    assert page.status_code == 200
+    assert not re.search(r"""(fetch|ask)\(["']/""", page.text)  # its addresses are relative
+    families = text_string_to_metric_families(client.get("/vision/recast/metrics").text)
+    counts = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    assert counts["recast_pl_requests_total", "/predict", "200"] == 4
+
+
+def test_an_application_that_was_stopped_starts_again(model):
+    app = create_app(model)
+    for _ in range(2):
+        with TestClient(app, base_url=LOCAL) as client:
+            assert ask(client).status_code == 200
+
+
+def test_head_requests_are_answered_like_get_without_a_body(serve):
+    client = serve()
+    for path in ("/", "/tasks", "/health", "/metrics", "/openapi.json"):
+        assert client.head(path).status_code == client.get(path).status_code == 200
+        assert client.head(path).headers["content-type"] == client.get(path).headers["content-type"]
+    assert client.head("/predict").status_code == 405
+
+
+def test_the_description_names_errors_and_the_token(serve):
+    document = serve(token=TOKEN).get("/openapi.json").json()
+    predict, add = (document["paths"][path]["post"] for path in ("/predict", "/tasks"))
+    assert {"200", "403", "404", "408", "413", "415", "422", "500", "503", "504"} <= predict["responses"].keys()
+    assert {"201", "401", "403", "409", "413", "415", "422"} <= add["responses"].keys()
+    (scheme,) = document["components"]["securitySchemes"].items()
+    assert scheme[1]["type"] == "http"
+    assert scheme[1]["scheme"] == "bearer"
+    assert add["security"] == [{scheme[0]: []}]
+    assert "security" not in predict
+    for responses in (predict["responses"], add["responses"], document["paths"]["/tasks"]["get"]["responses"]):
+        for status, response in responses.items():
+            if int(status) >= 400:
+                (reference,) = response["content"]["application/json"]["schema"].values()
+                schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+                assert schema["properties"].keys() == {"error"}
+
+
 def test_requests_of_other_sites_are_refused(serve):
     client = serve()
     refused = client.get("/health", headers={"Host": "evil.example"})
@@ -406,7 +633,7 @@ def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa:
         (torn, 422, "the patch is damaged"),
         (dataclasses.replace(food, base="0" * 64).to_bytes(), 422, "belongs to base 000000000000"),
         (dataclasses.replace(food, method=["LoRA"]).to_bytes(), 422, "is of method ['LoRA']"),
-        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "belongs to another method"),
+        (dataclasses.replace(food, classes=food.classes[1:]).to_bytes(), 422, "the patch cannot be used: the head has"),
         (bytes(1_000_001), 413, "larger than 1000000 bytes"),
     ):
         answer = client.post("/tasks", content=body, headers=ADDING)
@@ -415,6 +642,28 @@ def test_a_patch_that_does_not_belong_is_not_served(run, serve, model):  # noqa:
     wrong = client.post("/tasks", content=content, headers={**ADDING, "Content-Type": "application/json"})
     assert wrong.status_code == 415
     assert model.tasks == ["food", "signs"]
+
+
+def test_an_invalid_patch_is_not_served(run, serve, model):  # noqa: F811
+    food, client = dataclasses.replace(patches(run)["food"], task="more"), serve(token=TOKEN)
+    for change, named in INVALID.values():
+        answer = client.post("/tasks", content=change(food).to_bytes(), headers=ADDING)
+        assert (answer.status_code, named in answer.json()["error"]) == (422, True), answer.text
+        assert len(answer.text) < 700
+    assert model.tasks == ["food", "signs"]
+
+
+def test_a_patch_whose_image_size_or_numbers_do_not_fit_the_network_is_not_served(run, serve, model):  # noqa: F811
+    food, client = dataclasses.replace(patches(run)["food"], task="more"), serve(token=TOKEN)
+    whole = [{name: tensor.round().long() for name, tensor in piece.items()} for piece in food.pieces]
+    for changes, message in (
+        ({"image_size": 48}, "does not take 48×48 images"),
+        ({"pieces": whole}, "coefficients of Recast as torch.int64"),
+    ):
+        answer = client.post("/tasks", content=dataclasses.replace(food, **changes).to_bytes(), headers=ADDING)
+        assert (answer.status_code, message in answer.json()["error"]) == (422, True), answer.text
+    assert model.tasks == ["food", "signs"]
+    assert ask(client).status_code == 200
 
 
 def test_the_page_loads_nothing_from_elsewhere(serve):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -23,6 +23,7 @@ from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from test_predictor import FOOD, SIGNS, patches, run  # noqa: F401
 from test_report import CHROMIUM
+from test_serve import jpeg_of_scans
 
 import recast_pl
 
@@ -49,19 +50,26 @@ def folder(run, tmp_path_factory):  # noqa: F811
     return folder
 
 
+@contextmanager
+def started(folder, *more, prefix=(), **settings):
+    """The process and the URL of the documented server, with more options."""
+    (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
+    command = [*prefix, sys.executable, *shlex.split(words), "--port", "0", *more]
+    environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, text=True, **settings) as process:
+        try:
+            yield process, re.search(r"http://\S+(?=;)", process.stdout.readline())[0]
+        finally:
+            process.terminate()
+
+
 @pytest.fixture(scope="module")
 def server(folder):
     """The process and the URL of the documented server; it is stopped after the last test."""
-    (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
-    command = [sys.executable, *shlex.split(words), "--port", "0", "--timeout", str(TIMEOUT), "--queue_size", "16"]
-    environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            url = re.search(r"http://\S+(?=;)", process.stdout.readline())[0]
-            yield process, url
-            end(process, url)
-        finally:
-            process.terminate()
+    with started(folder, "--timeout", str(TIMEOUT), "--queue_size", "16") as (process, url):
+        yield process, url
+        end(process, url)
 
 
 def connect(url):
@@ -220,6 +228,38 @@ def test_slow_clients_are_cut_off_and_do_not_delay_others(server):
     assert b"did not arrive in 20 seconds" in bodies
     assert answers < 3000
     assert chunked.startswith(b"HTTP/1.1 4")  # its length is not a number
+
+
+def test_connections_above_the_limit_of_files_do_not_fill_the_log(folder, tmp_path):
+    limited = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash"]
+    with (
+        (tmp_path / "log").open("w") as log,
+        started(folder, prefix=limited, stderr=log) as (process, url),
+        ExitStack() as stack,
+    ):
+        for _ in range(400):
+            stack.enter_context(connect(url))
+        time.sleep(4)
+        stack.close()
+        assert counts_of(url)["recast_pl_tasks",] == 2  # it goes on
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert any("too many connections are open" in line for line in lines)
+    assert len(lines) < 30
+
+
+def test_images_that_would_decode_slowly_do_not_delay_the_end(folder):
+    body = TASK + FILE + jpeg_of_scans(5000) + b"\r\n--x--\r\n"
+    with started(folder) as (process, url), ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(connect(url))
+            connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        process.wait(120)
+        assert time.monotonic() - start < 10
 
 
 class Browser:

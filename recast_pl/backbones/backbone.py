@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from recast_pl.backbones.builders import Source, Statistics, find_source
 from recast_pl.errors import BackboneError, one_line
+from recast_pl.rules import ImageSize, height_and_width, size_text
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class BackboneConfig:
         """The timm model, torchvision model or function of this name; raises BackboneError if there is none."""
         return find_source(self.name, self.weights, self.args)
 
-    def build(self, image_size: int) -> "Backbone":
+    def build(self, image_size: ImageSize) -> "Backbone":
         """Creates the network in evaluation mode and loads its weights.
 
         Args:
-            image_size: Height and width of the input in pixels.
+            image_size: Height and width of the input in pixels, as one number if they are equal.
 
         Raises:
             BackboneError: If the name, the weights or the input size cannot be used.
@@ -65,7 +66,7 @@ class Backbone(nn.Module):
         net: Maps normalised images (B, 3, S, S) to features (B, D).
         mean: Mean of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
-        image_size: S, in pixels.
+        image_size: Height and width of the images in pixels.
         name: Its name in messages and summaries.
 
     Raises:
@@ -75,13 +76,13 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: Statistics, std: Statistics, image_size: int, name: str) -> None:
+    def __init__(self, net: nn.Module, mean: Statistics, std: Statistics, image_size: ImageSize, name: str) -> None:
         super().__init__()
         self.net = net.eval()
         self.name, self.image_size = name, image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.num_features = self._measure_features()
+        self.num_features = self.check_size(image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, S, S) with values in [0, 1]."""
@@ -89,13 +90,13 @@ class Backbone(nn.Module):
         return features
 
     @torch.no_grad()
-    def _measure_features(self) -> int:
-        size = self.image_size
+    def check_size(self, size: ImageSize) -> int:
+        """The number of features D of an image of a size in pixels; raises BackboneError if the network takes none."""
         try:
-            features = self(torch.zeros(1, 3, size, size))
+            features = self(torch.zeros(1, 3, *height_and_width(size)).to(self.mean))
         except (AssertionError, RuntimeError, ValueError) as cause:
             raise BackboneError(
-                f"backbone {self.name!r} does not take {size}×{size} images ({one_line(cause)}); "
+                f"backbone {self.name!r} does not take {size_text(size)} images ({one_line(cause)}); "
                 "set data.image_size to a size it takes"
             ) from cause
         if not isinstance(features, Tensor) or features.ndim != 2:

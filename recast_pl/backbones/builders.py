@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recast_pl.backbones.weights import find_file, read_file
 from recast_pl.compat.timm import refuse_missing_weights
 from recast_pl.errors import BackboneError, one_line
+from recast_pl.rules import ImageSize, height_and_width
 
 Statistics = tuple[float, ...]
 """One number for each of the three channels."""
@@ -67,7 +68,7 @@ class Source(ABC):
     args: dict[str, Any]
 
     @abstractmethod
-    def features(self, image_size: int) -> FeatureNet:
+    def features(self, image_size: ImageSize) -> FeatureNet:
         """Creates the network without a classifier, for images of this height and width in pixels."""
 
     @abstractmethod
@@ -75,7 +76,7 @@ class Source(ABC):
         """Creates the network in evaluation mode, with the classifier and preprocessing it was pretrained with."""
 
     @abstractmethod
-    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+    def recipe(self, net: nn.Module, classes: int, image_size: ImageSize) -> Recipe:
         """Returns the call that creates the architecture of `net`, with a new classifier, without this package.
 
         Args:
@@ -108,7 +109,7 @@ class Source(ABC):
 class TimmSource(Source):
     """A model of timm."""
 
-    def features(self, image_size: int) -> FeatureNet:
+    def features(self, image_size: ImageSize) -> FeatureNet:
         """Creates the network without a classifier; timm resamples position embeddings to the image size."""
         published = _published(self.name)
         arguments = {"num_classes": 0, **_input_size(self.name, image_size)}
@@ -119,7 +120,7 @@ class TimmSource(Source):
         net = self._create({"num_classes": _published(self.name).num_classes})
         return Classifier(net.eval(), _timm_preprocessing(net))
 
-    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+    def recipe(self, net: nn.Module, classes: int, image_size: ImageSize) -> Recipe:
         """Returns a call of `timm.create_model`."""
         arguments = {"model_name": self.name, **_input_size(self.name, image_size), **self.args}
         return Recipe("timm.create_model", {**arguments, "num_classes": classes})
@@ -142,7 +143,7 @@ class TimmSource(Source):
 class TorchvisionSource(Source):
     """A classification model of torchvision."""
 
-    def features(self, image_size: int) -> FeatureNet:
+    def features(self, image_size: ImageSize) -> FeatureNet:
         """Creates the network and replaces its classifier by the identity."""
         net = self._create()
         linears = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
@@ -157,7 +158,7 @@ class TorchvisionSource(Source):
         published: Any = torchvision.models.get_model_weights(self.name)
         return Classifier(self._create().eval(), published.DEFAULT.transforms())
 
-    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+    def recipe(self, net: nn.Module, classes: int, image_size: ImageSize) -> Recipe:
         """Returns a call of `torchvision.models.get_model`."""
         return Recipe("torchvision.models.get_model", {"name": self.name, **self.args, "num_classes": classes})
 
@@ -174,7 +175,7 @@ class TorchvisionSource(Source):
 class FunctionSource(Source):
     """A function that returns a network; it is passed `image_size` and `classifier` if it takes them."""
 
-    def features(self, image_size: int) -> FeatureNet:
+    def features(self, image_size: ImageSize) -> FeatureNet:
         """Calls the function; a `pretrained_cfg` as in timm gives the normalisation, or else that of ImageNet."""
         net = self._call({"image_size": image_size})
         published = getattr(net, "pretrained_cfg", {})
@@ -185,7 +186,7 @@ class FunctionSource(Source):
         net = self._call({"image_size": 224, "classifier": True})
         return Classifier(net.eval(), _timm_preprocessing(net))
 
-    def recipe(self, net: nn.Module, classes: int, image_size: int) -> Recipe:
+    def recipe(self, net: nn.Module, classes: int, image_size: ImageSize) -> Recipe:
         """Returns a call of `timm.create_model`, if timm created the network that the function returned."""
         architecture = getattr(net, "pretrained_cfg", {}).get("architecture", "")
         if not timm.is_model(architecture):
@@ -233,10 +234,10 @@ def _published(name: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
-def _input_size(name: str, image_size: int) -> dict[str, int]:
+def _input_size(name: str, image_size: ImageSize) -> dict[str, ImageSize]:
     """The constructor argument for the input size, for models of timm that need one."""
     published = _published(name)
-    needed = published.fixed_input_size and image_size != published.input_size[-1]
+    needed = published.fixed_input_size and height_and_width(image_size) != tuple(published.input_size[1:])
     return {"img_size": image_size} if needed else {}
 
 

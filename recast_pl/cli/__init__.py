@@ -35,10 +35,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if `test` finds a difference, `data verify` a fault, or a run on an engine fails; 2 after
-        an error that the user can fix.
+        an error that the user can fix; 3 if `predict` skips images that cannot be read.
     """
     _bound_spinning()
     argv = list(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if not argv or argv[0] not in COMMANDS:
         return _no_command(argv)
     parser = importlib.import_module("recast_pl.cli.parser")

@@ -24,8 +24,10 @@ from recast_pl.methods.recast import load_decompositions
 from recast_pl.reporting.analysis_plots import analysis_figures
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure
+from recast_pl.rules import ImageSize
 from recast_pl.runs.evaluation import sample_images, trained_coefficients
 from recast_pl.runs.folder import RunFolder
+from recast_pl.terminal import open_console
 
 _IMAGES = 16  # test images of the first task, if none are given
 
@@ -41,7 +43,7 @@ class _Subject:
     decomposition: Decomposition
     output: Path
     backbone: BackboneConfig | None
-    image_size: int
+    image_size: ImageSize
     seed: int = 42
     data: SequentialTaskDataModule | None = None
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +70,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     subject = _of_file(config) if config.run_dir is None else _of_run(config)
     if paths and subject.backbone is None:
         raise RunError("--images compares features, which needs the network; give its --backbone")
-    console = Console()
+    console = open_console()
     images = _images(subject, paths, console)
     analysis = _analyze(subject, images)
     sheets = analysis_sheets(analysis)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 
 from recast_pl.cli import main
 from recast_pl.cli.interruption import interruptible
@@ -17,6 +16,7 @@ from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 from recast_pl.studies.comparison import Comparison
 from recast_pl.studies.engines import ONE_DEVICE, Endings, Engine, Outcome
+from recast_pl.terminal import open_console
 
 DEFAULT_SEEDS = (42, 1998, 3142592)
 
@@ -77,7 +77,7 @@ def run_comparison(comparison: Comparison, engine: Engine | None) -> int:
         return 128 + interruption.signal
     if not status:
         table = f"table: {comparison.folder}/{comparison.FILE}.md"
-        Console().print(comparison.table(), table, soft_wrap=True)
+        open_console().print(comparison.table(), table, soft_wrap=True)
     return status
 
 

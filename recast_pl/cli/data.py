@@ -1,7 +1,6 @@
 """The command `data`: data sets by name."""
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.config.run import STRICT
 from recast_pl.data.catalogue import CATALOGUE, PAPER
@@ -9,6 +8,7 @@ from recast_pl.data.datamodule import BadImagePolicy, SequentialTaskDataModule, 
 from recast_pl.data.sources import source_faults
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.reporting.tables import catalogue_table
+from recast_pl.terminal import open_console
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 
 def _list_data(options: Namespace) -> int:
-    Console().print(catalogue_table(CATALOGUE, data_root(options.root)))
+    open_console().print(catalogue_table(CATALOGUE, data_root(options.root)))
     return 0
 
 
@@ -46,7 +46,7 @@ def _prepare_data(options: Namespace) -> int:
         size, on_bad_image = options.image_size, options.on_bad_image
         data = SequentialTaskDataModule((task,), size, root=options.root, on_bad_image=on_bad_image)
         data.prepare_data()
-        Console().print(f"{name}: {len(data.classes)} classes, {data.sizes}, in {data.root}", soft_wrap=True)
+        open_console().print(f"{name}: {len(data.classes)} classes, {data.sizes}, in {data.root}", soft_wrap=True)
     return 0
 
 
@@ -58,5 +58,5 @@ def _verify_data(options: Namespace) -> int:
     for name in names:
         faults = source_faults(name, root)
         status |= bool(faults)
-        Console().print(f"{name}: {'; '.join(faults) or 'intact'}", soft_wrap=True, highlight=False)
+        open_console().print(f"{name}: {'; '.join(faults) or 'intact'}", soft_wrap=True)
     return status

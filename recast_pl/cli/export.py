@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.config.run import open_run
 from recast_pl.errors import ExportError
-from recast_pl.files import write_atomic
+from recast_pl.files import is_standard_output, write_atomic
 from recast_pl.inference.export import FORMATS, ExportFormat, bank_inputs
 from recast_pl.runs.evaluation import choose_patch, restore
 from recast_pl.runs.folder import RunFolder
+from recast_pl.terminal import open_console
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -25,15 +25,14 @@ def declare(parser: ArgumentParser) -> None:
         help="safetensors: the weights of a plain timm or torchvision model; onnx and torch_export: a graph; "
         "onnx_bank: one graph for all tasks of RECAST, and for each task a file with its inputs to the graph.",
     )
-    parser.add_argument("--output", type=str | None, help="File (default: DIR/export/TASK.ENDING, or bank.onnx).")
+    parser.add_argument(
+        "--output", type=str | None, help="File; - for standard output (default: DIR/export/TASK.ENDING, or bank.onnx)."
+    )
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Writes the model, and prints how far its logits are from the run's and how to use it."""
-    if config.format == "onnx_bank" and (config.task or config.patch):
-        raise ExportError(
-            "--format onnx_bank exports all tasks of the run; leave out --task and --patch, or choose onnx for one task"
-        )
+    _check_bank(config)
     run_dir, init = open_run(config.run_dir)
     export, ending = FORMATS[config.format]
     fed = RunFolder(run_dir).load_patches() if config.format == "onnx_bank" else {}
@@ -48,7 +47,21 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
         write_atomic(file, content)
     written = [f"written: {file} ({len(content):,} bytes)" for file, content in files.items()]
     compared = f"largest difference from the run's logits: {exported.difference:.1e}"
-    Console().print(
-        *written, compared, f"use: {exported.usage}", sep="\n", soft_wrap=True, highlight=False, markup=False
-    )
+    console = open_console(stderr=is_standard_output(path))
+    console.print(*written, compared, f"use: {exported.usage}", sep="\n", soft_wrap=True)
     return 0
+
+
+def _check_bank(config: Namespace) -> None:
+    """Raises ExportError if a bank, which has all tasks in several files, cannot be exported as asked."""
+    if config.format != "onnx_bank":
+        return
+    if config.task or config.patch:
+        raise ExportError(
+            "--format onnx_bank exports all tasks of the run; leave out --task and --patch, or choose onnx for one task"
+        )
+    path = Path(config.output or "bank.onnx")
+    if is_standard_output(path) or (path.exists() and not path.is_file()):
+        raise ExportError(
+            f"--format onnx_bank writes a file for each task beside --output {path}, which must be the name of a file"
+        )

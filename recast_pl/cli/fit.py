@@ -25,6 +25,7 @@ from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.mimicry import fit_mimicry
 from recast_pl.runs.stream import Stream
 from recast_pl.studies.engines import ONE_DEVICE, Engine, run_units
+from recast_pl.terminal import open_console
 
 _RUN_DIR = "RECAST_PL_RUN_DIR"  # tells the processes that DDP starts the run folder of the first one
 
@@ -57,7 +58,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
-    init, console = parser.instantiate(config), Console()
+    init, console = parser.instantiate(config), open_console()
     if isinstance(init.model, MimicryModule):
         _fit_templates(init, run_dir, text, console)
         status = 0

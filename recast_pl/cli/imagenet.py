@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.backbones.backbone import BackboneConfig
 from recast_pl.decomposition.bank import Decomposition, decompose
@@ -13,6 +12,7 @@ from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.tables import terminal_table
 from recast_pl.runs.folder import RunFolder
 from recast_pl.studies.imagenet import compare_classifiers
+from recast_pl.terminal import open_console
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -39,5 +39,5 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     path = RunFolder(init.output).imagenet
     write_atomic(path, json_text({"backbone": init.backbone.name, **facts}))
     row = ["" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".") for value in facts.values()]
-    Console().print(terminal_table((list(facts), [row]), 0), f"written: {path}", soft_wrap=True)
+    open_console().print(terminal_table((list(facts), [row]), 0), f"written: {path}", soft_wrap=True)
     return 0

@@ -4,17 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.config.run import STRICT, open_run
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import write_atomic
+from recast_pl.files import is_standard_output, write_atomic
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.evaluation import measure, restore
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, check_patch, compare_patches, quantize_patch
+from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, compare_patches, quantize_patch
+from recast_pl.terminal import open_console
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -34,7 +34,9 @@ def declare(parser: ArgumentParser) -> None:
             use = "that the patches must fit" if name == "verify" else "to measure the accuracy (default: not measured)"
             action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
         if name in ("average", "quantize"):
-            action.add_argument("--output", type=str, required=True, help="File of the new patch.")
+            action.add_argument(
+                "--output", type=str, required=True, help="File of the new patch; - for standard output."
+            )
         if name == "average":
             weights = "Weights of the patches (default: equal)."
             action.add_argument("--weights", type=float, nargs="+", default=[], help=weights)
@@ -51,27 +53,26 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 def _show(paths: list[Path], options: Namespace) -> None:
     for path in paths:
-        Console().print(*patch_tables(TaskPatch.load(path), path), highlight=False)
+        open_console().print(*patch_tables(TaskPatch.load(path), path))
 
 
 def _diff(paths: list[Path], options: Namespace) -> None:
     first, second = (TaskPatch.load(path) for path in paths)
-    Console().print(*difference_tables(compare_patches(first, second)), highlight=False)
+    open_console().print(*difference_tables(compare_patches(first, second)))
 
 
 def _verify(paths: list[Path], options: Namespace) -> None:
     init = None if options.run_dir is None else open_run(options.run_dir)[1]
     for path in paths:
         patch = TaskPatch.load(path)
-        try:
-            check_patch(patch)
-            if init is not None:
+        if init is not None:
+            try:
                 restore(init.model, RunFolder(options.run_dir), patch.image_size)
                 init.model.activate(patch)
-        except PatchError as cause:
-            raise PatchError(f"{path}: {cause}") from cause
+            except PatchError as cause:
+                raise PatchError(f"{path}: {cause}") from cause
         fits = "" if init is None else f", and fits {options.run_dir}"
-        Console().print(f"{path}: intact{fits}", soft_wrap=True, highlight=False)
+        open_console().print(f"{path}: intact{fits}", soft_wrap=True)
 
 
 def _average(paths: list[Path], options: Namespace) -> None:
@@ -105,4 +106,5 @@ def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
 def _write(patch: TaskPatch, output: str, note: str) -> None:
     content = patch.to_bytes()
     write_atomic(output, content)
-    Console().print(f"written: {output} ({len(content):,} bytes); {note}", soft_wrap=True, highlight=False)
+    console = open_console(stderr=is_standard_output(output))
+    console.print(f"written: {output} ({len(content):,} bytes); {note}", soft_wrap=True)

@@ -1,15 +1,31 @@
 """The command `predict`: classifies images with a trained task."""
 
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from recast_pl.files import write_atomic
-from recast_pl.inference.predictor import load
+from recast_pl.data.datamodule import BadImagePolicy
+from recast_pl.errors import DataError
+from recast_pl.files import STANDARD_OUTPUT, is_standard_output, write_atomic
+from recast_pl.inference.files import classify_files, find_files, read_names
+from recast_pl.inference.predictor import Prediction, Predictor, load
 from recast_pl.learning.patch import TaskPatch
-from recast_pl.reporting.tables import table_csv
 from recast_pl.runs.evaluation import check_choice
 from recast_pl.runs.folder import RunFolder
+from recast_pl.terminal import open_console
+
+IMAGES_SKIPPED = 3
+"""The exit status if some images cannot be read and the others are classified."""
+
+_NAMED = 20  # bad images that are named one by one
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -17,24 +33,116 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
     parser.add_argument("--task", type=str | None, help="Name of a trained task.")
     parser.add_argument("--patch", type=str | None, help="Or a patch file, as 'patch average' and 'quantize' write.")
-    parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
-    parser.add_argument("--output", type=str, required=True, help="CSV file to write: path,label,probability.")
+    images = "Image files, folders (searched at any depth), and patterns such as 'photos/**/*.jpg'."
+    parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
+    parser.add_argument("--list", type=str | None, help="Text file with one image or folder a line; - for its input.")
+    parser.add_argument("--output", type=str, default=STANDARD_OUTPUT, help="File to write; - for standard output.")
+    formats = "csv: path,label,probability; jsonl: an object for each image (default: by the ending of --output)."
+    parser.add_argument("--format", type=Literal["csv", "jsonl"] | None, help=formats)
+    classes = "How many classes to write for each image, the most probable first; 0 for all."
+    parser.add_argument("--top_k", type=NonNegativeInt, default=1, help=classes)
+    bad = "What to do with an image that cannot be read: skip it and exit with status 3, or stop with an error."
+    parser.add_argument("--on_bad_image", type=BadImagePolicy, default="skip", help=bad)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
-    """Writes the most probable class of each image as CSV."""
-    folder, task = RunFolder(config.run_dir), config.task
-    check_choice(folder, task, config.patch)
-    model = load(folder.path, tasks=[task or next(iter(folder.finished()))])
+    """Writes the most probable classes of each image; returns 3 if some images cannot be read."""
+    check_choice(RunFolder(config.run_dir), config.task, config.patch)
+    names = [*config.images, *(read_names(config.list) if config.list else [])]
+    if not names:
+        raise DataError("no image is named; add --images FILE or FOLDER, or --list FILE")
+    files, others = find_files(names)
+    model, task = _load(config)
+    rows_on_screen = is_standard_output(config.output) and sys.stdout.isatty()
+    log = _Log(len(files), stop=config.on_bad_image == "error", bar=not rows_on_screen)
+    with log.progress:
+        found = log.follow(classify_files(model, task, files, log.on_bad))
+        ending = Path(config.output).suffix.lower()
+        write = _FORMATS[config.format or ("jsonl" if ending in (".jsonl", ".ndjson") else "csv")]
+        write_atomic(config.output, write(found, config.top_k or len(model.classes(task))))
+    return log.report(others)
+
+
+def _load(config: Namespace) -> tuple[Predictor, str]:
+    """The predictor, and the name of the task to use."""
+    task = config.task
+    model = load(config.run_dir, tasks=[task or next(iter(RunFolder(config.run_dir).finished()))])
     if config.patch is not None:
         patch = TaskPatch.load(config.patch)
         if patch.task in model.tasks:  # the file may be an averaged or quantized version
             model.remove(patch.task)
         task = model.add_patch(patch)
-    predictions = model.predict(config.images, task=task)
-    rows = (
-        [Path(image), prediction.label, f"{prediction.probability:.6f}"]
-        for image, prediction in zip(config.images, predictions, strict=True)
-    )
-    write_atomic(Path(config.output), table_csv(["path", "label", "probability"], rows))
-    return 0
+    return model, task
+
+
+class _Log:
+    """Shows progress and bad images on standard error.
+
+    Args:
+        count: Number of images.
+        stop: Whether a bad image is an error.
+        bar: Whether to show a progress bar, if standard error is a terminal.
+    """
+
+    def __init__(self, count: int, stop: bool, bar: bool) -> None:
+        self._count, self._stop, self._bad = count, stop, 0
+        console = open_console(stderr=True)
+        columns = TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            redirect_stdout=False,  # rows may go there
+            disable=not (bar and console.is_terminal),
+        )
+        self._bar = self.progress.add_task("", total=count)
+
+    def on_bad(self, error: DataError) -> None:
+        """Counts a bad image, and names the first ones."""
+        if self._stop:
+            raise error
+        self._bad += 1
+        if self._bad <= _NAMED:
+            self._print(f"skipped: {error}")
+
+    def follow(self, found: Iterable[tuple[Path, Prediction | None]]) -> Iterator[tuple[Path, Prediction]]:
+        """Passes on the images that could be read; raises DataError if there was none."""
+        for path, prediction in found:
+            self.progress.advance(self._bar)
+            if prediction is not None:
+                yield path, prediction
+        if self._bad == self._count:
+            raise DataError(f"none of the {self._count:,} images can be read; check --images and --list")
+
+    def report(self, others: int) -> int:
+        """Prints how many images were skipped, and how many other files the folders have; returns the exit status."""
+        if others:
+            self._print(f"{others:,} other files in the folders have no ending of an image and were left out")
+        if not self._bad:
+            return 0
+        self._print(f"{self._bad:,} of {self._count:,} images cannot be read and were skipped")
+        return IMAGES_SKIPPED
+
+    def _print(self, text: str) -> None:
+        self.progress.console.print(text, soft_wrap=True)
+
+
+def _csv_rows(found: Iterable[tuple[Path, Prediction]], top_k: int) -> Iterator[str]:
+    yield "path,label,probability\n"
+    for path, prediction in found:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows((path, label, f"{p:.6f}") for label, p in prediction.ranked(top_k).items())
+        yield text.getvalue()
+
+
+def _json_rows(found: Iterable[tuple[Path, Prediction]], top_k: int) -> Iterator[str]:
+    for path, prediction in found:
+        best = {"task": prediction.task, "label": prediction.label, "probability": prediction.probability}
+        yield json.dumps({"path": str(path), **best, "probabilities": prediction.ranked(top_k)}) + "\n"
+
+
+_FORMATS: dict[str, Callable[[Iterable[tuple[Path, Prediction]], int], Iterator[str]]] = {
+    "csv": _csv_rows,
+    "jsonl": _json_rows,
+}

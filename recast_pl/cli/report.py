@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.learning.trainer import tensorboard
 from recast_pl.reporting.document import Chart, write_document
 from recast_pl.reporting.report import compose
 from recast_pl.runs.collection import find_collections
+from recast_pl.terminal import open_console
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -30,5 +30,5 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     logger.finalize("success")
     unfinished = sum(len(collection.unfinished) for collection in collections)
     missing = f" ({unfinished} unfinished runs, which it names)" if unfinished else ""
-    Console().print(f"report: {output}/report.html{missing}", soft_wrap=True, highlight=False)
+    open_console().print(f"report: {output}/report.html{missing}", soft_wrap=True)
     return 0

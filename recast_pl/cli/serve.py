@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible
 from recast_pl.errors import RunError
 from recast_pl.inference.predictor import load
 from recast_pl.inference.server.limits import Limits
 from recast_pl.optional_imports import extra
+from recast_pl.terminal import open_console
 
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
@@ -39,11 +39,15 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     import uvicorn  # noqa: PLC0415
 
     from recast_pl.compat.uvicorn import BoundedProtocol  # noqa: PLC0415
-    from recast_pl.inference.server.app import TOKEN_VARIABLE, create_app  # noqa: PLC0415
+    from recast_pl.inference.server.app import create_app  # noqa: PLC0415
+    from recast_pl.inference.server.log_filter import LogFilter  # noqa: PLC0415
     from recast_pl.inference.server.request_filter import LOCAL_HOSTS  # noqa: PLC0415
+    from recast_pl.inference.server.schema import TOKEN_VARIABLE  # noqa: PLC0415
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets its warnings as an error
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(LogFilter())
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
@@ -59,7 +63,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
             timeout_keep_alive=min(_IDLE, seconds),
             timeout_graceful_shutdown=seconds,
         )
-        Console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
+        open_console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
         uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
     return 0
 

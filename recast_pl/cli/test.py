@@ -1,13 +1,13 @@
 """The command `test`: evaluates the trained tasks of a run again."""
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from recast_pl.config.run import open_run
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import evaluation_table
 from recast_pl.runs.evaluation import evaluate_run
 from recast_pl.runs.folder import RunFolder
+from recast_pl.terminal import open_console
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -19,5 +19,5 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     """Evaluates all trained tasks from their patches; returns 1 if an accuracy differs from the recorded one."""
     run_dir, init = open_run(config.run_dir)
     rows = evaluate_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer).alone())
-    Console().print(evaluation_table(rows))
+    open_console().print(evaluation_table(rows))
     return int(any(recorded != measured for _, recorded, measured in rows))

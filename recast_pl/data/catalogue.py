@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recast_pl.data.datasets import ImageSource, open_folder
+from recast_pl.data.datasets import ImageSource
+from recast_pl.data.folders import open_folder
 from recast_pl.data.images import ImageFiles, ImageItems
 from recast_pl.data.torchvision_sets import open_torchvision, torchvision_class
 from recast_pl.errors import DataError
@@ -93,7 +94,8 @@ def _open_digits(root: Path) -> ImageSource:
     items = [(Image.fromarray(array), label) for array, label in zip(arrays, bunch.target, strict=True)]
     labels = bunch.target.astype(np.int64)
     images = ImageItems("digits", items, 8, lambda: sha256(arrays).hexdigest())
-    return ImageSource([str(name) for name in bunch.target_names], labels, [""] * len(labels), images, "digits")
+    names, splits = [str(number) for number in range(len(labels))], [""] * len(labels)
+    return ImageSource([str(name) for name in bunch.target_names], labels, splits, images, "digits", names)
 
 
 def _open_birds(root: Path) -> ImageSource:
@@ -112,6 +114,7 @@ def _open_birds(root: Path) -> ImageSource:
         ["train" if training[key] == "1" else "test" for key in files],
         ImageFiles([folder / "images" / name for name in files.values()]),
         str(folder.resolve()),
+        list(files.values()),
     )
 
 

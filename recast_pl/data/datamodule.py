@@ -1,6 +1,7 @@
 """The stream of tasks as a LightningDataModule."""
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_transforms
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
+from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, derive_seed, split_digest, split_images
 from recast_pl.errors import DataError
+from recast_pl.rules import LARGEST_SIDE, ImageSize, height_and_width, read_size
 
 BadImagePolicy = Literal["error", "skip"]
 
@@ -37,7 +40,7 @@ class SequentialTaskDataModule(LightningDataModule):
 
     Args:
         tasks: The tasks, in order (any sequence).
-        image_size: S, height and width in pixels.
+        image_size: Height and width in pixels: one number, or two such as `[128, 256]`.
         batch_size: Images in a batch, on each process.
         num_workers: Processes that decode and transform; None for one for each core, but at most 8. Used only where
             images are decoded or transformed while training: copying decoded images to another process takes longer
@@ -51,16 +54,18 @@ class SequentialTaskDataModule(LightningDataModule):
             train without them.
         order_seed: Seed of another order of the tasks, to see what the order changes; None for the order given. A
             task has the same split and batches at every position.
+        max_pixels: Images of more pixels, by their headers, cannot be read; None for Pillow's limit, 178,956,970.
+            Decoding takes up to 26 bytes for each pixel.
 
     Raises:
-        DataError: If a size is below 1, or `order_seed` below 0.
+        DataError: If a size or limit is below 1, or `order_seed` below 0.
     """
 
     def __init__(
         self,
         # a tuple, because the command line merges an overriding list into the one before, element by element
         tasks: tuple[TaskConfig, ...] = (),
-        image_size: int = 224,
+        image_size: ImageSize = 224,
         batch_size: int = 128,
         num_workers: int | None = None,
         seed: int = 42,
@@ -69,18 +74,24 @@ class SequentialTaskDataModule(LightningDataModule):
         cache: CacheMode = "disk",
         on_bad_image: BadImagePolicy = "error",
         order_seed: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("image_size", image_size), ("batch_size", batch_size)):
-            if value < 1:
+        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
+            if value is not None and value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
+        size = read_size(image_size)
+        if size is None:
+            raise DataError(
+                f"data.image_size={image_size} must be 1 to {LARGEST_SIDE} pixels: one number, or height and width"
+            )
         if order_seed is not None and order_seed < 0:
             raise DataError(f"data.order_seed={order_seed} must be at least 0, or null for the order given")
         order = range(len(tasks)) if order_seed is None else np.random.default_rng(order_seed).permutation(len(tasks))
         self.tasks = [tasks[index] for index in order]
-        self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
+        self.image_size, self.batch_size, self.num_workers, self.seed = size, batch_size, num_workers, seed
         self.root = data_root(root)
-        self.split, self.cache, self.on_bad_image = split, cache, on_bad_image
+        self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
         self._opened: dict[str, _TaskImages] = {}
         self._current = 0
         self._train_on: TaskSplit | None = None
@@ -146,6 +157,24 @@ class SequentialTaskDataModule(LightningDataModule):
         """Equal on two machines whose splits of the current task are equal, image by image."""
         return split_digest(self._images.splits)
 
+    @property
+    def image_record(self) -> dict[str, SplitImages]:
+        """The images of the current task by split, for `find_changes` later."""
+        return self._images.record
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to say about the images of the current task."""
+        return {"task": self.task_name, "images": self.image_record}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises DataError if the images of the current task have changed since a checkpoint was written."""
+        changes = find_changes(state_dict["images"], self.image_record)
+        if state_dict["task"] == self.task_name and changes:
+            raise DataError(
+                f"the images of task {self.task_name!r} have changed since its training was interrupted: {changes}; "
+                "restore them, or start another --run_dir"
+            )
+
     def setup(self, stage: str) -> None:
         """Finds the images of the current task."""
         check_names(self.tasks)
@@ -199,7 +228,9 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def _open(self, task: TaskConfig) -> "_TaskImages":
         if task.name not in self._opened:
-            self._opened[task.name] = _TaskImages(task, open_source(task, self.root), self)
+            source = open_source(task, self.root)
+            source.images.max_pixels = self.max_pixels
+            self._opened[task.name] = _TaskImages(task, source, self)
         return self._opened[task.name]
 
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
@@ -227,9 +258,9 @@ class SequentialTaskDataModule(LightningDataModule):
     def _convert(self, images: Tensor) -> Tensor:
         """Converts uint8 to [0, 1] and enlarges images that are stored smaller."""
         images, size = tv.to_dtype(images, torch.float32, scale=True), self.image_size
-        if images.shape[-1] == size:
+        if images.shape[-2:] == height_and_width(size):
             return images
-        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)  # (B, 3, S, S)
+        return F.interpolate(images, height_and_width(size), mode="bilinear", align_corners=False)  # (B, 3, H, W)
 
 
 class _TaskImages:
@@ -238,7 +269,9 @@ class _TaskImages:
     def __init__(self, task: TaskConfig, source: ImageSource, data: SequentialTaskDataModule) -> None:
         self.task, self.source, self.data = task, source, data
         self.seed = derive_seed(data.seed, task.name)
-        self.splits = split_images(source.labels, source.splits, self.seed, data.split)
+        for note in source.notes:
+            rank_zero_warn(f"task {task.name!r}: {note}")
+        self.splits = split_images(source.labels, source.splits, source.names, self.seed, data.split)
         self._check_splits("give each class at least 3 images, or images for every split")
 
     @cached_property
@@ -254,7 +287,27 @@ class _TaskImages:
             # after the split, so that one bad image does not move the others
             self.splits = {name: np.setdiff1d(split, list(decoded.bad)) for name, split in self.splits.items()}
             self._check_splits("repair the images that cannot be read")
+        self._report_duplicates(decoded.equal)
         return decoded
+
+    @cached_property
+    def record(self) -> dict[str, SplitImages]:
+        """The images by split, without those that cannot be read."""
+        _ = self.decoded
+        return describe_images(self.source, self.splits)
+
+    def _report_duplicates(self, groups: Sequence[Sequence[int]]) -> None:
+        """Warns of equal images in different splits, which make accuracies look better than they are."""
+        split_of = {index: name for name, split in self.splits.items() for index in split.tolist()}
+        found = [[i for i in group if i in split_of] for group in groups]
+        found = [group for group in found if len({split_of[i] for i in group}) > 1]
+        if found:
+            shown = "; ".join(" = ".join(f"{self.source.names[i]} ({split_of[i]})" for i in g[:3]) for g in found[:3])
+            more = "; ..." if len(found) > 3 else ""
+            rank_zero_warn(
+                f"{len(found):,} images of task {self.task.name!r} are in more than one split, as files with equal "
+                f"pixels: {shown}{more}; remove the copies, or measured accuracies are too high"
+            )
 
     def _check_splits(self, remedy: str) -> None:
         empty = [name for name in SPLITS if not len(self.splits[name])]

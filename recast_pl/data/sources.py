@@ -8,8 +8,10 @@ from typing import Any
 
 from recast_pl.data.cache import bad_images_message, find_bad_images
 from recast_pl.data.catalogue import CATALOGUE, DataSet, RemoteFile
-from recast_pl.data.datasets import ImageSource, open_folder, open_manifest
+from recast_pl.data.datasets import ImageSource
 from recast_pl.data.download import ARCHIVES, extract, fetch, move_into
+from recast_pl.data.folders import open_folder
+from recast_pl.data.manifests import SUFFIXES, open_manifest
 from recast_pl.data.tasks import SPLITS, TaskConfig
 from recast_pl.data.torchvision_sets import open_torchvision, torchvision_class
 from recast_pl.errors import DataError
@@ -29,8 +31,11 @@ def open_source(task: TaskConfig, root: Path) -> ImageSource:
         DataError: If the images are missing or not arranged as they must be.
     """
     path = task.own_path
+    is_folder = path is not None and not (path.suffix.lower() in SUFFIXES and not path.is_dir())
+    if task.classes != "top" and not is_folder:
+        raise DataError(f"task {task.name!r} has classes: {task.classes}, which only a folder of images takes")
     if path is not None:
-        return open_manifest(path) if path.suffix.lower() in (".csv", ".parquet") else open_folder(path)
+        return open_folder(path, task.classes) if is_folder else open_manifest(path)
     name, folder = dataset_name(task), _folder_of(task, root)
     if name.startswith(_TORCHVISION):
         return open_torchvision(name.removeprefix(_TORCHVISION), folder, task.args)

@@ -1,7 +1,7 @@
 """A task as a user names it, and how its images are divided into splits."""
 
 import hashlib
-import re
+import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from recast_pl.errors import DataError
+from recast_pl.rules import TASK_RULE, is_task_name
 
 SPLITS = ("train", "val", "test")
 
 SplitPolicy = Literal["official", "ratio"]
 
-_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+ClassFolders = Literal["top", "leaf"]
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval"),
+}
 
 _HELD_OUT = 0.15  # share of each class for validation, and again for test: the paper's 75-15-15 adds up to 105 %
 
@@ -30,15 +37,17 @@ class TaskConfig:
     Args:
         name: Name of the task. Without `dataset` and `path` it is also the name of a data set of
             `recast_pl data list`.
-        path: A folder of `CLASS/IMAGE` or `train|val|test/CLASS/IMAGE`, or a `.csv` or `.parquet` file with columns
-            path, label and, if images have official splits, split. With `dataset`, the folder of that data set.
-            None for a data set known by name, which lies below the datamodule's root.
+        path: A folder of `CLASS/IMAGE` or `train|val|test/CLASS/IMAGE`, or a `.csv`, `.tsv` or `.parquet` file with
+            columns path, label and, if images have official splits, split. With `dataset`, the folder of that data
+            set. None for a data set known by name, which lies below the datamodule's root.
         dataset: A data set of `recast_pl data list`, or `torchvision/CLASS`. None for the data set called like the
             task, or for the images in `path`.
         args: Further arguments of the data set's torchvision class, such as `{annotation_level: family}`.
         flip: Whether training images are mirrored at random. False for digits and text.
         transforms: Further transforms (of `torchvision.transforms.v2`) for training images, each applied to one
             uint8 image (3, H, W) and seeded by (seed, task, epoch, image).
+        classes: Which folders of `path` are classes, if folders lie in folders: `top`, the uppermost ones, with all
+            images below them; `leaf`, the innermost ones, named by their paths, such as `birds/owls`.
     """
 
     name: str
@@ -47,6 +56,7 @@ class TaskConfig:
     args: Mapping[str, Any] = field(default_factory=dict)
     flip: bool = True
     transforms: Sequence[nn.Module] = ()
+    classes: ClassFolders = "top"
 
     @property
     def own_path(self) -> Path | None:
@@ -59,8 +69,8 @@ def check_names(tasks: Sequence[TaskConfig]) -> None:
     if not tasks:
         raise DataError("data.tasks is empty; list at least one task, such as [{name: defects, path: /data/defects}]")
     for task in tasks:
-        if not re.fullmatch(r"\w[\w.\- ]*", task.name):
-            raise DataError(f"task name {task.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
+        if not is_task_name(task.name):
+            raise DataError(f"task name {task.name!r:.80} cannot name a file; choose {TASK_RULE}")
     names = [task.name.casefold() for task in tasks]  # some file systems ignore case
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -72,37 +82,61 @@ def derive_seed(*parts: int | str) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
+def normal_text(text: str) -> str:
+    """The text without surrounding spaces, and with letters such as `é` spelled in one way (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
 def find_split(name: str) -> str | None:
     """The split that a folder or a manifest means by a name such as `Train` or `validation`; None if it means none."""
     return next((split for split, names in _SPLIT_NAMES.items() if name.strip().casefold() in names), None)
 
 
 def split_images(
-    labels: NDArray[np.int64], given: Sequence[str], seed: int, policy: SplitPolicy = "official"
+    labels: NDArray[np.int64],
+    given: Sequence[str],
+    names: Sequence[str],
+    seed: int,
+    policy: SplitPolicy = "official",
 ) -> dict[str, NDArray[np.int64]]:
-    """Divides images into train, validation and test, stratified by class.
+    """Divides images into train, validation and test.
+
+    The split of an image depends on its name and the seed alone, so that images may be added and removed. Only in a
+    small class do others matter, when a split would have none of its images: then the nearest image takes that place.
 
     Args:
         labels: Class index of each image (N,).
         given: Official split of each image, or an empty string where it has none (N).
+        names: Name of each image, different for different images (N).
         seed: Decides about the images that have no official split.
         policy: `official` keeps the source's splits and leaves out images that are in none of them; a source
             without splits is divided by ratio. `ratio` divides all images 70-15-15.
 
     Returns:
-        Image indices by split, in ascending order. A split that the source lacks gets 15 % of each class of the
-        training images, and at least one image of each class that has three.
+        Image indices by split, in ascending order. A split that the source lacks gets each training image with a
+        probability of 15 %, and at least one image of each class that has enough for one in every split.
     """
     official = policy == "official" and any(given)
     split = np.array(given if official else ["train"] * len(labels), dtype="<U5")
-    generator = np.random.default_rng(seed)
     missing = [name for name in ("val", "test") if not (split == name).any()]
+    places = _places(names, seed)
     for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero((labels == label) & (split == "train")))
-        share = max(1, round(_HELD_OUT * len(members))) if len(members) > len(missing) else 0
-        for position, name in enumerate(missing):
-            split[members[position * share : (position + 1) * share]] = name
+        members = np.flatnonzero((labels == label) & (split == "train"))
+        if len(members) > len(missing):
+            members, start = members[np.argsort(places[members])], 0
+            for position, name in enumerate(missing):
+                end = int(np.searchsorted(places[members], _HELD_OUT * (position + 1)))
+                end = min(max(end, start + 1), len(members) - len(missing) + position)  # leave one for each other split
+                split[members[start:end]] = name
+                start = end
     return {name: np.flatnonzero(split == name) for name in SPLITS}
+
+
+def _places(names: Sequence[str], seed: int) -> NDArray[np.float64]:
+    """A place in [0, 1) for each name, which looks random and depends on the name and the seed alone."""
+    texts = (f"{seed}/{normal_text(name)}".encode(errors="surrogateescape") for name in names)
+    digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, ">u8") / 2.0**64
 
 
 def split_digest(splits: Mapping[str, NDArray[np.int64]]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,17 @@ def _open(name: str, root: Path, args: Mapping[str, Any], download: bool) -> Ima
     labels = [np.asarray(_read_labels(name, part)) for part in parts.values()]
     classes = _class_names(next(iter(parts.values())), 1 + max(int(part.max()) for part in labels))
     files = [_find_files(part) for part in parts.values()]
+    names = [f"{split}/{index}" for split, part in parts.items() for index in range(len(part))]
     images: Images
     if all(files):
         images = ImageFiles([file for found in files for file in found])
+        names = [os.path.relpath(path, root) for path in images.paths]
     else:
         every = list(parts.values())
         images = ImageItems(name, ConcatDataset(every), _native_side(every), lambda: _fingerprint(every, root))
     splits = [split for split, part in parts.items() for _ in range(len(part))]
     settings = "".join(f" {key}={args[key]}" for key in sorted(args))
-    return ImageSource(classes, np.concatenate(labels), splits, images, f"{root.resolve()}/{name}{settings}")
+    return ImageSource(classes, np.concatenate(labels), splits, images, f"{root.resolve()}/{name}{settings}", names)
 
 
 def _open_splits(name: str, root: Path, args: Mapping[str, Any], download: bool) -> dict[str, Any]:
@@ -149,7 +152,9 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     for attribute in ("classes", "categories", "bin_classes"):
         names = getattr(dataset, attribute, None)
         if names is not None and len(names) == count:
-            return [str(name[0] if isinstance(name, tuple) else name) for name in names]  # the first of several names
+            firsts = [str(name[0] if isinstance(name, tuple) else name) for name in names]  # the first of several names
+            # ImageNet has two classes "crane"
+            return [f"{name} ({label})" if firsts.count(name) > 1 else name for label, name in enumerate(firsts)]
     return [str(label) for label in range(count)]
 
 

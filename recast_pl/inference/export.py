@@ -22,8 +22,9 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.recast import Recast
 from recast_pl.optional_imports import extra
+from recast_pl.rules import height_and_width
 
-_FORMAT = 1
+_FORMAT = 2  # of the metadata
 
 _TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest logit, that rounding may cause."""
@@ -110,7 +111,9 @@ def export_safetensors(module: TILModule, patch: TaskPatch) -> Exported:
             f"no plain model computes the same as {' + '.join(module.method)} on {module.backbone_config.name!r}: it "
             f"changes more than weights or its architecture is unknown; use onnx or torch_export ({str(cause)[:200]})"
         ) from cause
-    facts = {**_facts(patch), "constructor": recipe.constructor, "arguments": recipe.arguments}
+    normalisation = {"mean": patch.mean, "std": patch.std}
+    facts = _facts(patch, "(image - mean) / std for each channel") | normalisation
+    facts |= {"constructor": recipe.constructor, "arguments": recipe.arguments}
     usage = f"{recipe}.load_state_dict(safetensors.torch.load_file(FILE)), images normalised by the file's mean and std"
     return Exported(pack_tensors(weights, facts), difference, usage)
 
@@ -156,7 +159,7 @@ def export_bank(module: TILModule, patch: TaskPatch) -> Exported:
         sizes[f"net.{path}.parametrizations.{attribute}.original0"] = parameter.shape[1]
     classes = {0: Dim("classes")}
     shapes = {**_BATCHES, "coefficients": None, "weight": classes, "bias": classes}
-    facts = {"kind": "bank"} | {name: _facts(patch)[name] for name in ("format", "image_size", "base")}
+    facts = {"kind": "bank"} | {name: _facts(patch)[name] for name in ("format", "image_size", "preprocessing", "base")}
     inputs = {"images": _noise(patch), **_inputs_of_task(module, patch)}
     return _onnx(BankModel(copy.deepcopy(module.current()[0]), sizes), inputs, shapes, dense_copy(module), facts)
 
@@ -246,14 +249,28 @@ def _inputs_of_task(module: TILModule, patch: TaskPatch) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in {**state, **patch.head}.items()}
 
 
-def _facts(patch: TaskPatch) -> dict[str, Any]:
-    names = ("task", "classes", "image_size", "mean", "std", "method", "base")
-    return {"format": _FORMAT, "kind": "model", **{name: getattr(patch, name) for name in names}}
+def _facts(patch: TaskPatch, normalisation: str = "none: it is inside the graph") -> dict[str, Any]:
+    """What the metadata says: the task, and all that `decode_file` and the caller do to an image before the model."""
+    height, width = height_and_width(patch.image_size)
+    shape = "square" if height == width else f"part of which height : width is {height} : {width}"
+    preprocessing = {
+        "file": "upright, as its EXIF orientation says; transparent parts on white; 16-bit grey scaled to 8 bits",
+        "colour": "RGB",
+        "crop": f"the largest centred {shape}",
+        "resize": {"height": height, "width": width},
+        "interpolation": "bicubic, antialiased, rounded to 8 bits",
+        "range": [0, 1],
+        "normalisation": normalisation,
+        "layout": ["batch", "channel", "height", "width"],
+    }
+    names = ("task", "classes", "image_size", "method", "base")
+    values = {name: getattr(patch, name) for name in names}
+    return {"format": _FORMAT, "kind": "model", **values, "preprocessing": preprocessing}
 
 
 def _noise(patch: TaskPatch) -> Tensor:
     """Two images (2, 3, S, S), because tracing would take a batch of one as a constant."""
-    return torch.rand(2, 3, patch.image_size, patch.image_size, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, 3, *height_and_width(patch.image_size), generator=torch.Generator().manual_seed(0))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

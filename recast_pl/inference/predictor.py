@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,11 +22,15 @@ from recast_pl.inference.mixed_batch import MixedBatch, PackedState
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.rules import ImageSize, height_and_width
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
-"""A file, a PIL image, an array (H, W, 3) or a tensor (3, H, W); the last two uint8, or floating point in [0, 1]."""
+Picture = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor
+"""A path, the bytes of an image file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W).
+
+Arrays and tensors are uint8, or floating point in [0, 1]; those without channels are grey.
+"""
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
@@ -41,6 +45,10 @@ class Prediction:
     label: str
     probability: float
     probabilities: dict[str, float]
+
+    def ranked(self, count: int) -> dict[str, float]:
+        """The `count` most probable classes and their probabilities, in descending order."""
+        return dict(sorted(self.probabilities.items(), key=lambda item: -item[1])[:count])
 
 
 def load(
@@ -99,6 +107,9 @@ class Predictor:
         self._network = MixedBatch(module.backbone, module.pieces)
         self._tasks: dict[str, _LoadedTask] = {}
 
+    def __reduce__(self) -> NoReturn:
+        raise RunError("a Predictor cannot be copied or sent to another process; call recast_pl.load there")
+
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, in the order in which they were trained or added."""
@@ -108,7 +119,7 @@ class Predictor:
         """Class names of a task, in order of label; raises RunError if there is no such task."""
         return list(self._find(task).classes)
 
-    def image_size(self, task: str) -> int:
+    def image_size(self, task: str) -> ImageSize:
         """Height and width in pixels of a task's images; raises RunError if there is no such task."""
         return self._find(task).image_size
 
@@ -121,8 +132,9 @@ class Predictor:
         """Classifies images, preprocessed as in training, all by the same task or each by its own.
 
         Args:
-            images: One image or several: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) of any size; or a
-                batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating point in [0, 1], rounded to uint8.
+            images: One image or several: paths, bytes of image files, PIL images, arrays (H, W, 3) or tensors (3, H, W)
+                of any size, also grey (H, W); or a batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating
+                point in [0, 1], rounded to uint8.
             task: The task for all images; None where `tasks` is given.
             tasks: The task of each image; None where `task` is given.
 
@@ -131,6 +143,7 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the probabilities of a task are not finite numbers.
             DataError: If an image cannot be read, or if not exactly one of `task` and `tasks` is given.
         """
         items = _as_list(images)
@@ -146,7 +159,7 @@ class Predictor:
         """Classifies images that are decoded already, each by its own task.
 
         Args:
-            images: uint8 (N, 3, S, S), or N tensors (3, S, S), each of the image size S of its task.
+            images: uint8 (N, 3, H, W), or N tensors (3, H, W), each of the image size of its task.
             tasks: The task of each image (N,).
 
         Returns:
@@ -154,17 +167,16 @@ class Predictor:
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the probabilities of a task are not finite numbers.
             DataError: If an image does not have the type or shape above, or if the numbers of images and tasks differ.
         """
         if len(images) != len(tasks):
             raise DataError(f"{len(images)} images and {len(tasks)} tasks are given; name one task for each image")
         entries = {name: self._find(name) for name in dict.fromkeys(tasks)}
         for image, name in zip(images, tasks, strict=True):
-            size = entries[name].image_size
-            if image.dtype != torch.uint8 or image.shape != (3, size, size):
-                raise DataError(
-                    f"an image is {image.dtype} {tuple(image.shape)}; task {name!r} needs uint8 {(3, size, size)}"
-                )
+            shape = (3, *height_and_width(entries[name].image_size))
+            if image.dtype != torch.uint8 or image.shape != shape:
+                raise DataError(f"an image is {image.dtype} {tuple(image.shape)}; task {name!r} needs uint8 {shape}")
         found: dict[int, Prediction] = {}
         by_task = sorted(range(len(tasks)), key=tasks.__getitem__)
         for size in {entry.image_size for entry in entries.values()}:
@@ -234,6 +246,9 @@ class Predictor:
                 F.linear(part, task.weight.to(part.dtype), task.bias.to(part.dtype)).softmax(1).float().cpu()
                 for (_, task, _), part in zip(groups, features.split(counts), strict=True)
             ]
+        for (name, _, _), part in zip(groups, parts, strict=True):
+            if not part.isfinite().all():
+                raise PatchError(f"task {name!r} gives probabilities that are not finite; train it again")
         return [
             _prediction(name, task.classes, row.tolist())
             for (name, task, _), part in zip(groups, parts, strict=True)
@@ -249,7 +264,7 @@ class _LoadedTask:
     classes: Sequence[str]
     weight: Tensor
     bias: Tensor
-    image_size: int
+    image_size: ImageSize
 
 
 def _from_config(run_dir: str | Path) -> tuple[TILModule, Precision, torch.device]:
@@ -270,7 +285,8 @@ def _as_list(images: Any) -> list[Any]:
     """The images of a sequence or batch, or the one image."""
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    single = str | bytes | bytearray | memoryview
+    return list(images) if isinstance(images, Sequence) and not isinstance(images, single) else [images]
 
 
 def _task_of_each(count: int, task: str | None, tasks: Sequence[str] | None) -> list[str]:

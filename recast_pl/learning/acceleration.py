@@ -13,12 +13,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from recast_pl.compat.torch import fixed_weights, has_forward_hooks
 from recast_pl.decomposition.bank import TemplateBank
 from recast_pl.decomposition.parametrization import Mixture
+from recast_pl.rules import ImageSize, height_and_width
 
 _TOKENWISE = ("attn.proj", "mlp")
 """The modules in a block of timm's or torchvision's vision transformers that transform each token independently."""
 
 
-def skip_unread_tokens(network: nn.Module, image_size: int) -> None:
+def skip_unread_tokens(network: nn.Module, image_size: ImageSize) -> None:
     """Makes the last block of a vision transformer transform only the leading tokens that the features depend on.
 
     If the features are read from the class token, they do not depend on what the last block does to the other tokens
@@ -28,7 +29,7 @@ def skip_unread_tokens(network: nn.Module, image_size: int) -> None:
 
     Args:
         network: Maps images (B, 3, S, S) to features (B, D); the pieces are attached.
-        image_size: S.
+        image_size: Height and width of the images.
     """
     if any(has_forward_hooks(module) for module in network.modules()):
         return
@@ -114,7 +115,7 @@ def _last_tokenwise(network: nn.Module) -> list[nn.Module]:
 
 
 @torch.enable_grad()
-def _count_read_tokens(network: nn.Module, module: nn.Module, image_size: int) -> tuple[int, int] | None:
+def _count_read_tokens(network: nn.Module, module: nn.Module, image_size: ImageSize) -> tuple[int, int] | None:
     """Measures how many leading tokens of a module's output (B, N, D) the features depend on.
 
     Returns:
@@ -122,7 +123,7 @@ def _count_read_tokens(network: nn.Module, module: nn.Module, image_size: int) -
         the features depend on no token, or on other tokens than the gradient shows (as a maximum over tokens does).
     """
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, image_size, image_size, generator=generator).to(next(network.parameters()))
+    image = torch.rand(1, 3, *height_and_width(image_size), generator=generator).to(next(network.parameters()))
     outputs: list[Tensor | None] = []
 
     def track(_: nn.Module, __: Any, output: Any) -> Any:

@@ -1,17 +1,34 @@
 """The files that hold a trained task: its patch, and the state that it shares with other tasks."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from recast_pl.errors import PatchError
+from recast_pl.errors import PatchError, one_line
 from recast_pl.files import pack_tensors, read_tensors, write_atomic
 from recast_pl.methods.piece import check_state
+from recast_pl.rules import (
+    LABEL_RULE,
+    LARGEST_SIDE,
+    TASK_RULE,
+    ImageSize,
+    find_bad_label,
+    is_label,
+    is_task_name,
+    read_size,
+)
 
 _FORMAT = 1
+
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
+
+_LARGEST = 1e9
+"""The largest number of a patch: trained ones are far below, and products of larger ones overflow."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class TaskPatch:
         head: `weight` (classes, D) and `bias` (classes,) of the linear head.
         pieces: The task state of each piece of the method, in order.
         method: Names of the pieces.
-        image_size: Height and width of the input in pixels.
+        image_size: Height and width of the input in pixels, as one number if they are equal.
         mean: Mean of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
         base: SHA-256 of the frozen network (templates included) that the task was trained on.
@@ -36,11 +53,15 @@ class TaskPatch:
     head: dict[str, Tensor]
     pieces: list[dict[str, Tensor]]
     method: list[str]
-    image_size: int
+    image_size: ImageSize
     mean: list[float]
     std: list[float]
     base: str
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, list):  # JSON has no tuples
+            object.__setattr__(self, "image_size", tuple(self.image_size))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -61,12 +82,34 @@ class TaskPatch:
         """A copy in single precision, in which networks compute."""
         return self.with_tensors({n: t.float() if t.is_floating_point() else t for n, t in self.tensors.items()})
 
-    def check(self, base: str, method: list[str], features: int) -> None:
-        """Checks that the patch belongs to a network with this base and method, and D features.
+    def validate(self) -> None:
+        """Checks all that does not depend on a network: names, sizes, shapes, types and numbers. `load` calls it.
 
         Raises:
-            PatchError: If the base or the method is another one, or the head has a wrong shape or a NaN.
+            PatchError: If a value is wrong.
         """
+        _check_facts(self.facts, _PATCH_FACTS)
+        if len(self.pieces) != len(self.method):
+            raise PatchError(f"it holds the states of {len(self.pieces)} pieces for method {self.method}")
+        _check_head(self.head, len(self.classes))
+        for name, tensor in self.tensors.items():
+            if not is_label(name):
+                raise PatchError(f"a tensor is called {name!r:.80}, which must be {LABEL_RULE}")
+            if tensor.dtype not in _TYPES:
+                raise PatchError(f"{name!r:.80} has the type {tensor.dtype}, which patches do not have")
+            if not (tensor.abs() <= _LARGEST).all():
+                raise PatchError(f"{name!r:.80} holds NaN, infinity or a number beyond {_LARGEST:.0e}")
+
+    def check(self, base: str, method: list[str], features: int) -> None:
+        """Checks that the patch is valid, and belongs to a network with this base and method, and D features.
+
+        Raises:
+            PatchError: If a value is wrong, the base or the method is another one, or the head has a wrong shape.
+        """
+        try:
+            self.validate()
+        except PatchError as cause:
+            raise PatchError(f"the patch of task {self.task!r:.80} cannot be used: {cause}; {_REMEDY}") from cause
         if self.base != base:
             raise PatchError(
                 f"the patch of task {self.task!r} belongs to base {self.base[:12]}…, this base is {base[:12]}…; "
@@ -91,7 +134,12 @@ class TaskPatch:
     def load(cls, path: str | Path) -> "TaskPatch":
         """Reads a file that `save` wrote; raises PatchError if it is missing, damaged or of another kind or format."""
         values = _read(path, "patch", _PATCH_FACTS, lambda facts: {"head": 1, "pieces": len(facts["method"])})
-        return cls(**values | {"head": values["head"][0]})
+        patch = cls(**values | {"head": values["head"][0]})
+        try:
+            patch.validate()
+        except PatchError as cause:
+            raise PatchError(f"{path} cannot be used: {cause}; {_REMEDY}") from cause
+        return patch
 
 
 @dataclass(frozen=True)
@@ -142,57 +190,112 @@ class SharedState:
 
 def load_head(state: Mapping[str, Tensor]) -> nn.Linear:
     """A head from its state; raises PatchError if the shapes do not fit, or a number is NaN or infinite."""
-    classes, features = state["weight"].shape
-    head = nn.Linear(features, classes)
+    weight = state.get("weight")
+    classes, features = weight.shape if weight is not None and weight.ndim == 2 else (0, 0)
     check_state("the head", state, {"weight": (classes, features), "bias": (classes,)})
+    head = nn.Linear(features, classes)
     head.load_state_dict(state)
     return head
 
 
-_Check = Callable[[Any], bool]
+def _check_head(state: Mapping[str, Tensor], classes: int) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    weight = shapes.get("weight", ())
+    if len(weight) != 2 or shapes != {"weight": (classes, weight[1]), "bias": (classes,)}:
+        raise PatchError(f"the head has {str(shapes)[:200]} for {classes} classes")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise PatchError(f"{name} of the head has the type {tensor.dtype}, which is not a floating-point type")
 
-_text: _Check = lambda value: isinstance(value, str)  # noqa: E731
-_texts: _Check = lambda value: isinstance(value, list) and all(map(_text, value))  # noqa: E731
-_number: _Check = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
-_channels: _Check = lambda value: isinstance(value, list) and len(value) == 3 and all(map(_number, value))  # noqa: E731
 
-_SHARED_FACTS: dict[str, _Check] = {"tasks": _texts, "method": _texts, "base": _text}
+class _Rule(NamedTuple):
+    """What a value of the metadata must be: a test, and its description."""
 
-_PATCH_FACTS: dict[str, _Check] = {
-    "task": _text,
-    "classes": _texts,
-    "method": _texts,
-    "image_size": lambda value: isinstance(value, int) and value > 0,
-    "mean": _channels,
-    "std": lambda value: _channels(value) and min(value) > 0,
-    "base": _text,
-    "metrics": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+    holds: Callable[[Any], bool]
+    text: str
+
+
+_REMEDY = "get the original file, or train the task again"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and (not value or is_label(value))
+
+
+def _is_list_of(value: Any, test: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(test, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_classes(value: Any) -> bool:
+    return bool(value) and _is_list_of(value, _is_text) and find_bad_label(value) is None
+
+
+def _is_size(value: Any) -> bool:
+    size = read_size(value)
+    return size is not None and size == (tuple(value) if isinstance(value, list) else value)
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+_METHOD = _Rule(lambda value: _is_list_of(value, _is_text), "a list of names of pieces")
+
+_BASE = _Rule(_is_base, "a SHA-256 of 64 hexadecimal digits")
+
+_SHARED_FACTS: dict[str, _Rule] = {
+    "tasks": _Rule(lambda value: _is_list_of(value, _is_text), "a list of names of tasks"),
+    "method": _METHOD,
+    "base": _BASE,
+}
+
+_PATCH_FACTS: dict[str, _Rule] = {
+    "task": _Rule(lambda value: isinstance(value, str) and is_task_name(value), TASK_RULE),
+    "classes": _Rule(_is_classes, f"a list of at least one class, each once, and each {LABEL_RULE}"),
+    "method": _METHOD,
+    "image_size": _Rule(_is_size, f"1 to {LARGEST_SIDE} pixels, or two such numbers if they differ"),
+    "mean": _Rule(lambda value: _is_list_of(value, _is_number) and len(value) == 3, "3 numbers"),
+    "std": _Rule(
+        lambda value: _is_list_of(value, _is_number) and len(value) == 3 and min(value) > 0, "3 numbers above 0"
+    ),
+    "base": _BASE,
+    "metrics": _Rule(
+        lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(_is_number, value.values())),
+        "numbers by name",
+    ),
 }
 
 
 def _read(
-    path: str | Path, kind: str, checks: Mapping[str, _Check], count: Callable[[Mapping[str, Any]], Mapping[str, int]]
+    path: str | Path, kind: str, rules: Mapping[str, _Rule], count: Callable[[Mapping[str, Any]], Mapping[str, int]]
 ) -> dict[str, Any]:
     """Reads the fields of a value, after a check of its metadata; `count` tells how many states it has of each kind."""
     tensors, facts = read_tensors(path, PatchError)
     found, version = facts.pop("kind", None), facts.pop("format", None)
     if (found, version) != (kind, _FORMAT):
         name = {"patch": "patch", "shared": "shared state"}[kind]
-        raise PatchError(f"{path} is a {found} of format {version}, not a {name} of format {_FORMAT}; check the path")
+        what = f"a {found!r:.40} of format {version!r:.40}"
+        raise PatchError(f"{path} is {what}, not a {name} of format {_FORMAT}; check the path")
     try:
-        _check_facts(facts, checks)
+        _check_facts(facts, rules)
         return facts | _nested(tensors, count(facts))
+    except PatchError as cause:
+        raise PatchError(f"{path} cannot be used: {cause}; {_REMEDY}") from cause
     except (KeyError, ValueError, IndexError) as cause:
-        raise PatchError(f"{path} is incomplete or damaged ({cause}); train its tasks again") from cause
+        raise PatchError(f"{path} is incomplete or damaged ({one_line(cause)}); {_REMEDY}") from cause
 
 
-def _check_facts(facts: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:
-    """Raises ValueError unless the metadata has exactly the expected entries, each with a valid value."""
-    if facts.keys() != checks.keys():
-        raise ValueError(f"it states {', '.join(sorted(facts))}")
-    wrong = [name for name, check in checks.items() if not check(facts[name])]
+def _check_facts(facts: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
+    """Raises PatchError unless the metadata has exactly the expected entries, each with a valid value."""
+    if facts.keys() != rules.keys():
+        raise PatchError(f"it states {str(sorted(facts))[:200]}, not {', '.join(rules)}")
+    wrong = [name for name, rule in rules.items() if not rule.holds(facts[name])]
     if wrong:
-        raise ValueError(f"{wrong[0]} is {str(facts[wrong[0]])[:80]}")
+        raise PatchError(f"{wrong[0]} is {facts[wrong[0]]!r:.80} and must be {rules[wrong[0]].text}")
 
 
 def _flat(kind: str, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -206,4 +309,7 @@ def _nested(tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[st
     for path, tensor in tensors.items():
         kind, index, name = path.split("/", 2)
         states[kind][int(index)][name] = tensor
+    read = {name for kind, parts in states.items() for name in _flat(kind, parts)}
+    if read != tensors.keys():  # such as pieces/-1/a or pieces/00/a
+        raise ValueError(f"tensors {sorted(tensors.keys() - read)[:3]} are unknown")
     return states

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
-from recast_pl.errors import RunError
+from recast_pl.errors import BackboneError, PatchError, RunError
 from recast_pl.files import fingerprint
 from recast_pl.learning.acceleration import MergedWeights, skip_unread_tokens
 from recast_pl.learning.patch import SharedState, TaskPatch, load_head
 from recast_pl.methods.piece import Piece, copies
+from recast_pl.rules import ImageSize
 
 
 class TaskNetwork(nn.Module):
@@ -53,7 +54,7 @@ class TaskNetwork(nn.Module):
         """How many parameters the pieces train for a task, without the head."""
         return sum(p.numel() for piece in self.pieces for p in piece.parameters.values())
 
-    def build(self, image_size: int) -> Backbone:
+    def build(self, image_size: ImageSize) -> Backbone:
         """Loads the backbone for an image size, freezes it and attaches the pieces; later calls only return it."""
         if self.backbone is None:
             backbone = self.backbone_config.build(image_size).requires_grad_(False)
@@ -145,8 +146,14 @@ class TaskNetwork(nn.Module):
     # -- all tasks -----------------------------------------------------------------------------------------
 
     def check_patch(self, patch: TaskPatch) -> None:
-        """Raises PatchError unless a patch belongs to this base and method, and its head fits. Call `build` before."""
-        patch.check(self.base, self.method, self._built().num_features)
+        """Raises PatchError unless a patch is valid and fits this base, method and network. Call `build` before."""
+        backbone = self._built()
+        patch.check(self.base, self.method, backbone.num_features)
+        if patch.image_size != backbone.image_size:
+            try:
+                backbone.check_size(patch.image_size)
+            except BackboneError as cause:
+                raise PatchError(f"the patch of task {patch.task!r} cannot be used: {cause}") from cause
 
     def head_of(self, patch: TaskPatch) -> Mapping[str, Tensor]:
         """Weight (classes, D) and bias (classes,) of a trained task, as later tasks have left them."""

@@ -137,7 +137,8 @@ class Growth(WeightPiece[Grown]):
         """Loads the coefficients; raises a PatchError if the task was trained with other templates."""
         targets = len(self.adaptations)
         count = state["coefficients"].numel() // targets if "coefficients" in state else 0
-        check_state("Growth", state, {"coefficients": (targets * count,), "templates": (32,)} if count else {})
+        shapes = {"coefficients": (targets * count,), "templates": (32,)} if count else {}
+        check_state("Growth", state, shapes, templates=torch.uint8)
         if count and (count > len(self.templates) or not torch.equal(state["templates"], self._digest(count))):
             needed, there = (bytes(d.tolist()).hex()[:12] for d in (state["templates"], self._digest(count)))
             raise PatchError(

@@ -281,17 +281,29 @@ def select(owner: str, names: Iterable[str], patterns: Sequence[str]) -> list[st
     return selected
 
 
-def check_state(owner: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks a state against the expected shapes by name; `owner` is the class that messages name.
+def check_state(
+    owner: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], **types: torch.dtype
+) -> None:
+    """Checks a state against what a piece, or a head, stores.
+
+    Args:
+        owner: The class that messages name.
+        state: Tensors by name.
+        expected: Their shapes by name.
+        types: The types of those that hold whole numbers; all others must be floating point.
 
     Raises:
-        PatchError: If a name or shape differs, or a value is NaN or infinite.
+        PatchError: If a name, shape or type differs, or a value is NaN or infinite.
     """
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != expected:
         wrong = dict(sorted(found.items() - expected.items()))
         right = dict(sorted(expected.items() - found.items()))
         raise PatchError(f"the patch holds {wrong} for {owner}, which needs {right}; it belongs to another method")
+    for name, tensor in state.items():
+        if tensor.dtype != types[name] if name in types else not tensor.is_floating_point():
+            needed = types.get(name, "a floating-point type")
+            raise PatchError(f"the patch holds {name} of {owner} as {tensor.dtype}, not {needed}; train the task again")
     check_finite(owner, state)
 
 

@@ -72,7 +72,7 @@ class Piggyback(WeightPiece[BinaryMask]):
     def load_task_state(self, state: dict[str, Tensor]) -> None:
         """Sets scores that give the masks; the trained scores are not stored."""
         sizes = [scores.numel() for scores in self.parameters.values()]
-        check_state("Piggyback", state, {"mask": (-(-sum(sizes) // 8),)})
+        check_state("Piggyback", state, {"mask": (-(-sum(sizes) // 8),)}, mask=torch.uint8)
         bits = torch.from_numpy(np.unpackbits(state["mask"].numpy(), count=sum(sizes))).bool()
         for scores, part in zip(self.parameters.values(), bits.split(sizes), strict=True):
             scores.copy_(torch.where(part.view_as(scores), self.start, 0.0).to(scores))

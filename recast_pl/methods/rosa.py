@@ -135,7 +135,7 @@ class RoSA(WeightPiece[Sparse]):
     def load_task_state(self, state: dict[str, Tensor]) -> None:
         """Loads indices and values."""
         counts = [len(sparse.indices) for sparse in self.adaptations.values()]
-        check_state("RoSA", state, {"indices": (sum(counts),), "values": (sum(counts),)})
+        check_state("RoSA", state, {"indices": (sum(counts),), "values": (sum(counts),)}, indices=torch.int32)
         parts = zip(state["indices"].split(counts), state["values"].split(counts), strict=True)
         for (name, sparse), (indices, values) in zip(self.adaptations.items(), parts, strict=True):
             size = sparse.shape.numel()

@@ -10,9 +10,11 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from recast_pl.data.catalogue import DataSet
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.rules import size_text
 from recast_pl.runs.metrics import Matrix
 from recast_pl.runs.patch_tools import PatchDifference
 
@@ -49,8 +51,9 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
 
 def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> Table:
     """Makes the terminal table of tasks with their recorded and their measured accuracy in percent."""
+    different = Text("DIFFERENT", "bold red")
     cells = [
-        [task, f"{recorded:.4f}", f"{measured:.4f}", "equal" if recorded == measured else "[bold red]DIFFERENT[/]"]
+        [task, f"{recorded:.4f}", f"{measured:.4f}", "equal" if recorded == measured else different]
         for task, recorded, measured in rows
     ]
     return terminal_table((["task", "recorded %", "measured %", ""], cells))
@@ -65,7 +68,7 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
         "classes": f"{len(patch.classes)}: {', '.join(patch.classes)}",
         "method": " + ".join(patch.method),
         "base": patch.base,
-        "input": f"{patch.image_size}×{patch.image_size}, mean {patch.mean}, std {patch.std}",
+        "input": f"{size_text(patch.image_size)}, mean {patch.mean}, std {patch.std}",
         "metrics": ", ".join(f"{name} {value:.2f}" for name, value in patch.metrics.items()) or "none",
         "numbers": f"{numbers:,} and a head of {head:,}",
         "bytes": f"{path.stat().st_size:,}",
@@ -120,7 +123,7 @@ def table_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def markdown_table(cells: Cells, text_columns: int = 1) -> str:
-    """Writes a table as Markdown.
+    """Writes a table as Markdown; a `|` in a cell is no border.
 
     Args:
         cells: Header and rows.
@@ -128,10 +131,13 @@ def markdown_table(cells: Cells, text_columns: int = 1) -> str:
     """
     header, rows = cells
     rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+    plain = ([cell.replace("|", r"\|") for cell in row] for row in (header, rule, *rows))
+    return "".join(f"| {' | '.join(row)} |\n" for row in plain)
 
 
-def terminal_table(cells: Cells, text_columns: int = 1, title: str | None = None) -> Table:
+def terminal_table(
+    cells: tuple[Sequence[str], Sequence[Sequence[str | Text]]], text_columns: int = 1, title: str | None = None
+) -> Table:
     """Makes a table for the terminal.
 
     Args:

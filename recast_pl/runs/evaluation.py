@@ -12,7 +12,9 @@ from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.methods.recast import Recast
+from recast_pl.rules import ImageSize
 from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import accuracy_matrix
 
 
@@ -31,14 +33,16 @@ def evaluate_run(
         The name, recorded and measured accuracy in percent of each task, in the order of the stream.
 
     Raises:
-        RunError: If no task is trained.
+        RunError: If no task is trained, or the images of a task have changed since.
         PatchError: If a patch is damaged.
     """
     finished, evaluator = folder.finished(), trainers.for_evaluation()
     data.prepare_data()
     restore(module, folder, data.image_size)
-    recorded = accuracy_matrix([files.load_record() for files in finished.values()])[-1]
-    names = [task.name for task in data.tasks]
+    records, names = [files.load_record() for files in finished.values()], [task.name for task in data.tasks]
+    for name, record in zip(finished, records, strict=True):
+        check_images(data, names.index(name), record, resuming=False)
+    recorded = accuracy_matrix(records)[-1]
     return [
         (name, accuracy, measure(module, data, names.index(name), files.load()[0], evaluator))
         for (name, files), accuracy in zip(finished.items(), recorded, strict=True)
@@ -59,7 +63,7 @@ def choose_patch(folder: RunFolder, task: str | None, file: str | None) -> TaskP
     return folder.load_patches([task])[task] if task is not None else TaskPatch.load(str(file))
 
 
-def restore(module: TILModule, folder: RunFolder, image_size: int) -> None:
+def restore(module: TILModule, folder: RunFolder, image_size: ImageSize) -> None:
     """Builds a module, which has the run's method and backbone, on the base of a run, with what its tasks share."""
     for piece in module.pieces:
         piece.load_base(folder.path)

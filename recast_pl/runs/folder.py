@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 from uuid import uuid4
 
+from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
@@ -29,13 +30,17 @@ class TaskResult(TypedDict):
 
 
 class Record(TypedDict):
-    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest."""
+    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest.
+
+    Older runs lack `images`, the images that the task was trained on, by split.
+    """
 
     task: TaskResult
     accuracies: dict[str, float]
     patch: str
     shared_bytes: int
     wall_seconds: float
+    images: NotRequired[dict[str, SplitImages]]
 
 
 class Summary(TypedDict):
@@ -196,7 +201,8 @@ class RunFolder:
         return patches
 
     def _patches(self) -> Iterable[Path]:
-        return (self.path / "patches").glob("*.safetensors")
+        """The files of patches; hidden ones, such as the `._NAME` of other systems, are none."""
+        return (path for path in (self.path / "patches").glob("*.safetensors") if not path.name.startswith("."))
 
 
 def write_once(path: Path, content: bytes) -> bool:
@@ -208,7 +214,7 @@ def write_once(path: Path, content: bytes) -> bool:
     Raises:
         StorageError: If the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
+    draft = path.with_name(f".{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
     write_atomic(draft, content)
     with writing(path):
         try:

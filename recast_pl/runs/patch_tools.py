@@ -10,7 +10,6 @@ from torch import Tensor
 
 from recast_pl.errors import PatchError
 from recast_pl.learning.patch import TaskPatch
-from recast_pl.methods.piece import check_finite
 
 FULL_PRECISION = "accuracy_fp32"
 """Metric of a patch in half precision: the accuracy of the same task in single precision."""
@@ -53,16 +52,6 @@ def compare_patches(first: TaskPatch, second: TaskPatch) -> PatchDifference:
     ours, theirs = first.tensors, second.tensors
     both = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
     return PatchDifference(differing, [_distance(name, ours[name], theirs[name]) for name in both])
-
-
-def check_patch(patch: TaskPatch) -> None:
-    """Raises PatchError if a patch's head does not fit its class names, or a number is NaN or infinite."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in patch.head.items()}
-    weight, count = shapes.get("weight", ()), len(patch.classes)
-    if len(weight) != 2 or shapes != {"weight": (count, weight[1]), "bias": (count,)}:
-        raise PatchError(f"the head of task {patch.task!r} has {shapes} for {count} classes; train the task again")
-    for owner, state in zip(["the head", *patch.method], [patch.head, *patch.pieces], strict=True):
-        check_finite(owner, state)
 
 
 def average_patches(patches: Sequence[TaskPatch], weights: Sequence[float] = ()) -> TaskPatch:

@@ -21,6 +21,7 @@ from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
 from recast_pl.runs.evaluation import measure, percent
 from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
+from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
     accuracy_matrix,
     average_accuracy,
@@ -28,6 +29,7 @@ from recast_pl.runs.metrics import (
     backward_transfer,
     forgetting,
 )
+from recast_pl.terminal import open_console
 
 
 class Presentation(Protocol):
@@ -70,7 +72,7 @@ class Stream:
         presentation: Presentation | None = None,
     ) -> None:
         self.module, self.data, self.folder, self.trainers, self.seed = module, data, RunFolder(run_dir), trainers, seed
-        self.config, self.console, self.presentation = config, console or Console(), presentation
+        self.config, self.console, self.presentation = config, console or open_console(), presentation
         self.evaluator = trainers.for_evaluation()
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
@@ -172,6 +174,7 @@ class Stream:
         self.patches, self.records = {}, {}
         for index in finished:
             self.patches[index], self.records[index] = files[index].load()
+            check_images(self.data, index, self.records[index], resuming=True)
             self.module.activate(self.patches[index])
 
     def _train(self, index: int) -> None:
@@ -196,7 +199,9 @@ class Stream:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
         last = files.checkpoints / "last.ckpt"
         if last.exists() and not is_whole_checkpoint(last):
-            self.console.print(f"{last} is damaged; the task is trained again from its start", soft_wrap=True)
+            self.console.print(
+                f"{last} is damaged; the task is trained again from its start", soft_wrap=True, markup=False
+            )
             return None
         return last if last.exists() else None
 
@@ -231,6 +236,7 @@ class Stream:
             patch=sha256(content),
             shared_bytes=0 if shared is None else shared.nbytes,
             wall_seconds=round(time.monotonic() - self._started, 2),
+            images=self.data.image_record,
         )
         self._started = time.monotonic()
         if self.evaluator.is_global_zero:

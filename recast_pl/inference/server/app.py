@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
 
-from recast_pl.errors import PatchError, RunError
+from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.inference.predictor import Prediction, Predictor
 from recast_pl.inference.server.batching import Batcher
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, RequestMetrics
 from recast_pl.inference.server.request_filter import LOCAL_HOSTS, RequestFilter, error_response
+from recast_pl.inference.server.schema import FILE, FORM, TOKEN, TOKEN_VARIABLE, body, failures
 from recast_pl.learning.patch import TaskPatch
-
-TOKEN_VARIABLE = "RECAST_PL_TOKEN"
-"""The environment variable with the secret that clients need to add tasks."""
 
 Field = TypeVar("Field", str, UploadFile)
 
@@ -37,16 +37,6 @@ _PAGE_HEADERS = {
     "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-}
-
-_FORM, _FILE = "multipart/form-data", "application/octet-stream"
-
-_BINARY = {"type": "string", "format": "binary"}
-
-_FORM_SCHEMA = {
-    "type": "object",
-    "required": ["image", "task"],
-    "properties": {"image": _BINARY, "task": {"type": "string"}},
 }
 
 
@@ -76,19 +66,19 @@ def create_app(
         The application: `POST /predict`, `GET` and `POST /tasks`, `GET /health` and `/metrics`, and a web page at `/`.
     """
     service = _Service(predictor, limits or Limits(), token)
+    _allow_pixels(service.limits.max_pixels)
     app = FastAPI(
         title="recast_pl",
         lifespan=lambda _: service.batcher.running(),
         docs_url=None,  # this page and the next would fetch scripts from other servers
         redoc_url=None,
-        exception_handlers={HTTPException: _on_http_error, Exception: _on_failure},
+        exception_handlers={
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_failure,
+        },
     )
-    app.add_api_route("/", service.page, include_in_schema=False)
-    app.add_api_route("/predict", service.predict, methods=["POST"], openapi_extra=_body(_FORM, _FORM_SCHEMA))
-    app.add_api_route("/tasks", service.tasks)
-    app.add_api_route("/tasks", service.add, methods=["POST"], status_code=201, openapi_extra=_body(_FILE, _BINARY))
-    app.add_api_route("/health", service.health)
-    app.add_api_route("/metrics", service.metrics)
+    _add_routes(app, service)
     app.add_middleware(RequestFilter, limits=service.limits, hosts=hosts)
     app.add_middleware(RequestMetrics, metrics=service.counts, paths=_PATHS)
     return app
@@ -110,7 +100,7 @@ class _Service:
 
     async def predict(self, request: Request) -> Prediction:
         """Classifies an image (a file) by a task (a name)."""
-        _check_type(request, _FORM)
+        _check_type(request, FORM)
         async with request.form(max_files=4, max_fields=4, max_part_size=4096) as form:  # file names are not used
             task, image = _single_field(form, "task", str), _single_field(form, "image", UploadFile)
             content = await image.read()
@@ -119,6 +109,8 @@ class _Service:
                 return await self.batcher.classify(content, task)
         except RunError as error:
             raise HTTPException(404, str(error)) from error
+        except (PatchError, DataError) as error:  # the second if a task of another image size took its place
+            raise HTTPException(500, str(error)) from error
         except TimeoutError as cause:
             reason = f"there was no answer in {self.limits.timeout:g} seconds; try again when the server is less busy"
             raise HTTPException(504, reason) from cause
@@ -130,7 +122,7 @@ class _Service:
     async def add(self, request: Request) -> Task:
         """Adds a task until the server ends. The body is a file of `patches/`."""
         self._check_token(request)
-        _check_type(request, _FILE)
+        _check_type(request, FILE)
         return await run_in_threadpool(self._add, await request.body())
 
     async def health(self) -> dict[str, Any]:
@@ -164,9 +156,33 @@ class _Service:
         return Task(patch.task, patch.classes)
 
 
-def _body(content_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI description of a body. Handlers read bodies themselves, after cheaper checks."""
-    return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
+def _add_routes(app: FastAPI, service: _Service) -> None:
+    gets = {"/": service.page, "/tasks": service.tasks, "/health": service.health, "/metrics": service.metrics}
+    for path, handler in gets.items():
+        app.add_api_route(path, handler, include_in_schema=path != "/", responses=failures())
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route(
+        "/predict",
+        service.predict,
+        methods=["POST"],
+        responses=failures(400, 404, 408, 413, 415, 422, 500, 503, 504),
+        openapi_extra=body(FORM),
+    )
+    app.add_api_route(
+        "/tasks",
+        service.add,
+        methods=["POST"],
+        status_code=201,
+        dependencies=[TOKEN],
+        responses=failures(401, 408, 409, 413, 415, 422, 500, 503),
+        openapi_extra=body(FILE),
+    )
+
+
+def _allow_pixels(count: int) -> None:
+    """Raises Pillow's own limit of pixels, which holds in the whole process, to that of the server."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, count)
 
 
 def _check_type(request: Request, wanted: str) -> None:
@@ -190,6 +206,11 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
         request_line = f"{request.method} {request.url.path[:80]}"
         reason = f"{reason}: {request_line}; docs/howto/serving.md describes {', '.join(_PATHS)}"
     return error_response(error.status_code, reason, dict(error.headers or {}))
+
+
+async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    """Nobody reads this answer; the metrics count its status, which other servers use, too."""
+    return Response(status_code=499)
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:

@@ -1,44 +1,21 @@
 """Images of concurrent requests, classified together."""
 
 import asyncio
-import io
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from recast_pl.data.images import SUFFIXES, decode_any
-from recast_pl.errors import DataError
 from recast_pl.inference.predictor import Prediction, Predictor
 from recast_pl.inference.server.limits import Limits
+from recast_pl.inference.server.untrusted import check_image, decode
 
-# no other formats, because Pillow passes some (PostScript) on to other programs
-_FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
-
-
-def decode(content: bytes, size: int, max_pixels: int) -> Tensor:
-    """Decodes an image file from an untrusted source into uint8 (3, size, size), as `Predictor.predict` would.
-
-    Raises:
-        HTTPException: 413 if it has more pixels; 422 if it cannot be read.
-    """
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:  # reads only the header
-            pixels = image.width * image.height
-            if pixels <= max_pixels:
-                return decode_any(image, size)
-    except Image.DecompressionBombError:
-        pixels = 0
-    except Exception as cause:  # decoders raise nearly anything on damaged files
-        reason = cause.__cause__ if isinstance(cause, DataError) else "it is damaged or of an unknown format"
-        raise HTTPException(422, f"the image cannot be read ({reason}); send a {', '.join(_FORMATS)} file") from cause
-    count = pixels or "far too many"
-    raise HTTPException(413, f"the image has {count} pixels, more than the {max_pixels} allowed; send a smaller one")
+_LARGE = 16_000_000  # pixels from which on images are decoded by threads of their own, so that small ones go on
 
 
 class _Request(NamedTuple):
@@ -64,13 +41,35 @@ class Batcher:
     def __init__(self, predictor: Predictor, limits: Limits, observe: Callable[[int], object]) -> None:
         self.waiting = 0
         self._predictor, self._limits, self._observe = predictor, limits, observe
-        self._jobs: asyncio.Queue[_Request] = asyncio.Queue()  # bounded by `waiting`
+        self._jobs: deque[_Request] = deque()  # bounded by `waiting`
+        self._worker: asyncio.Task[None] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Makes the pools, whose threads start when they are needed."""
+        threads = min(4, os.cpu_count() or 1)
+        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._large_decoders = ThreadPoolExecutor(max(1, threads // 2), "decode large")
+        self._computer = ThreadPoolExecutor(1, "classify")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """A context after which nothing is computed any more. An application that is mounted in another has none."""
+        try:
+            yield
+        finally:
+            if self._worker:
+                self._worker.cancel()
+            for pool in (self._decoders, self._large_decoders, self._computer):
+                pool.shutdown(wait=False, cancel_futures=True)
+            self._open()
 
     async def classify(self, content: bytes, task: str) -> Prediction:
         """Decodes an image file and waits for its prediction.
 
         Raises:
             RunError: If there is no such task.
+            PatchError: If the task cannot classify the image.
             HTTPException: 503 if too many images wait; 413 or 422 if the image cannot be used.
         """
         size = self._predictor.image_size(task)
@@ -79,44 +78,39 @@ class Batcher:
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            pixels = await loop.run_in_executor(self._decoders, decode, content, size, self._limits.max_pixels)
-            job = _Request(pixels, task, loop.create_future())
-            self._jobs.put_nowait(job)
+            pixels = await loop.run_in_executor(self._decoders, check_image, content, self._limits.max_pixels)
+            pool = self._large_decoders if pixels >= _LARGE else self._decoders
+            image = await loop.run_in_executor(pool, decode, content, size)
+            job = _Request(image, task, loop.create_future())
+            self._jobs.append(job)
+            if self._worker is None or self._worker.done():
+                self._worker = loop.create_task(self._work())
             return await job.prediction
         finally:
             self.waiting -= 1
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """A context in which `classify` works."""
-        with (
-            ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode") as self._decoders,
-            ThreadPoolExecutor(1, "classify") as self._computer,
-        ):
-            worker = asyncio.create_task(self._work())
-            try:
-                yield
-            finally:
-                worker.cancel()
-                with suppress(asyncio.CancelledError):
-                    await worker
-
     async def _work(self) -> None:
-        while True:
-            batch = [await self._jobs.get()]
-            while len(batch) < self._limits.batch_size and not self._jobs.empty():
-                batch.append(self._jobs.get_nowait())
+        """Computes batches until no image waits."""
+        while self._jobs:
+            count = min(len(self._jobs), self._limits.batch_size)
+            batch = [self._jobs.popleft() for _ in range(count)]
             batch = [job for job in batch if not job.prediction.done()]  # the others have timed out
             if batch:
+                self._observe(len(batch))
                 await self._compute(batch)
 
     async def _compute(self, batch: list[_Request]) -> None:
-        self._observe(len(batch))
+        """Answers a batch. If it fails, each task is tried alone, so that only the requests of bad tasks fail."""
         images, tasks = [job.pixels for job in batch], [job.task for job in batch]
         run = asyncio.get_running_loop().run_in_executor
         try:
             predictions = await run(self._computer, self._predictor.predict_tensors, images, tasks)
         except Exception as error:  # of any kind; the next batch may succeed
+            names = dict.fromkeys(tasks)
+            if len(names) > 1:
+                for name in names:
+                    await self._compute([job for job in batch if job.task == name])
+                return
             for job in batch:
                 if not job.prediction.done():
                     job.prediction.set_exception(error)

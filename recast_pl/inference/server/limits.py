@@ -12,7 +12,8 @@ class Limits:
 
     Args:
         max_body: Bytes of a request.
-        max_pixels: Pixels of an image, by its header; decoding takes up to 26 bytes for each, of four images at a time.
+        max_pixels: Pixels of an image, by its header. Decoding takes up to 26 bytes for each, of two large images and
+            of four below 16 million pixels at a time. Pillow's own limit is raised to it.
         timeout: Seconds in which a request must have arrived, and then must be answered.
         batch_size: Images that are classified together, whatever their tasks.
         queue_size: Images that wait or are being classified; further requests are refused until later.

@@ -59,6 +59,9 @@ class RequestMetrics:
         try:
             await self._app(scope, receive, send_observed)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
+            path = scope["path"].removeprefix(
+                scope.get("root_path", "")
+            )  # of an application that is mounted in another
+            path = path if path in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - start)

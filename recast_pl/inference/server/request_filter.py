@@ -14,6 +14,9 @@ from recast_pl.inference.server.limits import Limits
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Host names by which programs on the same machine reach a server."""
 
+PAGE_NAME = "recast_pl"
+"""What the server's own page sends as `X-Requested-With`."""
+
 _BODIES = 16  # all requests together may hold this many bodies of the largest size
 
 
@@ -76,14 +79,23 @@ class RequestFilter:
         """The answer to a request that its headers alone give reason to refuse; None for other requests."""
         host, origin, length = headers.get("host", ""), headers.get("origin"), headers.get("content-length", "0")
         if "*" not in self._hosts and _host_name(host) not in self._hosts:
-            reason = f"host {host[:80]!r} is not allowed; start the server with --allowed_hosts to allow it"
+            reason = f"host {host[:80]!r} is not allowed; allow it by --allowed_hosts (or hosts= of create_app)"
             return error_response(403, reason)
-        if origin is not None and origin.partition("://")[2] != host:
-            reason = f"requests from pages of {origin[:80]!r} are refused; use the server's own page"
+        if origin is not None and origin.partition("://")[2] != host and not _is_own_page(headers):
+            reason = f"requests from pages of {origin[:80]!r} are refused; use the server's own page, or send no Origin"
             return error_response(403, reason)
         if length.isdecimal() and int(length) > self._limits.max_body:
             return error_response(413, _too_large(self._limits))
         return None
+
+
+def _is_own_page(headers: Headers) -> bool:
+    """Whether a page of the server's own site sent a request, also if a proxy has replaced the host.
+
+    No page can set the first header; browsers leave it out where the connection is not secure. Before a page of another
+    site can send the second one, the browser asks the server, which does not allow it.
+    """
+    return headers.get("sec-fetch-site") == "same-origin" or headers.get("x-requested-with") == PAGE_NAME
 
 
 def _too_large(limits: Limits) -> str:
