@@ -249,7 +249,7 @@ REFUSED = {
     "name": (lambda p: {"task": "signs"}, "there is a task 'signs' already"),
     "base": (lambda p: {"base": "0" * 64}, "belongs to base 000000000000"),
     "method": (lambda p: {"method": ["LoRA"]}, r"is of method \['LoRA'\], not \['Recast'\]"),
-    "head": (lambda p: {"classes": p.classes[1:]}, "belongs to another method"),
+    "head": (lambda p: {"classes": p.classes[1:]}, "the head has"),
     "shape": (lambda p: {"pieces": [{"coefficients": torch.zeros(7)}]}, r"coefficients': \(7,\)"),
     "nan": (lambda p: {"pieces": [{"coefficients": torch.full((48,), torch.nan)}]}, "NaN"),
 }
