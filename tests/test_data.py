@@ -208,7 +208,6 @@ def test_a_run_whose_images_have_changed_is_neither_resumed_nor_tested(finished,
         assert re.search(f"the images of task 'first' have changed since it was trained: .*{named}", error)
         assert "restore them, or train in another --run_dir" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    picture = str(folder / "class0" / "000.png")
     predict = ["predict", "--run_dir", str(run), "--task", "first", "--output", str(run / "labels.csv")]
     assert main([*predict, "--images", str(folder / "class0" / "000.png")]) == 0
 
@@ -463,7 +462,7 @@ def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
         SequentialTaskDataModule(tasks).check()
 
 
-@pytest.mark.parametrize("name", ["batch_size", "image_size"])
+@pytest.mark.parametrize("name", ["batch_size", "image_size", "max_pixels"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_sizes_below_one_are_refused(name, value):
     with pytest.raises(DataError, match=f"data.{name}={value}"):
