@@ -328,6 +328,37 @@ def test_a_missing_file_is_named(image_folder, root):
         stream(folder)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_limit_on_pixels_can_be_lower_than_that_of_pillow(image_folder, root, mode):
+    folder = image_folder("colours", images=20)
+    Image.new("RGB", (50, 41)).save(folder / "class0" / "large.png")
+    assert sum(stream(folder, cache=mode).sizes.values()) == 61
+    with pytest.raises(DataError, match=r"1 of 61 .*large\.png' \(50×41 pixels are more than data\.max_pixels=2,049\)"):
+        stream(folder, cache=mode, max_pixels=2049)
+    assert sum(stream(folder, cache=mode, max_pixels=2050).sizes.values()) == 61
+    with pytest.warns(UserWarning, match="large"):
+        assert sum(stream(folder, cache=mode, max_pixels=2049, on_bad_image="skip").sizes.values()) == 60
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_limit_on_pixels_can_be_higher_than_that_of_pillow(image_folder, root, mode, monkeypatch):
+    folder = image_folder("colours", images=20)  # of 32×32 = 1024 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses twice as many
+    with pytest.raises(DataError, match="60 of 60 images of 'colours' cannot be used"):
+        stream(folder, cache=mode)
+    assert sum(stream(folder, cache=mode, max_pixels=1024).sizes.values()) == 60
+    assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_a_limit_on_pixels_is_an_option(tiny_fit, capsys):
+    assert main(tiny_fit("--data.max_pixels", 1000)) == 2
+    assert "24 of 24 images of 'first' cannot be used" in capsys.readouterr().err
+    assert main(tiny_fit("--data.max_pixels", 0)) == 2
+    assert "data.max_pixels=0 must be at least 1" in capsys.readouterr().err
+    assert main(tiny_fit("--data.max_pixels", 1024, "--trainer.max_epochs", 1)) == 0
+
+
 def test_skipped_images_do_not_move_the_others(image_folder, root):
     folder = image_folder("colours", classes=2, images=40)
     before = stream(folder)

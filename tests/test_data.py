@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
+from recast_pl.cli import main
 from recast_pl.data.batches import TaskSampler
 from recast_pl.data.folders import open_folder
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
+from recast_pl.files import sealed_json
 
 SPLITS = ("train", "val", "test")
 FOOD_SIZES = {"train": 182, "val": 44, "test": 42}
@@ -155,6 +159,107 @@ def test_the_order_in_which_the_system_lists_files_does_not_matter(image_folder,
     assert after.classes == before.classes
     assert after.labels.tolist() == before.labels.tolist()
     assert all(torch.equal(after.images.decode(index, 8), image) for index, image in enumerate(pixels))
+
+
+# images that change
+
+
+def add(folder):
+    for index in range(9):
+        write(folder / "class0" / f"new{index}.png", colour=(index, 0, 0))
+
+
+def replace(folder):
+    write(folder / "class1" / "003.png", colour=(0, 0, 0), size=(90, 90))
+
+
+CHANGES = {
+    "added": (add, r"from \d+ to \d+ train images \('class0' from \d+ to \d+\)"),
+    "removed": (lambda folder: (folder / "class2" / "001.png").unlink(), r"images \('class2' from \d+ to \d+\)"),
+    "replaced": (replace, "as many [a-z]+ images as before, but others"),
+    "moved to another class": (
+        lambda folder: (folder / "class0" / "004.png").rename(folder / "class1" / "new.png"),
+        "'class0' from",
+    ),
+    "a new class": (lambda folder: shutil.copytree(folder / "class0", folder / "new"), r"'new' from 0 to \d"),
+}
+
+
+@pytest.fixture
+def finished(tiny_fit, tmp_path, request):
+    """A run of two tasks, of which one is finished, the folder of that task, and the command line that continues it."""
+    words = tiny_fit("--trainer.max_epochs", 1)
+    assert main([*words, "--only", "first"]) == 0
+    return tmp_path / "run", tmp_path / "first", [*words, "--resume", "true"]
+
+
+@pytest.mark.filterwarnings("ignore:.*equal pixels")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_whose_images_have_changed_is_neither_resumed_nor_tested(finished, capsys, name):
+    run, folder, words = finished
+    change, named = CHANGES[name]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    change(folder)
+    for command in (words, ["test", "--run_dir", str(run)], [*words, "--only", "first"]):
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert re.search(f"the images of task 'first' have changed since it was trained: .*{named}", error)
+        assert "restore them, or train in another --run_dir" in error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    predict = ["predict", "--run_dir", str(run), "--task", "first", "--output", str(run / "labels.csv")]
+    assert main([*predict, "--images", str(folder / "class0" / "000.png")]) == 0
+
+
+def test_a_run_is_resumed_and_tested_after_its_images_have_moved(finished, tmp_path):
+    run, folder, words = finished
+    shutil.copytree(folder, tmp_path / "copy")  # copies have other times
+    shutil.rmtree(folder)
+    (tmp_path / "copy").rename(folder)
+    assert main(words) == 0
+    assert json.loads((run / "summary.json").read_text())["forgetting"] == 0
+    assert main(["test", "--run_dir", str(run)]) == 0
+
+
+def edit_record(run, edit):
+    """Edits the record of a finished task as an older version would have written it."""
+    (path,) = (run / "tasks").glob("*_first.json")
+    record = json.loads(path.read_text())
+    del record["images"], record["checksum"]
+    edit(record)
+    path.write_text(sealed_json(record))
+
+
+def test_a_run_of_an_older_version_with_the_same_split_is_resumed(finished):
+    run, _, words = finished
+    edit_record(run, lambda record: None)
+    assert main(words) == 0
+
+
+def test_a_run_of_an_older_version_with_another_split_is_tested_but_not_resumed(finished, capsys):
+    run, _, words = finished
+    edit_record(run, lambda record: record["task"].update(split="0123456789abcdef"))
+    with pytest.warns(
+        UserWarning, match="task 'first' was trained on another split of its images, by an earlier version"
+    ):
+        assert main(["test", "--run_dir", str(run)]) == 0
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "task 'first' was trained on another split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [add, replace])
+def test_training_does_not_continue_on_changed_images(tiny_fit, tmp_path, capsys, change):
+    poison = [{"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}]
+    assert main(tiny_fit("--trainer.callbacks", json.dumps(poison))) == 2
+    assert (tmp_path / "run" / "checkpoints" / "00_first" / "last.ckpt").exists()
+    change(tmp_path / "first")
+    capsys.readouterr()
+    assert main(tiny_fit("--resume", "true")) == 2
+    error = capsys.readouterr().err
+    assert "the images of task 'first' have changed since its training was interrupted: " in error
+    assert error.count("\n") == 1
 
 
 # batches
@@ -358,7 +463,7 @@ def test_a_stream_that_cannot_be_trained_names_the_task(tasks, named):
         SequentialTaskDataModule(tasks).check()
 
 
-@pytest.mark.parametrize("name", ["batch_size", "image_size"])
+@pytest.mark.parametrize("name", ["batch_size", "image_size", "max_pixels"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_sizes_below_one_are_refused(name, value):
     with pytest.raises(DataError, match=f"data.{name}={value}"):

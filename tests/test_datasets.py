@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,15 +23,15 @@ SPLITS = ("train", "val", "test")
 OTHER = ("Train", "valid", "TEST", "training", "Validation", " testing")  # the same, twice
 
 
-def stream(path, name="colours"):
-    data = SequentialTaskDataModule((TaskConfig(name, str(path)),), 16, 4, num_workers=0)
+def stream(path, name="colours", **settings):
+    data = SequentialTaskDataModule((TaskConfig(name, str(path)),), 16, 4, num_workers=0, **settings)
     data.prepare_data()
     return data
 
 
-def write(path):
+def write(path, colour=(200, 30, 90)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (20, 20), (200, 30, 90)).save(path)
+    Image.new("RGB", (20, 20), colour).save(path)
 
 
 def images_of(data):
@@ -118,7 +120,13 @@ def split_folders(image_folder):
 
 @pytest.mark.parametrize(
     "names",
-    [("Train", "Val", "Test"), ("TRAIN", "VALID", "TEST"), ("training", "Validation", "testing")],
+    [
+        ("Train", "Val", "Test"),
+        ("TRAIN", "VALID", "TEST"),
+        ("training", "Validation", "testing"),
+        ("train", "valid", "test"),  # as labelling services export
+        ("train", "dev", "Eval"),
+    ],
 )
 def test_split_folders_are_recognised_in_any_case_and_by_other_names(split_folders, names):
     usual, other = stream(split_folders("usual", *SPLITS), "a"), stream(split_folders("other", *names), "b")
@@ -143,6 +151,8 @@ def test_fit_trains_on_capital_split_folders(split_folders, tmp_path, tiny_fit):
         (["train", "test", "apples"], "(test, train) beside other folders of images, such as 'apples'"),
         (["Test", "Control"], "(Test) beside other folders of images, such as 'Control'"),
         (["training", "train", "test"], "(test, train, training) and two of them name the same split"),
+        (["train", "eval", "test"], "(eval, test, train) and two of them name the same split"),
+        (["bus", "car", "train"], "(train) beside other folders of images, such as 'bus'"),
     ],
 )
 def test_unclear_split_folders_are_refused(split_folders, folders, named, tiny_fit, capsys):
@@ -152,6 +162,220 @@ def test_unclear_split_folders_are_refused(split_folders, folders, named, tiny_f
     assert message.count("\n") == 1
     assert f"folder {str(folder)!r} has split folders {named}" in message
     assert "rename their folders or list the images in a CSV file" in message
+
+
+@pytest.mark.parametrize("names", [("bus", "car", "train"), ("Test", "control"), ("a", "b", "train", "val")])
+def test_a_folder_of_images_called_train_is_a_class_beside_others(tmp_path, names):
+    for name in names:
+        for index in range(8):
+            write(tmp_path / "vehicles" / name / f"{index}.png")
+    with pytest.warns(UserWarning, match="is read as a class, because no folders of images are inside") as warned:
+        data = stream(tmp_path / "vehicles", "vehicles")
+    assert data.classes == sorted(names)
+    assert sum(data.sizes.values()) == 8 * len(names)
+    assert len(warned) == 1 + sum("equal pixels" in str(w.message) for w in warned)
+
+
+def test_images_directly_in_split_folders_have_no_class(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "loose" / split / "0.png")
+    with pytest.raises(DataError, match="but no folders of classes inside of the one for training"):
+        open_folder(tmp_path / "loose")
+
+
+def left_out(folder):
+    """What the notes say about files that are left out, and the number of images."""
+    source = open_folder(folder)
+    return [note for note in source.notes if "left out" in note], len(source.labels)
+
+
+def test_test_images_without_classes_are_left_out_and_named(split_folders):
+    folder = split_folders("given", "train")
+    for index in range(12):
+        write(folder / "test" / f"{index:02d}.png")
+    write(folder / "cover.png")
+    note = f"13 files of {str(folder)!r} are left out: 13 images outside of class folders, such as 'cover.png'"
+    assert left_out(folder) == ([note], 4)
+    assert open_folder(folder).splits == ["train"] * 4
+
+
+def test_files_that_are_no_images_are_counted_and_named(image_folder, tmp_path, tiny_fit):
+    folder = image_folder("colours", classes=2, images=9)
+    (folder / "README.md").touch()  # outside of class folders, so that nobody expects an image
+    for name in ("class0/b.txt", "class0/a.txt", "class0/deep/c.HEIC", "class1/IMG_1", "class1/movie.mpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "class1" / "pipe.png")  # opening it would wait forever
+    (note,), count = left_out(folder)
+    assert count == 18
+    assert note.startswith(f"6 files of {str(folder)!r} are left out: 2 .txt files, such as 'class0/a.txt'; 1 ")
+    for named in ("1 .heic files, such as 'class0/deep/c.HEIC'", "1 files without an ending, such as 'class1/IMG_1'"):
+        assert named in note
+    (folder / "class1" / "x.psp").touch()
+    (folder / "class1" / "y.xcf").touch()
+    assert left_out(folder)[0][0].endswith("and 2 more kinds")
+    tasks = json.dumps([{"name": "colours", "path": str(folder)}])
+    with pytest.warns(UserWarning, match="task 'colours': 8 files of .* are left out"):
+        assert main(tiny_fit("--data.tasks", tasks, "--trainer.max_epochs", 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        ("jfif", "JPEG"),
+        ("jpe", "JPEG"),
+        ("JPX", "JPEG2000"),
+        ("apng", "PNG"),
+        ("tga", "TGA"),
+        ("ico", "ICO"),
+        ("pbm", "PPM"),
+    ],
+)
+def test_what_pillow_reads_is_an_image(image_folder, suffix, kind):
+    folder = image_folder("colours", classes=2, images=3)
+    for index in range(8):
+        image = Image.new("RGB", (16, 16), (20 * index, 90, 3))
+        image.save(folder / "class0" / f"{index}x.{suffix}", kind)
+    data = stream(folder)
+    assert sum(data.sizes.values()) == 14
+    assert left_out(folder) == ([], 14)
+
+
+@pytest.mark.parametrize("suffix", ["eps", "jpg"])
+def test_formats_that_need_other_programs_are_not_read(image_folder, suffix):
+    folder = image_folder("colours", classes=2)
+    Image.new("RGB", (16, 16)).save(folder / "class0" / f"x.{suffix}", "EPS")
+    if suffix == "eps":
+        assert left_out(folder)[0][0].endswith("1 .eps files, such as 'class0/x.eps'")
+    else:
+        with pytest.raises(DataError, match=r"x\.jpg' \(cannot identify image file"):
+            stream(folder)
+
+
+def test_linked_folders_are_followed(image_folder, tmp_path):
+    folder, other = image_folder("colours", classes=2, images=4), image_folder("other", classes=2, images=5, seed=1)
+    (folder / "class0" / "more").symlink_to(other / "class0")
+    (folder / "class2").symlink_to(other / "class1")
+    (folder / "class0" / "deep").mkdir()
+    (folder / "class0" / "deep" / "loop").symlink_to(folder)  # would never end
+    (folder / "class0" / "itself").symlink_to(folder / "class0")
+    source = open_folder(folder)
+    assert np.bincount(source.labels).tolist()[1:] == [4, 5]
+    assert "class0/more/000.png" in source.names
+    assert len(set(source.names)) == len(source.names) < 40
+
+
+def test_files_of_operating_systems_do_not_count(image_folder):
+    folder = image_folder("colours", classes=2, images=3)
+    for name in ("Thumbs.db", "._000.png", ".DS_Store", "desktop.ini", "@eaDir/000.png", "__MACOSX/class0/._1.png"):
+        for place in (folder, folder / "class0"):
+            write(place / "x.png")
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(place / "x.png", place / name) if place != folder or "/" in name else (place / name).touch()
+    (folder / "__MACOSX" / "class0" / "1.png").write_bytes(b"no image")
+    assert left_out(folder) == ([], 6)
+    assert open_folder(folder).classes == ["class0", "class1"]
+
+
+def test_names_that_are_not_utf8_can_be_used(image_folder, tiny_fit, capsys):
+    folder = image_folder("colours", classes=2, images=12)
+    odd = os.fsdecode(b"caf\xe9 \xff.png")
+    (folder / "class0" / "000.png").rename(folder / "class0" / odd)
+    deep = folder / "class1" / os.fsdecode(b"d\xe9ep")
+    deep.mkdir()
+    (folder / "class1" / "000.png").rename(deep / "0.png")
+    tasks = json.dumps([{"name": "colours", "path": str(folder)}])
+    words = tiny_fit("--data.tasks", tasks, "--trainer.max_epochs", 1)
+    assert main(words) == 0
+    assert main(["test", "--run_dir", words[words.index("--run_dir") + 1]]) == 0
+    (folder / "class0" / odd).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=r"caf\\udce9 \\udcff\.png"):
+        stream(folder, on_bad_image="skip")
+    (folder / "class0" / os.fsdecode(b"x\xe9.txt")).touch()
+    left_out(folder)[0][0].encode()
+    capsys.readouterr()
+    assert main(tiny_fit("--data.tasks", tasks, "--trainer.max_epochs", 1, run_dir=folder.parent / "other")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_spellings_of_a_class_folder_are_one_class(split_folders):
+    folder = split_folders("given", "train", "test")
+    (folder / "train" / "class0").rename(folder / "train" / unicodedata.normalize("NFC", "café"))
+    (folder / "test" / "class0").rename(folder / "test" / unicodedata.normalize("NFD", "café"))
+    source = open_folder(folder)
+    assert source.classes == ["café", "class1"]
+    assert len(source.labels) == 10
+    assert source.notes == [
+        "labels that differ only in spaces or in Unicode are read as one class: 'cafe\\u0301' and 'caf\\xe9'"
+    ]
+
+
+# folders in folders
+
+
+def leaves(path, **settings):
+    data = SequentialTaskDataModule((TaskConfig("animals", str(path), classes="leaf"),), 16, 4, **settings)
+    data.prepare_data()
+    return data
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "valid", "test")])
+def test_innermost_folders_can_be_classes(tmp_path, splits):
+    for split in splits:
+        for name in ("birds/owls", "birds/ducks/mallards", "fish", "birds/geese"):
+            for index in range(12):
+                write(tmp_path / "animals" / split / name / f"{index}.png", (index, len(name), 7 * len(split)))
+    data = leaves(tmp_path / "animals")
+    assert data.classes == ["birds/ducks/mallards", "birds/geese", "birds/owls", "fish"]
+    assert sum(data.sizes.values()) == 48 * len(splits)
+    assert stream(tmp_path / "animals").classes == ["birds", "fish"]
+
+
+def test_fit_takes_innermost_folders_as_classes(tmp_path, tiny_fit):
+    for name in ("birds/owls", "birds/ducks", "fish/carps"):
+        for index in range(12):
+            write(tmp_path / "animals" / name / f"{index}.png", (index, len(name), 9))
+    task = {"name": "animals", "path": str(tmp_path / "animals"), "classes": "leaf"}
+    assert main(tiny_fit("--data.tasks", json.dumps([task]), "--trainer.max_epochs", 1)) == 0
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["classes"] == 3
+
+
+def test_images_beside_folders_of_images_are_in_no_innermost_folder(tmp_path):
+    for name in ("birds/owls/0.png", "birds/1.png", "fish/2.png"):
+        write(tmp_path / "animals" / name)
+    with pytest.raises(DataError, match=r"animals/birds' has images beside folders of images such as 'owls'"):
+        leaves(tmp_path / "animals")
+
+
+def test_splits_in_innermost_folders_are_refused(tmp_path):
+    for name in ("birds/train", "birds/test", "fish/train", "fish/test"):
+        write(tmp_path / "animals" / name / "0.png")
+    with pytest.raises(DataError, match=r"birds' has split folders \(test, train\) inside"):
+        leaves(tmp_path / "animals")
+
+
+@pytest.mark.parametrize("task", [{"name": "digits"}, {"name": "x", "path": "list.csv"}])
+def test_only_folders_have_innermost_folders(task):
+    with pytest.raises(DataError, match="classes: leaf, which only a folder of images takes"):
+        SequentialTaskDataModule((TaskConfig(**task, classes="leaf"),)).prepare_data()
+
+
+# copies
+
+
+def test_equal_images_in_different_splits_are_reported(split_folders):
+    folder = split_folders("given", *SPLITS)
+    Image.open(folder / "train" / "class0" / "000.png").save(folder / "test" / "class1" / "copy.bmp")
+    shutil.copy(folder / "train" / "class1" / "001.png", folder / "train" / "class1" / "same.png")  # in one split
+    for cache in ("disk", "disk", "ram", "off"):  # the second reads the cache
+        with pytest.warns(UserWarning, match="more than one split") as warned:
+            stream(folder, cache=cache)
+        (message,) = (str(w.message) for w in warned if "more than one split" in str(w.message))
+        assert message == (
+            "1 images of task 'colours' are in more than one split, as files with equal pixels: train/class0/000.png "
+            "(train) = test/class1/copy.bmp (test); remove the copies, or measured accuracies are too high"
+        )
 
 
 def test_folders_without_images_may_stand_beside_split_folders(split_folders):
@@ -212,11 +436,11 @@ def write_manifest(path, rows, header=("path", "label", "split")):
         pyarrow.parquet.write_table(table, path)
     else:
         with path.open("w", newline="", encoding="utf-8-sig") as file:
-            csv.writer(file).writerows([header, *rows])
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([header, *rows])
     return path
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
 def test_a_manifest_names_images_labels_and_splits(image_folder, suffix, tmp_path, tiny_fit):
     folder = image_folder("pictures", classes=2, images=9)
     kinds = ["train"] * 4 + ["val"] * 2 + ["test"] * 3
@@ -264,7 +488,7 @@ def test_a_manifest_without_splits_is_divided(image_folder):
         ([("a.png", "x", "train"), ("a.png", "x", "test")], ("path", "label", "split"), "a.png' more than once"),
     ],
 )
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
 def test_a_wrong_manifest_names_the_row(tmp_path, rows, header, named, suffix):
     with pytest.raises(DataError, match=named):
         open_manifest(write_manifest(tmp_path / f"list.{suffix}", rows, header))
@@ -307,7 +531,7 @@ def test_a_class_of_a_manifest_without_training_images_is_named(tmp_path, labels
         open_manifest(write_manifest(tmp_path / "list.csv", rows))
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
 def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, suffix):
     path = tmp_path / f"list.{suffix}"
     with pytest.raises(DataError, match="does not exist"):
@@ -321,3 +545,107 @@ def test_missing_files_of_a_manifest_are_counted(tmp_path):
     rows = [(f"{i}.png", "xy"[i % 2], "") for i in range(12)]
     with pytest.raises(DataError, match=r"12 of 12 image files are missing, the first is .*0\.png"):
         stream(write_manifest(tmp_path / "list.csv", rows))
+
+
+@pytest.fixture
+def listed(image_folder):
+    """Rows of 24 images in three splits, and the folder that their paths are relative to."""
+    folder = image_folder("pictures", classes=2, images=12)
+    files = sorted(folder.rglob("*.png"))
+    return folder, [[str(f.relative_to(folder)), f.parent.name, SPLITS[i % 3]] for i, f in enumerate(files)]
+
+
+@pytest.mark.parametrize(
+    "header", ["path,label, split", "Path,Label,Split", " PATH , label,split ", '"path", "label", "split"']
+)
+@pytest.mark.parametrize("separator", [",", ", "])
+def test_spaces_and_capitals_in_a_header_change_nothing(listed, header, separator):
+    folder, rows = listed
+    text = "\n".join([header, *(separator.join(row) for row in rows)])
+    (folder / "list.csv").write_text(text + "\n")
+    data = stream(folder / "list.csv")
+    assert data.classes == ["class0", "class1"]
+    assert data.sizes == {"train": 8, "val": 8, "test": 8}
+
+
+@pytest.mark.parametrize("name", ["set", "Splits", "partition"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_a_column_of_splits_by_another_name_is_refused(listed, name, suffix):
+    folder, rows = listed
+    manifest = write_manifest(folder / f"list.{suffix}", rows, ("path", "label", name))
+    with pytest.raises(DataError, match=f"no column 'split', but '{name}' holds splits; name it split"):
+        open_manifest(manifest)
+    for row in rows:
+        row[2] = "summer"
+    assert set(open_manifest(write_manifest(manifest, rows, ("path", "label", "season"))).splits) == {""}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_labels_that_differ_in_spaces_or_unicode_are_one_class(listed, suffix):
+    folder, rows = listed
+    spellings = [unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café"), "café ", " café"]
+    for i, row in enumerate(rows):
+        row[1] = spellings[i % 4] if row[1] == "class0" else "tea"
+    manifest = write_manifest(folder / f"list.{suffix}", rows)
+    with pytest.warns(UserWarning, match="labels that differ only in spaces or in Unicode are read as one class"):
+        data = stream(manifest)
+    assert data.classes == ["café", "tea"]
+    assert [len(labels.unique()) for _, labels in images_of(data).values()] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "spell", [lambda p: f"./{p}", lambda p: f"x/../{p}", lambda p: f"../pictures/{p}", os.path.abspath]
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_an_image_in_two_splits_is_refused_however_its_path_is_spelled(listed, spell, suffix, monkeypatch):
+    folder, rows = listed
+    (folder / "x").mkdir()
+    monkeypatch.chdir(folder)
+    rows.append([spell(rows[3][0]), rows[3][1], "test"])
+    with pytest.raises(DataError, match=r"class0/003.png' more than once, in row 4.* and in row 25"):
+        open_manifest(write_manifest(folder / f"list.{suffix}", rows))
+
+
+def test_an_image_that_is_listed_by_a_link_is_reported(listed):
+    folder, rows = listed
+    (folder / "linked").symlink_to(folder / "class0")
+    rows.append(["linked/000.png", "class0", "test"])
+    with pytest.raises(DataError, match=r"linked/000.png' more than once, in row 1, as .*class0/000.png"):
+        open_manifest(write_manifest(folder / "list.csv", rows))
+    (folder / "link.png").symlink_to(folder / "class0" / "000.png")
+    rows[-1][0] = "link.png"
+    with pytest.warns(UserWarning, match=r"class0/000.png \(train\) = link.png \(test\)"):
+        stream(write_manifest(folder / "list.csv", rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("path,label\na,b.png,cat\n", "row 1 has more values than the header has columns; put values"),
+        ('path,label\na.png,"cat\nb.png,dog\n', "unexpected end of data"),
+        ("path,label\na\0.png,cat\n", "NUL|row 1: path"),
+        ("path;label\na.png;cat\n", "needs one column 'path' and has 0"),
+        ("path,path,label\na.png,b.png,cat\n", "needs one column 'path' and has 2"),
+        ("path,label,split\na.png,cat\n", "has 1 classes"),
+        ("path,label,split\na.png,  ,train\n", "row 1: path 'a.png', label ''"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, text, named):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(DataError, match=named) as error:
+        open_manifest(tmp_path / "list.csv")
+    assert "list.csv" in str(error.value)
+
+
+def test_a_missing_number_in_a_parquet_manifest_is_no_label(tmp_path):
+    rows = [("a.png", 1.0, "train"), ("b.png", 2.0, "train"), ("c.png", float("nan"), "test")]
+    with pytest.raises(DataError, match=r"row 3: path 'c\.png', label ''"):
+        open_manifest(write_manifest(tmp_path / "list.parquet", rows))
+
+
+def test_a_task_that_is_a_file_of_another_kind_says_what_is_read(tmp_path):
+    (tmp_path / "list.txt").write_text("path label")
+    with pytest.raises(
+        DataError, match=r"list.txt' is not a folder; correct .* to a folder or a .csv, .tsv or .parquet"
+    ):
+        stream(tmp_path / "list.txt")

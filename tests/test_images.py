@@ -1,8 +1,14 @@
 """Decoding: every mode, orientation and format, and damaged files."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from recast_pl.data.images import decode_file
@@ -124,3 +130,27 @@ def test_pixels_without_a_known_range_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "large.tif")
     with pytest.raises(DataError, match="no known range"):
         decode_file(tmp_path / "large.tif", 4)
+
+
+def fuzz(folder, seed, count, seconds):
+    """Decodes mutated files in a process of its own; returns what happened."""
+    script = str(ROOT / "tests" / "fuzz_images.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    words = [sys.executable, script, str(seed), str(count)]
+    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert process.returncode == 0, (process.returncode, process.stderr[-2000:], os.listdir(folder))
+    assert os.listdir(folder) == ["result.json"]  # nothing else is written
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("seed", "count", "seconds"), [(0, 300, 120), pytest.param(1, 10_000, 1200, marks=pytest.mark.slow)]
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts memory as Linux does")
+def test_mutated_files_are_read_or_refused(tmp_path, seed, count, seconds):
+    result = fuzz(tmp_path, seed, count, seconds)
+    assert result["foreign"] == []
+    assert result["read"] + result["refused"] == count
+    assert min(result["read"], result["refused"]) > count / 10  # the mutations neither miss nor destroy everything
+    assert result["formats"] >= 10
+    assert result["slowest"] < 10  # seconds of computing time

@@ -79,7 +79,7 @@ def test_a_run_folder_holds_the_documented_files(run):
     assert (first["name"], first["classes"], second["classes"]) == ("first", 3, 2)
     assert first["task_parameters"] == 96  # vit.yaml: 24 weights, n 2, K 2
     assert first["head_parameters"] == 3 * (32 + 1)
-    assert (first["train_images"], first["test_images"]) == (3 * 6, 3)  # 15 % of 8 images are 1
+    assert (first["train_images"], first["test_images"]) == (16, 4)  # 15 % of 24 images are 3.6
     assert first["epochs"] == 3
     assert first["patch_bytes"] == len(patches(run)["00_first.safetensors"])
     patch = TaskPatch.load(run / "patches" / "00_first.safetensors")
