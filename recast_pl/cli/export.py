@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recast_pl.config.run import open_run
+from recast_pl.cli.options import declare_trust, opened
 from recast_pl.errors import ExportError
 from recast_pl.files import write_atomic
 from recast_pl.inference.export import FORMATS, ExportFormat, bank_inputs
@@ -26,6 +26,7 @@ def declare(parser: ArgumentParser) -> None:
         "onnx_bank: one graph for all tasks of RECAST, and for each task a file with its inputs to the graph.",
     )
     parser.add_argument("--output", type=str | None, help="File (default: DIR/export/TASK.ENDING, or bank.onnx).")
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
@@ -34,7 +35,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
         raise ExportError(
             "--format onnx_bank exports all tasks of the run; leave out --task and --patch, or choose onnx for one task"
         )
-    run_dir, init = open_run(config.run_dir)
+    run_dir, init = opened(config)
     export, ending = FORMATS[config.format]
     fed = RunFolder(run_dir).load_patches() if config.format == "onnx_bank" else {}
     patch = next(iter(fed.values())) if fed else choose_patch(RunFolder(run_dir), config.task, config.patch)

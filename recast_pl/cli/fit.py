@@ -15,6 +15,7 @@ from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.config.comparing import check_same_run
+from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RunError
@@ -56,6 +57,9 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         check_same_run(parser, RunFolder(run_dir).config, text)
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
+    folders = RunFolder(run_dir).start_folders()
+    locate_paths(config.model, folders)
+    locate_data(config.data, folders)
     seed_everything(config.seed_everything, verbose=False)
     init, console = parser.instantiate(config), Console()
     if isinstance(init.model, MimicryModule):

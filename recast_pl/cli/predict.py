@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from recast_pl.cli.options import chosen_device, declare_device, declare_trust
 from recast_pl.files import write_atomic
 from recast_pl.inference.predictor import load
 from recast_pl.learning.patch import TaskPatch
@@ -19,13 +20,16 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--patch", type=str | None, help="Or a patch file, as 'patch average' and 'quantize' write.")
     parser.add_argument("--images", type=str, nargs="+", required=True, help="Image files.")
     parser.add_argument("--output", type=str, required=True, help="CSV file to write: path,label,probability.")
+    declare_device(parser)
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Writes the most probable class of each image as CSV."""
     folder, task = RunFolder(config.run_dir), config.task
     check_choice(folder, task, config.patch)
-    model = load(folder.path, tasks=[task or next(iter(folder.finished()))])
+    first = [task or next(iter(folder.finished()))]
+    model = load(folder.path, device=chosen_device(config), tasks=first, trust=config.trust)
     if config.patch is not None:
         patch = TaskPatch.load(config.patch)
         if patch.task in model.tasks:  # the file may be an averaged or quantized version

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible
+from recast_pl.cli.options import chosen_device, declare_device, declare_trust
 from recast_pl.errors import RunError
 from recast_pl.inference.predictor import load
 from recast_pl.inference.server.limits import Limits
@@ -30,6 +31,8 @@ def declare(parser: ArgumentParser) -> None:
     hosts = "Host names that requests may use, * for any (default: any, or localhost if the server listens only there)."
     parser.add_argument("--allowed_hosts", type=str, nargs="+", default=[], help=hosts)
     parser.add_class_arguments(Limits)
+    declare_device(parser)
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
@@ -45,7 +48,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets its warnings as an error
     with _listening(config.host, config.port) as (listener, address), interruptible():
-        predictor = load(config.run_dir)
+        predictor = load(config.run_dir, device=chosen_device(config), trust=config.trust)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
         seconds = math.ceil(limits.timeout)
         settings = uvicorn.Config(

@@ -21,10 +21,12 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
     if not path.exists():
         return
     # compared after parsing, because the text of defaults inside lists depends on how they were given
-    before, after = parser.parse_path(path), parser.parse_string(text)
+    before, after = parser.parse_string(path.read_text()), parser.parse_string(text)
     for config in (before, after):
         for key in ("root", "cache", "num_workers"):  # where and how images are read changes no result
             config.data.pop(key, None)
+        for task in config.data.tasks:
+            task.pop("path", None)
         settings = config.model.get("init_args") or {}
         for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
             for key in ("lr", "learning_rate"):  # a resumed task may have another rate

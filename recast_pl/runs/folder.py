@@ -1,5 +1,6 @@
 """A run folder: where each file of a run lies, and how its trained tasks are read."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import NotRequired, TypedDict, cast
 from uuid import uuid4
 
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
+from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
 
 
@@ -112,6 +113,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / self.CONFIG
+        self.start = self.path / "start.json"
         self.summary = self.path / self.SUMMARY
         self.matrix_csv = self.path / "accuracy_matrix.csv"
         self.matrix_png = self.path / "accuracy_matrix.png"
@@ -132,6 +134,24 @@ class RunFolder:
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue its tasks, or name another --run_dir"
             )
+
+    def record_start(self) -> None:
+        """Writes the working folder, to which paths in `config.yaml` are relative, unless it was written before."""
+        if not self.start.exists():
+            here = Path.cwd()
+            facts = {"folder": str(here), "from_run": os.path.relpath(here, self.path.resolve())}
+            write_once(self.start, json_text(facts).encode())
+
+    def start_folders(self) -> list[Path]:
+        """The folder that the run was started in: where it is relative to the run folder, and where it was then.
+
+        The first is right if run and images were moved together, the second if the run alone was moved. Runs of older
+        versions have none.
+        """
+        if not self.start.is_file():
+            return []
+        facts = read_json(self.start, RunError, folder=str, from_run=str)
+        return [Path(os.path.normpath(self.path.resolve() / facts["from_run"])), Path(facts["folder"])]
 
     def add_files(self, write: Callable[[Path], None]) -> bool:
         """Adds files to the run safely beside other processes that add files of the same names.
