@@ -36,7 +36,8 @@ def declare(parser: LightningArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
     parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
-    parser.add_argument("--resume", type=bool, default=False, help="Continue the run in --run_dir.")
+    resume = "Continue the run in --run_dir."
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Tasks to train now (default: all).")
     parser.add_argument("--engine", type=Engine | None, help="Where to train the tasks, each on one device.")
     declare_run(parser)

@@ -5,6 +5,7 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.errors import RunError
+from recast_pl.runs.folder import RunFolder
 
 
 def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> None:
@@ -34,7 +35,8 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
                     part.init_args.pop(key, None)
     changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
     if changed:
+        delete = "" if RunFolder(path.parent).is_begun else f", or delete {path.parent}, which has trained nothing yet"
         raise RunError(
             f"{changed[0]} differs from {path}, and resuming would mix two runs; "
-            "resume with the same options, or start another --run_dir"
+            f"resume with the same options, or start another --run_dir{delete}"
         )

@@ -59,7 +59,7 @@ def with_resumed_config(words: Sequence[str]) -> list[str]:
     """
     parts = [part for word in words for part in word.split("=", 1)]
     given = dict(itertools.pairwise(parts))
-    if {"--config", "-c"} & set(parts) or "--run_dir" not in given or not _is_true(given.get("--resume", "")):
+    if {"--config", "-c"} & set(parts) or "--run_dir" not in given or not _resumes(parts):
         return list(words)
     folder = RunFolder(given["--run_dir"])
     if not folder.config.is_file():
@@ -68,9 +68,12 @@ def with_resumed_config(words: Sequence[str]) -> list[str]:
     return ["--config", str(folder.config), *words]
 
 
-def _is_true(text: str) -> bool:
-    """Whether a text is one of the words that YAML reads as true, as the option's own parser does."""
-    return text.lower() in ("true", "yes", "on")
+def _resumes(parts: Sequence[str]) -> bool:
+    """Whether the parts of a command line ask to resume, in any spelling that the option itself takes."""
+    if "--resume" not in parts:
+        return False
+    value = next(iter(parts[parts.index("--resume") + 1 :]), "--")
+    return value.startswith("--") or value.lower() in ("true", "yes", "on")
 
 
 def no_run(folder: RunFolder) -> str:
@@ -84,7 +87,7 @@ def no_run(folder: RunFolder) -> str:
         )
         close = difflib.get_close_matches(path.name, [near.path.name for near in runs], n=3)
         hint = f" (did you mean {' or '.join(str(path.parent / name) for name in close)}?)" if close else ""
-        return f"the folder {path} does not exist{hint}"
+        return f"{path} is not a run folder: it does not exist{hint}"
     runs = RunFolder.find(path)
     hint = f"; the last run in it is {runs[-1].path}" if runs else ""
     return f"{path} is not a run folder: it has no config.yaml{hint}"

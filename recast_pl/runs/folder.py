@@ -130,6 +130,11 @@ class RunFolder:
 
     def check_unused(self) -> None:
         """Raises RunError if the folder has content, which a new run would overwrite."""
+        if self.config.is_file() and not self.is_begun:
+            raise RunError(
+                f"run folder {self.path} holds a run that has trained nothing yet; delete the folder to start again with "
+                "these options, add --resume true to continue with its own, or name another --run_dir"
+            )
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue its tasks, or name another --run_dir"
@@ -180,6 +185,11 @@ class RunFolder:
     def is_trained(self) -> bool:
         """Whether at least one task is finished."""
         return any(self._patches())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything is trained: a task, the first epochs of one, or templates."""
+        return self.is_trained or self.mimicry.is_file() or any((self.path / "checkpoints").rglob("*.ckpt"))
 
     def finished(self) -> dict[str, TaskFiles]:
         """The files of all finished tasks by name, in the order of the stream.
