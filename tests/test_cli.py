@@ -519,3 +519,40 @@ def test_options_can_be_corrected_after_a_failed_start(tiny_fit, tmp_path, capsy
     assert main(tiny_fit("--data.batch_size", "8", "--trainer.max_epochs", "1")) == 0
     assert main(tiny_fit("--data.batch_size", "4", "--resume")) == 2
     assert "delete" not in capsys.readouterr().err
+
+
+# environment variables in YAML
+
+
+def test_a_config_may_name_environment_variables(tiny_fit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IMAGES", str(tmp_path))
+    monkeypatch.setenv("BATCH", "5")
+    monkeypatch.setenv("NAME", "first: #1")  # read as text, although it looks like YAML
+    (tmp_path / "own.yaml").write_text(
+        """
+        data:
+          batch_size: ${BATCH}
+          root: "${NAME}/${BATCH}"  # ${NOT_SET} in a comment is no variable
+          tasks: [{name: first, path: "${IMAGES}/first"}]
+        """
+    )
+    own = ["--config", str(tmp_path / "own.yaml")]
+    data = printed(capsys, "--config", "vit.yaml", *own)["data"]
+    assert (data["batch_size"], data["root"]) == (5, "first: #1/5")
+    assert data["tasks"] == [{"name": "first", "path": f"{tmp_path}/first"}]
+    words = tiny_fit("--trainer.max_epochs", "1", "--config", "methods/probe.yaml")
+    at = words.index("--data.tasks")
+    del words[at : at + 2]
+    assert main([*words, *own, "--data.root", str(tmp_path / "data")]) == 0
+    monkeypatch.delenv("IMAGES")  # a run keeps the values that it was trained with
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("data: {root: '${NO_SUCH_VARIABLE}/x'}")
+    assert main(["fit", "--config", "vit.yaml", "--config", str(tmp_path / "own.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "${NO_SUCH_VARIABLE} in own.yaml names an environment variable that is not set" in line
+    (tmp_path / "imagenet.yaml").write_text("images: ${NO_SUCH_VARIABLE}")
+    assert main(["imagenet", "--config", str(tmp_path / "imagenet.yaml"), "--output", str(tmp_path)]) == 2
+    assert "${NO_SUCH_VARIABLE}" in capsys.readouterr().err

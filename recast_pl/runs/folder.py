@@ -132,8 +132,8 @@ class RunFolder:
         """Raises RunError if the folder has content, which a new run would overwrite."""
         if self.config.is_file() and not self.is_begun:
             raise RunError(
-                f"run folder {self.path} holds a run that has trained nothing yet; delete the folder to start again with "
-                "these options, add --resume true to continue with its own, or name another --run_dir"
+                f"run folder {self.path} holds a run that has trained nothing yet; delete the folder to start again "
+                "with these options, add --resume true to continue with its own, or name another --run_dir"
             )
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
