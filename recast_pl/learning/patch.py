@@ -70,8 +70,8 @@ class TaskPatch:
         if self.base != base:
             raise PatchError(
                 f"the patch of task {self.task!r} belongs to base {self.base[:12]}…, this base is {base[:12]}…; "
-                "use the backbone and weights of its run, and its decomposition.safetensors (decomposition: FILE in place "
-                "of layout), because another kind of processor solves the same layout to other bits"
+                "use the backbone and weights of its run, and give its decomposition.safetensors as decomposition in "
+                "place of layout, because another kind of processor solves the same layout to other bits"
             )
         if self.method != method:
             raise PatchError(
