@@ -27,6 +27,8 @@ _NOT_IMPORTED = {
     "targets",
 }  # plain text, never a function
 
+_UNPICKLED = {"checkpoint_path", "pretrained_cfg"}  # arguments of timm: some versions unpickle such files
+
 # a text here would name a function, or another file of YAML; `fit` writes neither
 _NOT_TEXT = {
     *("model", "init_args", "backbone", "pieces", "layout", "optimizer", "lr_scheduler", "source"),
@@ -56,6 +58,8 @@ def check_trusted(content: Mapping[str, Any], where: object) -> None:
 def _is_trusted(key: str, value: Any) -> bool:
     if key == "backbone" and isinstance(value, Mapping):
         return "name" not in value or _is_known_backbone(str(value["name"]))
+    if key in _UNPICKLED:
+        return False
     if key == "class_path":
         return _is_known_class(str(value))
     if not isinstance(value, str) or key in _NOT_IMPORTED:
@@ -83,7 +87,7 @@ def _is_known_backbone(name: str) -> bool:
         return bool(timm.is_model(function))
     if module.startswith("torchvision.models"):
         return function in torchvision.models.list_models()
-    return module == "recast_pl.backbones"
+    return module in ("recast_pl.backbones", "recast_pl.backbones.lite0")
 
 
 def _is_known_class(path: str) -> bool:
@@ -108,4 +112,7 @@ def _is_import_path(text: str) -> bool:
     first, *others = text.split(".")
     if not others or not all(part.isidentifier() for part in (first, *others)):
         return False
-    return importlib.util.find_spec(first) is not None
+    try:
+        return importlib.util.find_spec(first) is not None
+    except ValueError:  # a module in memory that was not found by name, such as __main__
+        return True

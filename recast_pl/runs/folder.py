@@ -143,8 +143,9 @@ class RunFolder:
     def record_start(self) -> None:
         """Writes the working folder, to which paths in `config.yaml` are relative, unless it was written before."""
         if not self.start.exists():
-            here = Path.cwd()
-            facts = {"folder": str(here), "from_run": os.path.relpath(here, self.path.resolve())}
+            here, run = Path.cwd(), self.path.resolve()
+            from_run = os.path.relpath(here, run) if here.drive == run.drive else str(here)
+            facts = {"folder": str(here), "from_run": from_run}
             write_once(self.start, json_text(facts).encode())
 
     def start_folders(self) -> list[Path]:
