@@ -40,7 +40,7 @@ def check_trusted(content: Mapping[str, Any], where: object) -> None:
     """Checks that a configuration names no code but that of this package, timm, torchvision and torch.
 
     Args:
-        content: Its `model` and `data`, as read from YAML.
+        content: The configuration, as read from YAML.
         where: Its file, for the error message.
 
     Raises:
