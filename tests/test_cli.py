@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -407,3 +408,174 @@ def test_a_wait_policy_of_the_user_is_kept(monkeypatch):
 def test_a_system_without_hangup_signals_is_supported(tiny_fit, monkeypatch):
     monkeypatch.delattr(signal, "SIGHUP")
     assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+
+
+# options of one piece or one task
+
+
+def printed(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def pieces_of(config):
+    return {
+        piece["class_path"].rpartition(".")[2]: piece.get("init_args", {})
+        for piece in config["model"]["init_args"]["pieces"]
+    }
+
+
+MELO = ["--config", "vit.yaml", "--config", "methods/melo.yaml"]
+BOTH = ["--config", "vit.yaml", "--config", "methods/recast_melo.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "piece", "changed"),
+    [
+        ([*MELO, "--model.pieces.rank", "4"], "LoRA", {"rank": 4}),
+        ([*MELO, "--model.init_args.pieces.rank=4"], "LoRA", {"rank": 4}),
+        (
+            [*MELO, "--model.pieces.LoRA.rank", "4", "--model.pieces.0.learning_rate=1e-3"],
+            "LoRA",
+            {"rank": 4, "learning_rate": 1e-3},
+        ),
+        ([*MELO, "--model.pieces.targets", '["qkv"]'], "LoRA", {"targets": ["qkv"]}),
+        ([*BOTH, "--model.pieces.recast.learning_rate", "0.5"], "Recast", {"learning_rate": 0.5}),
+        ([*BOTH, "--model.pieces.1.learning_rate", "0.5"], "LoRA", {"learning_rate": 0.5}),
+        ([*BOTH, "--model.pieces.rank", "2", "--model.pieces.rank", "3"], "LoRA", {"rank": 3}),
+    ],
+    ids=lambda value: " ".join(value[4:]) if isinstance(value, list) else "",
+)
+def test_one_argument_of_a_piece_can_be_changed(words, piece, changed, capsys):
+    before, after = pieces_of(printed(capsys, *words[:4])), pieces_of(printed(capsys, *words))
+    assert after == before | {piece: before[piece] | changed}
+
+
+def test_an_argument_within_an_argument_and_one_task_can_be_changed(capsys):
+    words = [
+        "--model.pieces.layout.groups",
+        "3",
+        "--data.tasks.signs.path",
+        "/elsewhere",
+        "--data.tasks.0.flip",
+        "false",
+    ]
+    config = printed(capsys, "--config", "quickstart.yaml", *words)
+    assert pieces_of(config)["Recast"]["layout"]["groups"] == 3
+    assert pieces_of(config)["Recast"]["layout"]["targets"] == [r"conv_pwl?\.weight"]
+    tasks = {task["name"]: task for task in config["data"]["tasks"]}
+    assert tasks["signs"]["path"] == "/elsewhere"
+    assert [name for name in tasks if "flip" in tasks[name]] == ["food", "digits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([*MELO, "--model.pieces.rnk", "4"], ["--model.pieces.rnk", "LoRA"]),
+        ([*MELO, "--model.pieces.LoRA.rnk", "4"], ["takes no 'rnk'", "rank"]),
+        ([*MELO, "--model.pieces.rank", "many"], ["rank", "many"]),
+        ([*MELO, "--model.pieces.rank"], ["--model.pieces.rank has no value"]),
+        ([*MELO, "--model.pieces.1.rank", "4"], ["--model.pieces.1.rank", "LoRA"]),
+        ([*BOTH, "--model.pieces.learning_rate", "4"], ["Recast and LoRA", "--model.pieces.Recast."]),
+        ([*MELO, "--model.pieces.rank.x", "4"], ["'rank' has no entries"]),
+        (["--config", "quickstart.yaml", "--data.tasks.flip", "false"], ["food and people", "--data.tasks.food."]),
+        (["--config", "quickstart.yaml", "--data.tasks.sign.flip", "false"], ["--data.tasks.sign.flip", "signs"]),
+    ],
+    ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else "",
+)
+def test_an_option_that_fits_no_piece_or_several_is_one_line(words, named, capsys):
+    assert main(["fit", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(text in line for text in named), line
+
+
+def test_a_run_and_a_comparison_take_options_of_a_piece(tiny_fit, tmp_path):
+    rank = ["--config", "methods/melo.yaml", "--model.pieces.rank", "2"]
+    assert main(tiny_fit("--trainer.max_epochs", "1", *rank)) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert pieces_of(config)["LoRA"]["rank"] == 2
+    rate = ["--model.pieces.learning_rate", "1e-3"]  # a rate may change when a run is resumed
+    assert main(["fit", "--run_dir", str(tmp_path / "run"), "--resume", "true", *rate]) == 0
+    options = [*tiny_fit("--trainer.max_epochs", "1")[5:], *rank[2:]]
+    words = ["compare", "--base", "vit.yaml", "--configs", "methods/melo.yaml", "--output", str(tmp_path / "table")]
+    words += ["--seeds", "1", "--options", shlex.join(options)]
+    assert main(words) == main(words) == 0
+    assert pieces_of(yaml.safe_load((tmp_path / "table/melo/1/config.yaml").read_text()))["LoRA"]["rank"] == 2
+
+
+# resuming, and what went wrong before
+
+
+def test_a_run_is_resumed_however_true_is_spelt(tiny_fit, tmp_path):
+    assert main(tiny_fit("--trainer.max_epochs", "1", "--config", "methods/probe.yaml")) == 0
+    for words in (["--resume", "True"], ["--resume", "yes"], ["--resume=on"], ["--resume"]):
+        assert main(["fit", *words, "--run_dir", str(tmp_path / "run")]) == 0, words
+    assert main(["fit", "--run_dir", str(tmp_path / "run"), "--resume"]) == 0
+
+
+def test_a_mistyped_run_folder_is_named_with_those_beside_it(tiny_fit, tmp_path, capsys):
+    run = tmp_path / "logs" / "2026-01-01"
+    assert main(tiny_fit("--trainer.max_epochs", "1", run_dir=run)) == 0
+    wrong = str(tmp_path / "logs" / "2026-01-10")
+    for words in (["fit", "--resume", "true"], ["test"], ["serve"]):
+        assert main([*words, "--run_dir", wrong]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{wrong} is not a run folder: it does not exist (did you mean {run}?)" in line
+    assert main(["test", "--run_dir", str(tmp_path / "logs")]) == 2
+    assert f"the last run in it is {run}" in capsys.readouterr().err
+    assert main(["fit", "--resume", "true", "--run_dir", str(tmp_path / "logs")]) == 2
+    assert f"the last run in it is {run}" in capsys.readouterr().err
+
+
+def test_options_can_be_corrected_after_a_failed_start(tiny_fit, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--model.optimizer.init_args.lr", "1e30")) == 2
+    assert (run / "config.yaml").exists()
+    capsys.readouterr()
+    for words in (["--data.batch_size", "8"], ["--data.batch_size", "8", "--resume"]):
+        assert main(tiny_fit(*words)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"delete {run}" in line or "delete the folder" in line
+    shutil.rmtree(run)
+    assert main(tiny_fit("--data.batch_size", "8", "--trainer.max_epochs", "1")) == 0
+    assert main(tiny_fit("--data.batch_size", "4", "--resume")) == 2
+    assert "delete" not in capsys.readouterr().err
+
+
+# environment variables in YAML
+
+
+def test_a_config_may_name_environment_variables(tiny_fit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IMAGES", str(tmp_path))
+    monkeypatch.setenv("BATCH", "5")
+    monkeypatch.setenv("NAME", "first: #1")  # read as text, although it looks like YAML
+    (tmp_path / "own.yaml").write_text(
+        """
+        data:
+          batch_size: ${BATCH}
+          root: "${NAME}/${BATCH}"  # ${NOT_SET} in a comment is no variable
+          tasks: [{name: first, path: "${IMAGES}/first"}]
+        """
+    )
+    own = ["--config", str(tmp_path / "own.yaml")]
+    data = printed(capsys, "--config", "vit.yaml", *own)["data"]
+    assert (data["batch_size"], data["root"]) == (5, "first: #1/5")
+    assert data["tasks"] == [{"name": "first", "path": f"{tmp_path}/first"}]
+    words = tiny_fit("--trainer.max_epochs", "1", "--config", "methods/probe.yaml")
+    at = words.index("--data.tasks")
+    del words[at : at + 2]
+    assert main([*words, *own, "--data.root", str(tmp_path / "data")]) == 0
+    monkeypatch.delenv("IMAGES")  # a run keeps the values that it was trained with
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("data: {root: '${NO_SUCH_VARIABLE}/x'}")
+    assert main(["fit", "--config", "vit.yaml", "--config", str(tmp_path / "own.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "${NO_SUCH_VARIABLE} in own.yaml names an environment variable that is not set" in line
+    (tmp_path / "imagenet.yaml").write_text("images: ${NO_SUCH_VARIABLE}")
+    assert main(["imagenet", "--config", str(tmp_path / "imagenet.yaml"), "--output", str(tmp_path)]) == 2
+    assert "${NO_SUCH_VARIABLE}" in capsys.readouterr().err

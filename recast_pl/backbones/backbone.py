@@ -16,11 +16,13 @@ class BackboneConfig:
     """Which pretrained network to adapt.
 
     Args:
-        name: A timm name (`vit_small_patch16_224`), a torchvision name (`torchvision/resnet34`; the prefix may
-            be left out if timm has no model of that name), or the dotted path of a function that returns an
-            `nn.Module` from images to features, such as `recast_pl.backbones.efficientnet_lite0`.
+        name: A timm name (`vit_small_patch16_224`), a model for timm on the Hugging Face hub
+            (`hf-hub:timm/resnet10t.c3_in1k`), a torchvision name (`torchvision/resnet34`; the prefix may be left out
+            if timm has no model of that name), or the dotted path of a function that returns an `nn.Module` from
+            images to features, such as `recast_pl.backbones.efficientnet_lite0`.
         weights: `hub` for the published weights (for a function: the weights it comes with), `random`, or the path
-            of a `.safetensors`, `.pth` or `.pt` file. A ViT's position embedding is resampled to the input size.
+            of a `.safetensors`, `.pth` or `.pt` file: the weights, or a checkpoint that has them under `state_dict` or
+            `model`. A ViT's position embedding is resampled to the input size.
         args: Further arguments of the network's constructor.
         mean: Mean of each channel, to normalise images in [0, 1]; None for the network's own.
         std: Standard deviation of each channel; None for the network's own.
@@ -89,6 +91,21 @@ class Backbone(nn.Module):
         features: Tensor = self.net((images - self.mean).div_(self.std))
         return features
 
+    def _remedy(self) -> str:
+        """What to do about a network that does not take the images."""
+        channels = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), 3)
+        if channels != 3:
+            return (
+                f"it has {channels} input channels and images have 3, grey ones too; leave out backbone.args.in_chans"
+            )
+        fixed = getattr(self.net, "image_size", None)
+        if isinstance(fixed, int) and fixed != self.image_size:
+            return (
+                f"set data.image_size to {fixed}, or choose a model of timm that is resampled to the size of the "
+                "images, such as vit_base_patch16_224 or vit_small_patch16_224"
+            )
+        return "set data.image_size to a size it takes"
+
     @torch.no_grad()
     def check_size(self, size: ImageSize) -> int:
         """The number of features D of an image of a size in pixels; raises BackboneError if the network takes none."""
@@ -96,8 +113,7 @@ class Backbone(nn.Module):
             features = self(torch.zeros(1, 3, *height_and_width(size)).to(self.mean))
         except (AssertionError, RuntimeError, ValueError) as cause:
             raise BackboneError(
-                f"backbone {self.name!r} does not take {size_text(size)} images ({one_line(cause)}); "
-                "set data.image_size to a size it takes"
+                f"backbone {self.name!r} does not take {size_text(size)} images ({one_line(cause)}); {self._remedy()}"
             ) from cause
         if not isinstance(features, Tensor) or features.ndim != 2:
             shape = tuple(getattr(features, "shape", ())) or type(features).__name__

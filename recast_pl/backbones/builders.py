@@ -14,13 +14,15 @@ from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from recast_pl.backbones.weights import find_file, read_file
 from recast_pl.compat.timm import refuse_missing_weights
 from recast_pl.errors import BackboneError, one_line
 from recast_pl.rules import ImageSize, height_and_width
+
+_HUB = "hf-hub:"
 
 Statistics = tuple[float, ...]
 """One number for each of the three channels."""
@@ -106,33 +108,51 @@ class Source(ABC):
         )
 
 
+class _Published(NamedTuple):
+    """What a hub says about a model of timm: its architecture, its pretraining, and arguments of its constructor."""
+
+    architecture: str
+    pretraining: PretrainedCfg
+    args: dict[str, Any]
+
+
 class TimmSource(Source):
-    """A model of timm."""
+    """A model of timm, by its name there, or on the Hugging Face hub: `hf-hub:OWNER/NAME`."""
 
     def features(self, image_size: ImageSize) -> FeatureNet:
         """Creates the network without a classifier; timm resamples position embeddings to the image size."""
-        published = _published(self.name)
-        arguments = {"num_classes": 0, **_input_size(self.name, image_size)}
-        return self._create(arguments), published.mean, published.std
+        published = self._published()
+        net = self._create({"num_classes": 0, **_input_size(published, image_size)})
+        return net, published.pretraining.mean, published.pretraining.std
 
     def classifier(self) -> Classifier:
         """Creates the network with as many classes as its published weights have."""
-        net = self._create({"num_classes": _published(self.name).num_classes})
+        net = self._create({"num_classes": self._published().pretraining.num_classes})
         return Classifier(net.eval(), _timm_preprocessing(net))
 
     def recipe(self, net: nn.Module, classes: int, image_size: ImageSize) -> Recipe:
-        """Returns a call of `timm.create_model`."""
-        arguments = {"model_name": self.name, **_input_size(self.name, image_size), **self.args}
-        return Recipe("timm.create_model", {**arguments, "num_classes": classes})
+        """Returns a call of `timm.create_model`, which needs no hub."""
+        published = self._published()
+        arguments = {**published.args, **_input_size(published, image_size), **self.args}
+        return Recipe("timm.create_model", {"model_name": published.architecture, **arguments, "num_classes": classes})
+
+    def _published(self) -> _Published:
+        if not self.name.startswith(_HUB):
+            return _Published(self.name, timm.get_pretrained_cfg(self.name) or PretrainedCfg(), {})
+        try:
+            pretraining, architecture, args = load_model_config_from_hf(self.name.removeprefix(_HUB))
+        except Exception as cause:  # as in `_create`
+            raise self.failure(cause) from cause
+        return _Published(architecture, PretrainedCfg(**pretraining), args or {})
 
     def _create(self, arguments: dict[str, Any]) -> nn.Module:
-        overlay = None if self.weights in ("hub", "random") else {"file": str(find_file(self.weights))}
+        file = {"file": str(find_file(self.weights)), "source": ""} if self.weights not in ("hub", "random") else None
         try:
             with refuse_missing_weights():
                 net: nn.Module = timm.create_model(
                     self.name,
                     pretrained=self.weights != "random",
-                    pretrained_cfg_overlay=overlay,
+                    pretrained_cfg_overlay=file,
                     **{**arguments, **self.args},
                 )
         except Exception as cause:  # hub, file and constructor errors have no common type
@@ -218,6 +238,8 @@ def find_source(name: str, weights: str, args: dict[str, Any]) -> Source:
     Raises:
         BackboneError: If no source has the name.
     """
+    if name.startswith((_HUB, "hf_hub:")):
+        return TimmSource(name.replace("hf_hub:", _HUB, 1), weights, args)
     if timm.is_model(name):
         return TimmSource(name, weights, args)
     torchvision_names = torchvision.models.list_models(module=torchvision.models)
@@ -230,14 +252,11 @@ def find_source(name: str, weights: str, args: dict[str, Any]) -> Source:
     raise BackboneError(f"unknown backbone {name!r}; {hint}? A function is given by its dotted path")
 
 
-def _published(name: str) -> PretrainedCfg:
-    return timm.get_pretrained_cfg(name) or PretrainedCfg()
-
-
-def _input_size(name: str, image_size: ImageSize) -> dict[str, ImageSize]:
+def _input_size(published: _Published, image_size: ImageSize) -> dict[str, ImageSize]:
     """The constructor argument for the input size, for models of timm that need one."""
-    published = _published(name)
-    needed = published.fixed_input_size and height_and_width(image_size) != tuple(published.input_size[1:])
+    pretraining = published.pretraining
+    needed = pretraining.fixed_input_size and height_and_width(image_size) != tuple(pretraining.input_size[1:])
+
     return {"img_size": image_size} if needed else {}
 
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
+from timm.models import load_state_dict
 from torch import Tensor
 
 from recast_pl.errors import BackboneError
@@ -18,8 +17,10 @@ def find_file(weights: str) -> Path:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name; pickled objects other than tensors are refused."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)  # type: ignore[return-value]
+    """The tensors of a weight file by name; pickled objects other than tensors are refused.
+
+    The file may be a checkpoint of a training that keeps them under `state_dict` or `model`, and the names may have the
+    prefix `module.` of distributed training.
+    """
+    state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+    return state

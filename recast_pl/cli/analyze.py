@@ -11,7 +11,9 @@ from rich.console import Console
 from torch import Tensor
 
 from recast_pl.backbones.backbone import BackboneConfig
-from recast_pl.config.run import read_run, til
+from recast_pl.cli.options import chosen_device, declare_data_root, declare_device, declare_trust, opened
+from recast_pl.config.paths import check_images
+from recast_pl.config.run import til
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.images import FileDataset, find_images
 from recast_pl.decomposition.analysis import Analysis, analyze, displacements
@@ -61,18 +63,21 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
     output = "Folder for the results (default: analysis/ in DIR or beside FILE)."
     parser.add_argument("--output", type=str | None, help=output)
+    declare_data_root(parser)
+    declare_device(parser)
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Prints tables, and writes `analysis.json`, `analysis.md` and figures."""
-    config = parser.instantiate(config)
+    config, device = parser.instantiate(config), chosen_device(config)
     paths = find_images([Path(image) for image in config.images])
     subject = _of_file(config) if config.run_dir is None else _of_run(config)
     if paths and subject.backbone is None:
         raise RunError("--images compares features, which needs the network; give its --backbone")
     console = open_console()
     images = _images(subject, paths, console)
-    analysis = _analyze(subject, images)
+    analysis = _analyze(subject, images, device)
     sheets = analysis_sheets(analysis)
     console.print(*(sheet.printed() for sheet in sheets))
     write_atomic(subject.output / "analysis.md", "\n".join(sheet.markdown() for sheet in sheets))
@@ -98,7 +103,7 @@ def _of_run(config: Namespace) -> _Subject:
     for option in ("decomposition", "backbone", "image_size"):
         if config[option] is not None:
             raise RunError(f"--{option} does not work with --run_dir, which has its own; leave out one of them")
-    run_dir, init = read_run(config.run_dir)
+    run_dir, init = opened(config, templates=True)
     folder, model, data, seed = RunFolder(run_dir), init.model, init.data, init.seed_everything
     if not folder.decomposition.is_file():
         raise RunError(f"{run_dir} holds no decomposition; give a run with a Recast piece, or one of MimicryModule")
@@ -118,13 +123,14 @@ def _images(subject: _Subject, paths: Sequence[Path], console: Console) -> Tenso
         return None
     subject.data.tasks = subject.data.tasks[:1]  # the only task whose images are needed
     try:
+        check_images(subject.data)
         return sample_images(subject.data, _IMAGES)
     except DataError as error:  # the user did not ask for features, so the rest is still worth showing
         console.print(f"features are not compared, because there are no images: {error}", soft_wrap=True)
         return None
 
 
-def _analyze(subject: _Subject, images: Tensor | None) -> Analysis:
+def _analyze(subject: _Subject, images: Tensor | None, device: torch.device) -> Analysis:
     decomposition = subject.decomposition
     moved = {task: displacements(decomposition, trained) for task, trained in subject.coefficients.items()}
     analysis = replace(analyze(decomposition), displacements=moved)
@@ -135,4 +141,5 @@ def _analyze(subject: _Subject, images: Tensor | None) -> Analysis:
     analysis = replace(analysis, targets=weight_similarity(decomposition, backbone.net))
     if images is None:
         return analysis
-    return replace(analysis, features=feature_similarity(decomposition, backbone, images.split(_BATCH)))
+    features = feature_similarity(decomposition, backbone.to(device), images.to(device).split(_BATCH))
+    return replace(analysis, features=features)

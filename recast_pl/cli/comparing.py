@@ -10,7 +10,7 @@ from recast_pl.cli import main
 from recast_pl.cli.interruption import interruptible
 from recast_pl.cli.parser import command_parser
 from recast_pl.config.comparing import check_same_run
-from recast_pl.config.files import with_config_paths
+from recast_pl.config.elements import parse_options
 from recast_pl.config.run import config_text
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
@@ -84,7 +84,7 @@ def run_comparison(comparison: Comparison, engine: Engine | None) -> int:
 def _is_finished(fit: LightningArgumentParser, words: Sequence[str]) -> bool:
     """Returns whether the run of a command line of `fit` is finished; refuses what `fit` would refuse."""
     try:
-        config = fit.parse_args(with_config_paths(words[1:]))
+        config = parse_options(fit, words[1:])
     except ArgumentError as cause:
         folder = words[words.index("--run_dir") + 1]
         raise RunError(f"fit would refuse the options of {folder}: {cause}") from cause

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.config.run import open_run
+from recast_pl.cli.options import declare_trust, opened
 from recast_pl.errors import ExportError
 from recast_pl.files import is_standard_output, write_atomic
 from recast_pl.inference.export import FORMATS, ExportFormat, bank_inputs
@@ -28,12 +28,14 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=str | None, help="File; - for standard output (default: DIR/export/TASK.ENDING, or bank.onnx)."
     )
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Writes the model, and prints how far its logits are from the run's and how to use it."""
     _check_bank(config)
-    run_dir, init = open_run(config.run_dir)
+    run_dir, init = opened(config)
+
     export, ending = FORMATS[config.format]
     fed = RunFolder(run_dir).load_patches() if config.format == "onnx_bank" else {}
     patch = next(iter(fed.values())) if fed else choose_patch(RunFolder(run_dir), config.task, config.patch)

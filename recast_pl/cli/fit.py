@@ -15,6 +15,7 @@ from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.config.comparing import check_same_run
+from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RunError
@@ -36,7 +37,8 @@ def declare(parser: LightningArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
     parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
-    parser.add_argument("--resume", type=bool, default=False, help="Continue the run in --run_dir.")
+    resume = "Continue the run in --run_dir."
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Tasks to train now (default: all).")
     parser.add_argument("--engine", type=Engine | None, help="Where to train the tasks, each on one device.")
     declare_run(parser)
@@ -57,6 +59,9 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         check_same_run(parser, RunFolder(run_dir).config, text)
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
+    folders = RunFolder(run_dir).start_folders()
+    locate_paths(config.model, folders)
+    locate_data(config.data, folders)
     seed_everything(config.seed_everything, verbose=False)
     init, console = parser.instantiate(config), open_console()
     if isinstance(init.model, MimicryModule):

@@ -5,6 +5,7 @@ from pathlib import Path
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from recast_pl.backbones.backbone import BackboneConfig
+from recast_pl.cli.options import chosen_device, declare_device
 from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import DecompositionError
@@ -25,6 +26,7 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="Images per batch.")
     parser.add_argument("--num_workers", type=int, default=0, help="Processes that decode images; 0 for this one.")
     parser.add_argument("--output", type=str, required=True, help="Folder for imagenet.json.")
+    declare_device(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
@@ -35,7 +37,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
         raise DecompositionError(f"{given} of --layout and --decomposition are given; give exactly one")
     classifier, file = init.backbone.source.classifier(), init.decomposition
     decomposition = decompose(classifier.net, init.layout) if file is None else Decomposition.load(Path(file))
-    facts = compare_classifiers(classifier, decomposition, Path(init.images), init.batch_size, init.num_workers)
+    images, device = Path(init.images), chosen_device(config)
+    facts = compare_classifiers(classifier, decomposition, images, init.batch_size, init.num_workers, device)
     path = RunFolder(init.output).imagenet
     write_atomic(path, json_text({"backbone": init.backbone.name, **facts}))
     row = ["" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".") for value in facts.values()]

@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.cli import COMMANDS
-from recast_pl.config.files import with_config_paths, with_resumed_config
+from recast_pl.config.elements import parse_options
+from recast_pl.config.files import with_resumed_config
 from recast_pl.config.run import STRICT
 from recast_pl.files import STORAGE_FAULTS
 
@@ -24,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     _quieten_libraries()
     name, *words = argv
     parser = command_parser(name)
-    config = parser.parse_args(with_resumed_config(with_config_paths(words)))
+    config = parse_options(parser, with_resumed_config(words))
     status: int = _command(name).run(parser, config)
     return status
 

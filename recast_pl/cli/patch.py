@@ -5,7 +5,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.config.run import STRICT, open_run
+from recast_pl.cli.options import declare_data_root, declare_device, declare_trust, opened
+from recast_pl.config.paths import check_images
+from recast_pl.config.run import STRICT
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import is_standard_output, write_atomic
 from recast_pl.learning.patch import TaskPatch
@@ -33,6 +35,10 @@ def declare(parser: ArgumentParser) -> None:
         if name in ("verify", "quantize"):
             use = "that the patches must fit" if name == "verify" else "to measure the accuracy (default: not measured)"
             action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
+            declare_trust(action)
+        if name == "quantize":
+            declare_data_root(action)
+            declare_device(action)
         if name in ("average", "quantize"):
             action.add_argument(
                 "--output", type=str, required=True, help="File of the new patch; - for standard output."
@@ -62,7 +68,7 @@ def _diff(paths: list[Path], options: Namespace) -> None:
 
 
 def _verify(paths: list[Path], options: Namespace) -> None:
-    init = None if options.run_dir is None else open_run(options.run_dir)[1]
+    init = None if options.run_dir is None else opened(options)[1]
     for path in paths:
         patch = TaskPatch.load(path)
         if init is not None:
@@ -84,21 +90,22 @@ def _quantize(paths: list[Path], options: Namespace) -> None:
     half = quantize_patch(patch)
     note = "not measured; give --run_dir to measure its accuracy"
     if options.run_dir is not None:
-        before, after = _measure([patch, half], options.run_dir)
+        before, after = _measure([patch, half], options)
         half = replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after})
         note = f"test accuracy {before:.2f} % before, {after:.2f} % after"
     _write(half, options.output, note)
 
 
-def _measure(patches: list[TaskPatch], folder: str) -> list[float]:
+def _measure(patches: list[TaskPatch], options: Namespace) -> list[float]:
     """Returns the test accuracies in percent of patches of one task of a run."""
-    run_dir, init = open_run(folder)
+    run_dir, init = opened(options)
     names = [task.name for task in init.data.tasks]
     task = patches[0].task
     if task not in names:
         raise RunError(f"{run_dir} has no task {task!r}, only {', '.join(names)}; give the run of the patch")
+    check_images(init.data)
     init.data.prepare_data()
-    evaluator = TrainerFactory(init.trainer).alone().for_evaluation()
+    evaluator = TrainerFactory(init.trainer).for_evaluation()
     restore(init.model, RunFolder(run_dir), patches[0].image_size)
     return [measure(init.model, init.data, names.index(task), patch, evaluator) for patch in patches]
 

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from recast_pl.cli.options import chosen_device, declare_device, declare_trust
 from recast_pl.data.datamodule import BadImagePolicy
 from recast_pl.errors import DataError
 from recast_pl.files import STANDARD_OUTPUT, is_standard_output, write_atomic
@@ -43,6 +44,8 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--top_k", type=NonNegativeInt, default=1, help=classes)
     bad = "What to do with an image that cannot be read: skip it and exit with status 3, or stop with an error."
     parser.add_argument("--on_bad_image", type=BadImagePolicy, default="skip", help=bad)
+    declare_device(parser)
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
@@ -66,7 +69,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 def _load(config: Namespace) -> tuple[Predictor, str]:
     """The predictor, and the name of the task to use."""
     task = config.task
-    model = load(config.run_dir, tasks=[task or next(iter(RunFolder(config.run_dir).finished()))])
+    first = [task or next(iter(RunFolder(config.run_dir).finished()))]
+    model = load(config.run_dir, device=chosen_device(config), tasks=first, trust=config.trust)
     if config.patch is not None:
         patch = TaskPatch.load(config.patch)
         if patch.task in model.tasks:  # the file may be an averaged or quantized version

@@ -11,6 +11,7 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.interruption import interruptible
+from recast_pl.cli.options import chosen_device, declare_device, declare_trust
 from recast_pl.errors import RunError
 from recast_pl.inference.predictor import load
 from recast_pl.inference.server.limits import Limits
@@ -30,6 +31,8 @@ def declare(parser: ArgumentParser) -> None:
     hosts = "Host names that requests may use, * for any (default: any, or localhost if the server listens only there)."
     parser.add_argument("--allowed_hosts", type=str, nargs="+", default=[], help=hosts)
     parser.add_class_arguments(Limits)
+    declare_device(parser)
+    declare_trust(parser)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
@@ -49,7 +52,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     for name in ("asyncio", "uvicorn.error"):
         logging.getLogger(name).addFilter(LogFilter())
     with _listening(config.host, config.port) as (listener, address), interruptible():
-        predictor = load(config.run_dir)
+        predictor = load(config.run_dir, device=chosen_device(config), trust=config.trust)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
         seconds = math.ceil(limits.timeout)
         settings = uvicorn.Config(

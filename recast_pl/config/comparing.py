@@ -5,6 +5,7 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.errors import RunError
+from recast_pl.runs.folder import RunFolder
 
 
 def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> None:
@@ -21,10 +22,12 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
     if not path.exists():
         return
     # compared after parsing, because the text of defaults inside lists depends on how they were given
-    before, after = parser.parse_path(path), parser.parse_string(text)
+    before, after = parser.parse_string(path.read_text()), parser.parse_string(text)
     for config in (before, after):
         for key in ("root", "cache", "num_workers"):  # where and how images are read changes no result
             config.data.pop(key, None)
+        for task in config.data.tasks:
+            task.pop("path", None)
         settings = config.model.get("init_args") or {}
         for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
             for key in ("lr", "learning_rate"):  # a resumed task may have another rate
@@ -32,7 +35,8 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
                     part.init_args.pop(key, None)
     changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
     if changed:
+        delete = "" if RunFolder(path.parent).is_begun else f", or delete {path.parent}, which has trained nothing yet"
         raise RunError(
             f"{changed[0]} differs from {path}, and resuming would mix two runs; "
-            "resume with the same options, or start another --run_dir"
+            f"resume with the same options, or start another --run_dir{delete}"
         )

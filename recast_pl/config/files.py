@@ -1,12 +1,16 @@
 """Finds configuration files: given by path, shipped with the package, or kept in a run folder."""
 
+import difflib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from recast_pl.config.text import read_yaml
 from recast_pl.errors import RunError
+from recast_pl.runs.folder import RunFolder
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -51,28 +55,58 @@ def with_resumed_config(words: Sequence[str]) -> list[str]:
         words: The options of `fit`.
 
     Raises:
-        RunError: If the config.yaml is damaged.
+        RunError: If the folder holds no run, or the config.yaml is damaged.
     """
     parts = [part for word in words for part in word.split("=", 1)]
     given = dict(itertools.pairwise(parts))
-    if given.get("--resume", "").lower() == "true" and "--run_dir" in given and not {"--config", "-c"} & set(parts):
-        path = Path(given["--run_dir"]) / "config.yaml"
-        if path.is_file():
-            check_run_config(path)
-            return ["--config", str(path), *words]
-    return list(words)
+    if {"--config", "-c"} & set(parts) or "--run_dir" not in given or not _resumes(parts):
+        return list(words)
+    folder = RunFolder(given["--run_dir"])
+    if not folder.config.is_file():
+        raise RunError(f"there is nothing to resume: {no_run(folder)}; to start a new run, give a --config")
+    read_run_config(folder.config)
+    return ["--config", str(folder.config), *words]
 
 
-def check_run_config(path: Path) -> None:
-    """Checks that a run's config.yaml can be read and is complete; the parser's own errors do not name the file.
+def _resumes(parts: Sequence[str]) -> bool:
+    """Whether the parts of a command line ask to resume, in any spelling that the option itself takes."""
+    if "--resume" not in parts:
+        return False
+    value = next(iter(parts[parts.index("--resume") + 1 :]), "--")
+    return value.startswith("--") or value.lower() in ("true", "yes", "on")
+
+
+def no_run(folder: RunFolder) -> str:
+    """Says that a folder is not a run folder, and which ones are near it."""
+    path = folder.path
+    if not path.is_dir():
+        runs = (
+            [near for near in RunFolder.find(path.parent) if near.path.parent == path.parent]
+            if path.parent.is_dir()
+            else []
+        )
+        close = difflib.get_close_matches(path.name, [near.path.name for near in runs], n=3)
+        hint = f" (did you mean {' or '.join(str(path.parent / name) for name in close)}?)" if close else ""
+        return f"{path} is not a run folder: it does not exist{hint}"
+    runs = RunFolder.find(path)
+    hint = f"; the last run in it is {runs[-1].path}" if runs else ""
+    return f"{path} is not a run folder: it has no config.yaml{hint}"
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Reads a run's config.yaml, and checks that it is complete; the parser's own errors do not name the file.
 
     Raises:
         RunError: If it is damaged.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
         raise RunError(f"cannot read {path} ({cause}); restore it") from cause
-    missing = set(RUN_KEYS) - set(content if isinstance(content, dict) else ())
+    run: dict[str, Any] = content if isinstance(content, dict) else {}
+    missing = [
+        key for key in RUN_KEYS if not (isinstance(run.get(key), dict) or (key == "seed_everything" and key in run))
+    ]
     if missing:
         raise RunError(f"{path} is damaged (it has no {', '.join(sorted(missing))}); restore it")
+    return run

@@ -1,20 +1,28 @@
 """The options that decide a run, and the model, data and trainer that are built from them."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import RUN_KEYS, check_run_config
+from recast_pl.config.files import RUN_KEYS, no_run, read_run_config
+from recast_pl.config.paths import check_weights, locate_data, locate_paths, move_images
+from recast_pl.config.text import MODE
+from recast_pl.config.trust import check_trusted
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
+from recast_pl.learning.device import evaluation_settings, find_device
 from recast_pl.learning.til_module import TILModule
 from recast_pl.runs.folder import RunFolder
 
-STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
-"""Settings of every parser: errors are raised, and options are written out."""
+STRICT: Any = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": MODE}
+"""Settings of every parser: errors are raised, options are written out, and `${NAME}` is an environment variable."""
+
+_parsing = threading.Lock()  # jsonargparse cannot parse in several threads
 
 
 def declare_run(parser: LightningArgumentParser) -> None:
@@ -45,30 +53,52 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     return text
 
 
-def read_run(folder: str) -> tuple[Path, Namespace]:
+def read_run(
+    folder: str | Path, device: torch.device | None = None, trust: bool = False, data_root: str | None = None
+) -> tuple[Path, Namespace]:
     """Builds the model and data of a run folder, which holds a run of tasks or a gradient fit of templates.
 
+    The run may have been trained on another machine: of the trainer's settings only those are kept that change what an
+    evaluation computes. Relative paths are looked for in the working folder, then where the run was started.
+
+    Args:
+        folder: The run folder.
+        device: Where to compute; None for what this machine has.
+        trust: Whether the run may use code outside of this package, timm, torchvision and torch.
+        data_root: Folder that the images were moved to; None if they were not.
+
     Returns:
-        The folder, and the run's seed, model, datamodule and trainer settings.
+        The folder, and the run's seed, model, datamodule, and settings of a trainer that evaluates on this machine.
 
     Raises:
-        RunError: If the folder holds no run.
+        RunError: If the folder holds no run, uses code that is not trusted, or needs a file that is missing.
     """
-    run_dir = Path(folder)
-    path = RunFolder(run_dir).config
-    if not path.is_file():
-        raise RunError(f"{run_dir} is not a run folder: it has no config.yaml; give the folder that 'fit' printed")
-    check_run_config(path)
-    parser = LightningArgumentParser(**STRICT)
-    declare_run(parser)
-    config = parser.parse_path(path)
-    seed_everything(config.seed_everything, verbose=False)
-    return run_dir, parser.instantiate(config)
+    run = RunFolder(folder)
+    if not run.config.is_file():
+        raise RunError(f"{no_run(run)}; give the folder that 'fit' printed")
+    content = read_run_config(run.config)
+    content = {key: content[key] for key in RUN_KEYS}
+    content["trainer"] = evaluation_settings(content["trainer"], device or find_device())
+    if not trust:
+        check_trusted(content, run.config)
+    if data_root is not None:
+        move_images(content["data"], data_root)
+    locate_data(content["data"], run.start_folders())
+    locate_paths(content["model"], run.start_folders())
+    check_weights(content["model"], run.config, run.start_folders())
+    with _parsing:
+        parser = LightningArgumentParser(**STRICT)
+        declare_run(parser)
+        config = parser.parse_object(content)  # not a path, for which the parser changes the working folder
+        seed_everything(config.seed_everything, verbose=False)
+        return run.path, parser.instantiate(config)
 
 
-def open_run(folder: str) -> tuple[Path, Namespace]:
+def open_run(
+    folder: str | Path, device: torch.device | None = None, trust: bool = False, data_root: str | None = None
+) -> tuple[Path, Namespace]:
     """Does the same as `read_run`, and raises RunError also if the run trains no tasks."""
-    run_dir, init = read_run(folder)
+    run_dir, init = read_run(folder, device, trust, data_root)
     til(init.model)
     return run_dir, init
 

@@ -2,7 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.inference.mixed_batch import MixedBatch, PackedState
+from recast_pl.learning.device import find_device
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
@@ -56,6 +58,7 @@ def load(
     module: TILModule | None = None,
     device: str | torch.device | None = None,
     tasks: Sequence[str] | None = None,
+    trust: bool = False,
 ) -> "Predictor":
     """Loads the tasks of a run for prediction.
 
@@ -63,25 +66,30 @@ def load(
         run_dir: The run folder.
         module: The run's backbone and method, not yet built; None to make it from `config.yaml` (with the precision of
             the run's trainer), which needs jsonargparse.
-        device: Where to compute; None for where the run's trainer would, or where the module is.
+        device: Where to compute, such as `cpu` or `cuda:1`; `auto` for what this machine has; None for that, or for
+            where the module is. Where the run was trained does not matter.
         tasks: Names of the tasks to read, at least one; None for all.
+        trust: Whether the run may use code outside of this package, timm, torchvision and torch, such as your own
+            pieces. Only for runs of people you trust: opening one runs that code.
 
     Returns:
         The predictor with all tasks of the run.
 
     Raises:
-        RunError: If the folder holds no trained task, or jsonargparse is missing.
+        RunError: If the folder holds no trained task or uses code that is not trusted, there is no such device, or
+            jsonargparse is missing.
         PatchError: If a patch is damaged, or belongs to another backbone or method.
     """
     precision = Precision()
-    with isolate_rng():  # restores random weights, if the run began with them, and leaves the caller's generators alone
+    place = find_device(device) if device is not None or module is None else module.device
+    # random weights, if the run began with them, are made again; the caller's generators are left alone
+    with _lock, _single_precision(), isolate_rng():
         if module is None:
-            module, precision, place = _from_config(run_dir)
-            device = place if device is None else device
+            module, precision = _from_config(run_dir, place, trust)
         folder = RunFolder(run_dir)
         patches = list(folder.load_patches(tasks).values())
         restore(module, folder, patches[-1].image_size)
-    predictor = Predictor(precision.convert_module(module.to(device or module.device)), precision)  # type: ignore[arg-type]
+    predictor = Predictor(precision.convert_module(module.to(place)), precision)  # type: ignore[arg-type]
     for patch in patches:
         predictor._add(patch)
     return predictor
@@ -267,8 +275,19 @@ class _LoadedTask:
     image_size: ImageSize
 
 
-def _from_config(run_dir: str | Path) -> tuple[TILModule, Precision, torch.device]:
-    """The module of a run, and the precision and device that its trainer would evaluate with."""
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """A context in which networks are made in single precision, as they were in training, whatever the default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _from_config(run_dir: str | Path, device: torch.device, trust: bool) -> tuple[TILModule, Precision]:
+    """The module of a run, and the precision that its trainer would evaluate with on a device."""
     try:
         from recast_pl.config.run import open_run  # noqa: PLC0415
     except ModuleNotFoundError as cause:
@@ -276,9 +295,8 @@ def _from_config(run_dir: str | Path) -> tuple[TILModule, Precision, torch.devic
             f"reading {run_dir}/config.yaml needs {cause.name}; install it (pip install 'jsonargparse[signatures]'), "
             "or call load with module=TILModule(...) of the run's backbone and method"
         ) from cause
-    _, init = open_run(str(run_dir))
-    trainer = TrainerFactory(init.trainer).alone().for_evaluation()
-    return init.model, trainer.precision_plugin, trainer.strategy.root_device
+    _, init = open_run(run_dir, device, trust)
+    return init.model, TrainerFactory(init.trainer).for_evaluation().precision_plugin
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -113,7 +113,8 @@ class TaskPatch:
         if self.base != base:
             raise PatchError(
                 f"the patch of task {self.task!r} belongs to base {self.base[:12]}…, this base is {base[:12]}…; "
-                "use the backbone, weights and decomposition of its run"
+                "use the backbone and weights of its run, and give its decomposition.safetensors as decomposition in "
+                "place of layout, because another kind of processor solves the same layout to other bits"
             )
         if self.method != method:
             raise PatchError(

@@ -1,9 +1,12 @@
 """The Trainer of one task, and the callbacks that every task needs."""
 
 import copy
+import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,9 +78,27 @@ def tensorboard(folder: Path, version: str) -> TensorBoardLogger:
 
 
 def _trainer(settings: Mapping[str, Any]) -> Trainer:
-    trainer = Trainer(**settings)
+    with _without_notices():
+        trainer = Trainer(**settings)
     ignore_signals(trainer)
     return trainer
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """A context in which Lightning does not announce which devices there are and are not used; warnings stay."""
+    loggers = {
+        logging.getLogger(name): logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")
+    }
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*available but not used.*")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def _listed(setting: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """A run folder: where each file of a run lies, and how its trained tasks are read."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ from uuid import uuid4
 
 from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
+from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
 
 
@@ -117,6 +118,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / self.CONFIG
+        self.start = self.path / "start.json"
         self.summary = self.path / self.SUMMARY
         self.matrix_csv = self.path / "accuracy_matrix.csv"
         self.matrix_png = self.path / "accuracy_matrix.png"
@@ -133,10 +135,34 @@ class RunFolder:
 
     def check_unused(self) -> None:
         """Raises RunError if the folder has content, which a new run would overwrite."""
+        if self.config.is_file() and not self.is_begun:
+            raise RunError(
+                f"run folder {self.path} holds a run that has trained nothing yet; delete the folder to start again "
+                "with these options, add --resume true to continue with its own, or name another --run_dir"
+            )
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue its tasks, or name another --run_dir"
             )
+
+    def record_start(self) -> None:
+        """Writes the working folder, to which paths in `config.yaml` are relative, unless it was written before."""
+        if not self.start.exists():
+            here, run = Path.cwd(), self.path.resolve()
+            from_run = os.path.relpath(here, run) if here.drive == run.drive else str(here)
+            facts = {"folder": str(here), "from_run": from_run}
+            write_once(self.start, json_text(facts).encode())
+
+    def start_folders(self) -> list[Path]:
+        """The folder that the run was started in: where it is relative to the run folder, and where it was then.
+
+        The first is right if run and images were moved together, the second if the run alone was moved. Runs of older
+        versions have none.
+        """
+        if not self.start.is_file():
+            return []
+        facts = read_json(self.start, RunError, folder=str, from_run=str)
+        return [Path(os.path.normpath(self.path.resolve() / facts["from_run"])), Path(facts["folder"])]
 
     def add_files(self, write: Callable[[Path], None]) -> bool:
         """Adds files to the run safely beside other processes that add files of the same names.
@@ -165,6 +191,11 @@ class RunFolder:
     def is_trained(self) -> bool:
         """Whether at least one task is finished."""
         return any(self._patches())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything is trained: a task, the first epochs of one, or templates."""
+        return self.is_trained or self.mimicry.is_file() or any((self.path / "checkpoints").rglob("*.ckpt"))
 
     def finished(self) -> dict[str, TaskFiles]:
         """The files of all finished tasks by name, in the order of the stream.

@@ -27,6 +27,7 @@ def fit_mimicry(
     seed_everything(seed, verbose=False)
     module.configure_model()
     if config is not None:
+        folder.record_start()
         write_atomic(folder.config, config)
     resources = Resources()
     trainer = trainers.without_checkpoints().for_training(folder.path, "mimicry", [resources])

@@ -143,6 +143,7 @@ class Stream:
             return
         if self.config is not None:
             write = write_once if beside_others else write_atomic
+            self.folder.record_start()
             write(self.folder.config, self.config.encode())
         if not beside_others:
             self._save_base(self.folder.path)

@@ -16,6 +16,7 @@ from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.parametrization import install
 from recast_pl.decomposition.similarity import cosines, recorded
 from recast_pl.errors import DataError
+from recast_pl.learning.device import find_device
 
 
 class ImageNetFolder(Dataset[tuple[Tensor, int]]):
@@ -47,7 +48,12 @@ class ImageNetFolder(Dataset[tuple[Tensor, int]]):
 
 
 def compare_classifiers(
-    classifier: Classifier, decomposition: Decomposition, root: Path, batch_size: int = 32, num_workers: int = 0
+    classifier: Classifier,
+    decomposition: Decomposition,
+    root: Path,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Classifies images with a network and with its decomposed copy.
 
@@ -57,6 +63,7 @@ def compare_classifiers(
         root: Folder of images. If it has as many classes as the network has outputs, they count as the same classes.
         batch_size: Images in a batch.
         num_workers: Processes that decode images; 0 decodes in this process.
+        device: Where to compute; None for what the machine has.
 
     Returns:
         `images`: count of images; `dense_accuracy` and `decomposed_accuracy` in percent, None for other classes than
@@ -68,7 +75,7 @@ def compare_classifiers(
         DecompositionError: If the decomposition belongs to another network.
     """
     data = ImageNetFolder(root, classifier.preprocess)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = device or find_device()
     dense, decomposed = classifier.net.to(device), copy.deepcopy(classifier.net)
     install(decomposed, decomposition)
     decomposed.to(device)

@@ -1,0 +1,87 @@
+"""Finds the files that the configuration of a run names, although run, files or working folder have moved."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from recast_pl.data.datamodule import SequentialTaskDataModule
+from recast_pl.errors import DataError, RunError
+
+_PATHS = ("weights", "decomposition", "path", "root")  # the options that take a path
+
+_NO_FILES = ("hub", "random")  # weights that are not a file
+
+
+def locate_paths(value: Any, folders: Sequence[Path], key: str = "") -> Any:
+    """Changes relative paths that are not in the working folder to those in the first folder that has them.
+
+    Args:
+        value: A configuration, or a part of it; it is changed in place.
+        folders: Where to look after the working folder.
+        key: The option that has this value.
+
+    Returns:
+        The value.
+    """
+    entries = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(entries, dict):
+        for name, entry in entries.items():
+            entries[name] = locate_paths(entry, folders, name)
+    elif isinstance(value, list | tuple):
+        return type(value)(locate_paths(entry, folders) for entry in value)
+    elif key in _PATHS and isinstance(value, str) and value not in _NO_FILES:
+        path = Path(value).expanduser()
+        there = [folder / path for folder in folders if not path.exists() and (folder / path).exists()]
+        return str(there[0]) if there else value
+    return value
+
+
+def locate_data(data: dict[str, Any] | Namespace, folders: Sequence[Path]) -> None:
+    """Does the same for the `data` of a configuration, including the default folder of data sets."""
+    if data.get("root") is None and "RECAST_PL_DATA" not in os.environ:
+        data["root"] = "data"
+    locate_paths(data, folders)
+
+
+def move_images(data: dict[str, Any], root: str) -> None:
+    """Changes the `data` of a configuration to images that were moved to another folder.
+
+    Args:
+        data: It is changed in place.
+        root: The folder of data sets known by name. A task's own path is looked for in it, in full if it is relative,
+            and then by its last part.
+    """
+    data["root"] = root
+    for task in data.get("tasks") or ():
+        if task.get("path") is not None:
+            path, folder = Path(task["path"]), Path(root).expanduser()
+            whole = folder / path
+            task["path"] = str(whole if not path.is_absolute() and whole.exists() else folder / path.name)
+
+
+def check_images(data: SequentialTaskDataModule) -> None:
+    """Raises DataError, naming the option that helps, if a folder or manifest of a run's tasks is not there."""
+    for task in data.tasks:
+        path = task.own_path
+        if path is not None and not path.exists():
+            raise DataError(
+                f"the images of task {task.name!r} are not at {path}; if they were moved, name the folder that has "
+                f"{path.name!r} now: --data_root FOLDER"
+            )
+
+
+def check_weights(model: Any, config: Path, folders: Sequence[Path]) -> None:
+    """Raises RunError if a file of pretrained weights is missing that the `model` of a configuration names."""
+    if isinstance(model, Mapping):
+        weights = model.get("weights")
+        if isinstance(weights, str) and weights not in _NO_FILES and not Path(weights).expanduser().is_file():
+            where = " or in ".join(["the working folder", *dict.fromkeys(map(str, folders))])
+            raise RunError(
+                f"{config} needs the weights {weights!r}, which is no file in {where}; put it there, or correct "
+                f"model.init_args.backbone.weights in {config}"
+            )
+        for entry in model.values():
+            check_weights(entry, config, folders)
