@@ -3,6 +3,7 @@
 import hashlib
 import re
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ def check_names(tasks: Sequence[TaskConfig]) -> None:
     for task in tasks:
         if not re.fullmatch(r"\w[\w.\- ]*", task.name):
             raise DataError(f"task name {task.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
-    names = [task.name.casefold() for task in tasks]  # some file systems ignore case
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(task.name.casefold() for task in tasks)  # some file systems ignore case
+    repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
         raise DataError(f"task {repeated[0]!r} is listed twice in data.tasks; give each its own name")
 

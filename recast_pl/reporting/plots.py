@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,31 +24,47 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 
 _STYLES = ("-", "--", "-.", ":")
 
+_LABELLED = 20  # rows of a heat map that can have a name and numbers
 
-def plot_accuracy_matrix(matrix: Matrix, tasks: list[str]) -> Figure:
+
+def plot_accuracy_matrix(matrix: Matrix, tasks: Sequence[str], title: str = "") -> Figure:
     """Draws the accuracy on each task (columns) after training each task (rows).
 
     Args:
         matrix: Accuracies in percent of the tasks trained so far; None where a task was not tested.
         tasks: Names of the tasks.
+        title: What the picture shows; empty for no title.
 
     Returns:
-        A heat map; light colours are high values.
+        A heat map; light colours are high values. Its size is bounded: many tasks get small cells without numbers.
     """
     values = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
-    figure = Figure(figsize=(2.2 + 0.8 * len(tasks), 1.8 + 0.6 * len(tasks)), layout="constrained")
+    shown = max(4, min(len(tasks), _LABELLED))
+    figure = Figure(figsize=(2.2 + 0.8 * shown, 1.8 + 0.6 * shown), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100)
-    for (row, column), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "black" if value > 50 else "white"
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_xlabel("tested on")
-    axes.set_ylabel("after training")
+    if len(tasks) <= _LABELLED:
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "black" if value > 50 else "white"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
+    _name_cells(axes, tasks)
+    axes.set(xlabel="tested on", ylabel="after training", title=textwrap.fill(title, 9 * shown))
     figure.colorbar(image, label="accuracy (%)")
     return figure
+
+
+def _name_cells(axes: Axes, names: Sequence[str]) -> None:
+    """Names the rows and columns of a square heat map; where there are too many, only some of them."""
+    chosen = np.unique(np.linspace(0, len(names) - 1, min(len(names), _LABELLED)).round().astype(int))
+    labels = [_shorten(names[index]) for index in chosen]
+    axes.set_xticks(chosen, labels, rotation=30, ha="right")
+    axes.set_yticks(chosen, labels)
+
+
+def _shorten(name: str) -> str:
+    """The name as plain text that leaves room for the picture; `$` would begin a formula."""
+    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
 
 
 def to_png(figure: Figure) -> bytes:

@@ -7,7 +7,7 @@ from rich.console import Console
 from recast_pl.files import write_atomic
 from recast_pl.learning.trainer import TrainerFactory, tensorboard
 from recast_pl.reporting.plots import plot_accuracy_matrix, to_png
-from recast_pl.reporting.tables import matrix_csv, stream_table
+from recast_pl.reporting.tables import matrix_csv, stream_table, stream_title
 from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import final_accuracies
 
@@ -28,7 +28,7 @@ class StreamResults:
         """Writes `accuracy_matrix.csv` and `.png`, and the measures after the latest task for TensorBoard."""
         matrix, names = summary["accuracy_matrix"], [task["name"] for task in summary["tasks"]]
         write_atomic(folder.matrix_csv, matrix_csv(matrix, names))
-        figure = plot_accuracy_matrix(matrix, names)
+        figure = plot_accuracy_matrix(matrix, names, stream_title(summary))
         write_atomic(folder.matrix_png, to_png(figure))
         if self.trainers.settings.get("logger") in (None, True):
             measures = {

@@ -20,9 +20,14 @@ Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows of a table."""
 
 
+def stream_title(summary: Mapping[str, Any]) -> str:
+    """Names a run by its method, backbone and seed, from the content of `summary.json`."""
+    return f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
+
+
 def stream_table(summary: Mapping[str, Any]) -> RenderableType:
     """Makes the terminal table of a stream's results from the content of `summary.json`."""
-    title = f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
+    title = stream_title(summary)
     table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("task", no_wrap=True)
     final = summary["accuracy_matrix"][-1]

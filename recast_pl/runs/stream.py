@@ -28,13 +28,14 @@ from recast_pl.runs.metrics import (
     backward_transfer,
     forgetting,
 )
+from recast_pl.runs.pace import Pace
 
 
 class Presentation(Protocol):
     """Shows the results of a stream; called on the main process only."""
 
     def write(self, folder: RunFolder, summary: Summary) -> None:
-        """Writes tables and pictures of new results, before `summary.json` is written."""
+        """Writes tables and pictures of all results, before `summary.json` is written."""
 
     def show(self, summary: Summary) -> None:
         """Shows the results once all tasks are trained."""
@@ -43,9 +44,10 @@ class Presentation(Protocol):
 class Stream:
     """Trains the tasks of a datamodule in order, into a run folder.
 
-    A task is finished when its patch exists; all results are made from the records in `tasks/`. Finished tasks are
-    kept, and an interrupted task continues after its last epoch. If the method keeps tasks apart, several processes
-    may train them, in any order. If it does not, `shared/` holds what they share, as the last finished task left it.
+    A task is finished when its patch exists. All results are made from the records in `tasks/`: at the end, and now
+    and then before, so that a task takes the same time however many tasks there are. Finished tasks are kept, and an
+    interrupted task continues after its last epoch. If the method keeps tasks apart, several processes may train them,
+    in any order. If it does not, `shared/` holds what they share, as the last finished task left it.
 
     Args:
         module: The method and backbone.
@@ -89,10 +91,16 @@ class Stream:
         Raises:
             RunError: If there is no such task, or tasks cannot be trained apart.
         """
-        for name in self.begin(only):
-            self._train(self._names.index(name))
-            if not only:
+        pace = Pace()
+        try:
+            for name in self.begin(only):
+                self._train(self._names.index(name))
+                if not only:
+                    pace.run(self._write_results)
+        except BaseException:
+            if not only and self.records:
                 self._write_results()
+            raise
         return self._conclude(write=not only)
 
     def begin(self, only: Sequence[str] = ()) -> list[str]:
@@ -171,8 +179,14 @@ class Stream:
                 self.module.load_shared_state(SharedState.load(files[finished[-1]].shared))
         self.patches, self.records = {}, {}
         for index in finished:
-            self.patches[index], self.records[index] = files[index].load()
-            self.module.activate(self.patches[index])
+            patch, self.records[index] = files[index].load()
+            self.module.activate(patch)
+            self._keep(index, patch)
+
+    def _keep(self, index: int, patch: TaskPatch) -> None:
+        """Keeps a patch only if later tasks change what it predicts, so that it is measured again after each."""
+        if not self.module.isolated:
+            self.patches[index] = patch
 
     def _train(self, index: int) -> None:
         """Trains one task, from its checkpoint if there is one."""
@@ -201,7 +215,7 @@ class Stream:
         return last if last.exists() else None
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
-        """Measures the task and those before it, then writes its files."""
+        """Measures the task, and those before it if they may have changed; then writes its files."""
         probe, trained = percent(self.module.probe_accuracy), self.module.task_parameters
         patch = self.module.patch({"probe_accuracy": probe})
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
@@ -224,7 +238,7 @@ class Stream:
             seconds=round(seconds, 2),
         )
         shared = None if self.module.isolated else self.module.shared_state()
-        self.patches[index] = patch
+        self._keep(index, patch)
         self.records[index] = Record(
             task=result,
             accuracies=accuracies,
@@ -243,8 +257,8 @@ class Stream:
             shared.save(files.shared)
         write_atomic(files.record, sealed_json(self.records[index]))
         write_atomic(files.patch, patch)
-        for before in range(index):
-            self._files(before).shared.unlink(missing_ok=True)
+        for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
+            before.unlink()
         shutil.rmtree(files.checkpoints, ignore_errors=True)
 
     def _conclude(self, write: bool) -> Summary:
@@ -257,9 +271,11 @@ class Stream:
 
     def _write_results(self) -> None:
         """Writes the results of all finished tasks, unless the folder has them."""
+        if not self.evaluator.is_global_zero:
+            return
         summary, path = self._summary(), self.folder.summary
         content = json_text(summary)
-        if self.evaluator.is_global_zero and not (path.exists() and path.read_text() == content):
+        if not (path.exists() and path.read_text() == content):
             if self.presentation:
                 self.presentation.write(self.folder, summary)
             write_atomic(path, content)
