@@ -106,7 +106,7 @@ class RunFolder:
         path: The folder; it need not exist.
     """
 
-    CONFIG, SUMMARY = "config.yaml", "summary.json"
+    CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
     MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
 
     def __init__(self, path: str | Path) -> None:
@@ -128,7 +128,7 @@ class RunFolder:
 
     def check_unused(self) -> None:
         """Raises RunError if the folder has content, which a new run would overwrite."""
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(path.name != self.LOCK for path in self.path.iterdir()):
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue its tasks, or name another --run_dir"
             )

@@ -4,6 +4,7 @@ import copy
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,7 @@ from recast_pl.runs.metrics import (
     forgetting,
 )
 from recast_pl.runs.pace import Pace
+from recast_pl.runs.reservation import reserved
 
 
 class Presentation(Protocol):
@@ -89,19 +91,26 @@ class Stream:
             The content of `summary.json`. With `only` it covers these tasks and is not written; `merge` writes it.
 
         Raises:
-            RunError: If there is no such task, or tasks cannot be trained apart.
+            RunError: If there is no such task, tasks cannot be trained apart, or another process is training them all.
         """
-        pace = Pace()
-        try:
+        if only:
             for name in self.begin(only):
                 self._train(self._names.index(name))
-                if not only:
-                    pace.run(self._write_results)
+            return self._conclude(write=False)
+        with reserved(self.folder.path) if self.evaluator.is_global_zero else nullcontext():
+            return self._run_all()
+
+    def _run_all(self) -> Summary:
+        pace = Pace()
+        try:
+            for name in self.begin():
+                self._train(self._names.index(name))
+                pace.run(self._write_results)
         except BaseException:
-            if not only and self.records:
+            if self.records:
                 self._write_results()
             raise
-        return self._conclude(write=not only)
+        return self._conclude(write=True)
 
     def begin(self, only: Sequence[str] = ()) -> list[str]:
         """Prepares the images, builds the module, writes the base of the run, and reads the finished tasks.
