@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from recast_pl.files import write_atomic
 from recast_pl.reporting.plots import to_svg, write_figure
-from recast_pl.reporting.tables import markdown_table
+from recast_pl.reporting.tables import markdown_table, plain
 
 
 class Text(NamedTuple):
@@ -90,28 +90,23 @@ def write_document(blocks: Sequence[Block], folder: Path, name: str) -> None:
 def _markdown(block: Block) -> str:
     match block:
         case Heading():
-            return f"{'#' * block.level} {_escape(block.text)}"
+            return f"{'#' * block.level} {plain(block.text)}"
         case Paragraph():
             return _markdown_line(block.line)
         case Bullets():
             return "\n".join(f"- {_markdown_line(item)}" for item in block.items)
         case Chart():
-            return f"![{_escape(block.caption)}](figures/{block.name}.png)\n\n*{_escape(block.caption)}*"
+            return f"![{plain(block.caption)}](figures/{block.name}.png)\n\n*{plain(block.caption)}*"
         case DataTable():
-            header = [_escape(heading) for heading in block.header]
+            header = [plain(heading) for heading in block.header]
             rows = [[_markdown_line(cell) for cell in row] for row in block.rows]
             table = markdown_table((header, rows), block.text_columns).rstrip("\n")
-            return f"*{_escape(block.caption)}*\n\n{table}"
+            return f"*{plain(block.caption)}*\n\n{table}"
 
 
 def _markdown_line(line: Line) -> str:
     parts = []
     for part in line:
-        text = f"**{_escape(part.text)}**" if part.bold else _escape(part.text)
+        text = f"**{plain(part.text)}**" if part.bold else plain(part.text)
         parts.append(text if part.link is None else f"[{text}](<{part.link}>)")
     return "".join(parts)
-
-
-def _escape(text: str) -> str:
-    """Escapes what Markdown would read as markup."""
-    return "".join(f"\\{character}" if character in r"\`*_[]<>|#" else character for character in text)

@@ -12,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
 
 from recast_pl.files import write_atomic
 from recast_pl.runs.metrics import Matrix, Spread
@@ -39,19 +41,46 @@ def plot_accuracy_matrix(matrix: Matrix, tasks: Sequence[str], title: str = "") 
         A heat map; light colours are high values. Its size is bounded: many tasks get small cells without numbers.
     """
     values = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
-    shown = max(4, min(len(tasks), _LABELLED))
+    texts = np.array([["" if np.isnan(value) else f"{value:.1f}" for value in row] for row in values])
+    figure, axes, image = _heat_map(values, texts, tasks, title)
+    axes.set(xlabel="tested on", ylabel="after training")
+    figure.colorbar(image, label="accuracy (%)")
+    return figure
+
+
+def plot_confusions(matrix: NDArray[np.int64], classes: Sequence[str], title: str = "") -> Figure:
+    """Draws how many images of each class (rows) were taken for each class (columns).
+
+    Args:
+        matrix: Counts of images.
+        classes: Names of the classes.
+        title: What the picture shows; empty for no title.
+
+    Returns:
+        A heat map with counts, coloured by their share of the images of a class.
+    """
+    shares = 100 * matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    figure, axes, image = _heat_map(shares, matrix.astype(str), classes, title)
+    axes.set(xlabel="predicted class", ylabel="class")
+    figure.colorbar(image, label="share of the class (%)")
+    return figure
+
+
+def _heat_map(
+    values: NDArray[np.float64], texts: NDArray[np.str_], names: Sequence[str], title: str
+) -> tuple[Figure, Axes, AxesImage]:
+    """Draws a square of percentages. Its size is bounded: many rows get small cells without texts."""
+    shown = max(4, min(len(names), _LABELLED))
     figure = Figure(figsize=(2.2 + 0.8 * shown, 1.8 + 0.6 * shown), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100)
-    if len(tasks) <= _LABELLED:
-        for (row, column), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                colour = "black" if value > 50 else "white"
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
-    _name_cells(axes, tasks)
-    axes.set(xlabel="tested on", ylabel="after training", title=textwrap.fill(title, 9 * shown))
-    figure.colorbar(image, label="accuracy (%)")
-    return figure
+    if len(names) <= _LABELLED:
+        for (row, column), text in np.ndenumerate(texts):
+            colour = "black" if values[row, column] > 50 else "white"
+            axes.text(column, row, text, ha="center", va="center", color=colour)
+    _name_cells(axes, names)
+    axes.set_title(textwrap.fill(title, 9 * shown))
+    return figure, axes, image
 
 
 def _name_cells(axes: Axes, names: Sequence[str]) -> None:

@@ -13,11 +13,14 @@ from rich.table import Table
 
 from recast_pl.data.catalogue import DataSet
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.runs.class_results import ClassResults, class_measures
 from recast_pl.runs.metrics import Matrix
 from recast_pl.runs.patch_tools import PatchDifference
 
 Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows of a table."""
+
+_CONFUSIONS = 20  # that a table shows
 
 
 def stream_title(summary: Mapping[str, Any]) -> str:
@@ -108,6 +111,23 @@ def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableT
         table.add_row(name, str(row.classes), f"{sum(row.images.values()):,}", size, on_disk, row.title)
     notes = [f"{name}: {row.note}" for name, row in catalogue.items() if row.note]
     return Group(table, *notes, f"folder: {root}; any torchvision classification set also works, as torchvision/CLASS")
+
+
+def classes_markdown(results: ClassResults) -> str:
+    """Writes the measures of the classes of a task as Markdown, and the most frequent confusions."""
+    rows = [
+        [plain(name), str(images), *("–" if value is None else f"{value:.2f}" for value in shares)]
+        for name, images, *shares in class_measures(results)
+    ]
+    table = markdown_table((["class", "test images", "recall %", "precision %", "F1 %"], rows))
+    names = [plain(name) for name in results["names"]]
+    confused = [[names[label], names[predicted], str(n)] for label, predicted, n in results["confused"][:_CONFUSIONS]]
+    return table + "\n" + (markdown_table((["class", "taken for", "images"], confused), 2) if confused else "")
+
+
+def plain(text: str) -> str:
+    """Escapes what Markdown would read as markup."""
+    return "".join(f"\\{character}" if character in r"\`*_[]<>|#" else character for character in text)
 
 
 def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from uuid import uuid4
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.runs.class_results import ClassResults
 
 
 class TaskResult(TypedDict):
@@ -29,10 +30,15 @@ class TaskResult(TypedDict):
 
 
 class Record(TypedDict):
-    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest."""
+    """The content of `tasks/NN_TASK.json`, in which older runs lack some entries.
+
+    It holds the result, the test accuracies just after training of this task and of those that it has changed, the
+    results by class, and the patch's digest.
+    """
 
     task: TaskResult
     accuracies: dict[str, float]
+    classes: NotRequired[ClassResults]
     patch: str
     shared_bytes: int
     wall_seconds: float

@@ -20,7 +20,8 @@ from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256,
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
-from recast_pl.runs.evaluation import measure, percent
+from recast_pl.runs.class_results import class_results
+from recast_pl.runs.evaluation import measure, rounded
 from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
 from recast_pl.runs.metrics import (
     accuracy_matrix,
@@ -35,6 +36,9 @@ from recast_pl.runs.reservation import reserved
 
 class Presentation(Protocol):
     """Shows the results of a stream; called on the main process only."""
+
+    def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
+        """Writes pictures of the results of one task, when it is trained; NAME is that of its files."""
 
     def write(self, folder: RunFolder, summary: Summary) -> None:
         """Writes tables and pictures of all results, before `summary.json` is written."""
@@ -225,11 +229,12 @@ class Stream:
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
-        probe, trained = percent(self.module.probe_accuracy), self.module.task_parameters
+        probe, trained = rounded(100 * self.module.probe_accuracy), self.module.task_parameters
         patch = self.module.patch({"probe_accuracy": probe})
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
         accuracies = {p.task: measure(self.module, self.data, i, p, self.evaluator) for i, p in seen.items()}
         patch = replace(patch, metrics={"accuracy": accuracies[patch.task], "probe_accuracy": probe})
+        classes = class_results(patch.classes, self.module.test_pairs.numpy())  # of this task, which was tested last
         self.data.select(index)
         content, sizes = patch.to_bytes(), self.data.sizes
         result = TaskResult(
@@ -251,6 +256,7 @@ class Stream:
         self.records[index] = Record(
             task=result,
             accuracies=accuracies,
+            classes=classes,
             patch=sha256(content),
             shared_bytes=0 if shared is None else shared.nbytes,
             wall_seconds=round(time.monotonic() - self._started, 2),
@@ -264,6 +270,8 @@ class Stream:
         files = self._files(index)
         if shared is not None:
             shared.save(files.shared)
+        if self.presentation:
+            self.presentation.write_task(self.folder, files.name, self.records[index])
         write_atomic(files.record, sealed_json(self.records[index]))
         write_atomic(files.patch, patch)
         for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
