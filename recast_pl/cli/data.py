@@ -36,7 +36,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 
 def _list_data(options: Namespace) -> int:
-    Console().print(catalogue_table(CATALOGUE, data_root(options.root)))
+    Console().print(catalogue_table(CATALOGUE, data_root(options.root)), crop=False)
     return 0
 
 

@@ -51,12 +51,12 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 def _show(paths: list[Path], options: Namespace) -> None:
     for path in paths:
-        Console().print(*patch_tables(TaskPatch.load(path), path), highlight=False)
+        Console().print(*patch_tables(TaskPatch.load(path), path), highlight=False, crop=False)
 
 
 def _diff(paths: list[Path], options: Namespace) -> None:
     first, second = (TaskPatch.load(path) for path in paths)
-    Console().print(*difference_tables(compare_patches(first, second)), highlight=False)
+    Console().print(*difference_tables(compare_patches(first, second)), highlight=False, crop=False)
 
 
 def _verify(paths: list[Path], options: Namespace) -> None:

@@ -19,5 +19,5 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     """Evaluates all trained tasks from their patches; returns 1 if an accuracy differs from the recorded one."""
     run_dir, init = open_run(config.run_dir)
     rows = evaluate_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer).alone())
-    Console().print(evaluation_table(rows))
+    Console().print(evaluation_table(rows), crop=False)
     return int(any(recorded != measured for _, recorded, measured in rows))

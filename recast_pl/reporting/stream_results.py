@@ -59,7 +59,7 @@ class StreamResults:
 
     def show(self, summary: Summary) -> None:
         """Prints the table of tasks."""
-        self.console.print(stream_table(summary))
+        self.console.print(stream_table(summary), crop=False)
 
     @property
     def _uses_tensorboard(self) -> bool:
