@@ -14,7 +14,7 @@ from recast_pl.reporting.tables import markdown_table, plain
 
 
 class Text(NamedTuple):
-    """A run of text without markup; `link` is relative to the document, None for no link."""
+    """A run of text without markup; `link` is a URL relative to the document, None for no link."""
 
     text: str
     link: str | None = None
@@ -80,11 +80,12 @@ def write_document(blocks: Sequence[Block], folder: Path, name: str) -> None:
     for block in blocks:
         if isinstance(block, Chart):
             write_figure(block.figure, folder / "figures" / block.name)
-    write_atomic(folder / f"{name}.md", "".join(f"{_markdown(block)}\n\n" for block in blocks))
+    text = "".join(f"{_markdown(block)}\n\n" for block in blocks)
+    write_atomic(folder / f"{name}.md", text.encode(errors="replace"))  # names of files may be no text
     environment = Environment(loader=PackageLoader("recast_pl.reporting", ""), autoescape=True, trim_blocks=True)
     environment.filters["svg_data"] = lambda chart: base64.b64encode(to_svg(chart.figure, chart.name).encode()).decode()
     page = environment.get_template("document.html").render(blocks=[(type(block).__name__, block) for block in blocks])
-    write_atomic(folder / f"{name}.html", page)
+    write_atomic(folder / f"{name}.html", page.encode(errors="replace"))
 
 
 def _markdown(block: Block) -> str:

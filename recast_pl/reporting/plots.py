@@ -79,7 +79,7 @@ def _heat_map(
             colour = "black" if values[row, column] > 50 else "white"
             axes.text(column, row, text, ha="center", va="center", color=colour)
     _name_cells(axes, names)
-    axes.set_title(textwrap.fill(title, 9 * shown))
+    axes.set_title(textwrap.fill(plain_label(title), 9 * shown))
     return figure, axes, image
 
 
@@ -92,8 +92,14 @@ def _name_cells(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _shorten(name: str) -> str:
-    """The name as plain text that leaves room for the picture; `$` would begin a formula."""
-    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
+    """The name as plain text that leaves room for the picture."""
+    return plain_label(name if len(name) <= 24 else f"{name[:23]}…")
+
+
+def plain_label(text: str) -> str:
+    """Any text as matplotlib shows it unchanged: `$` would begin a formula, and a legend leaves out `_` names."""
+    known = text.encode(errors="replace").decode()  # names of files may be no text
+    return f"{' ' if known.startswith('_') else ''}{known}".replace("$", r"\$")
 
 
 def to_png(figure: Figure) -> bytes:
@@ -121,7 +127,7 @@ class Mark(NamedTuple):
     name: str = ""
 
 
-def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -> Figure:
+def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)", title: str = "") -> Figure:
     """Draws lines where x is numeric, and groups of bars where x is a name; error bars are one standard deviation.
 
     Args:
@@ -129,12 +135,15 @@ def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -
         x: Name of the horizontal axis, or `task_parameters`. A numeric axis becomes logarithmic when its values span
             more than a factor of 20.
         y: Name and unit of the vertical axis.
+        title: What the figure shows; empty for no title.
     """
     figure = Figure(figsize=(8, 5.5) if any(mark.name for mark in marks) else (6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     series = list(dict.fromkeys(mark.series for mark in marks))
     axes.set_xlabel("numbers trained for a task" if x == "task_parameters" else x.replace("_", " "))
     axes.set_ylabel(y)
+    if title:
+        axes.set_title(textwrap.fill(plain_label(title), 70), fontsize=9)  # below the legend
     if all(isinstance(mark.x, int | float) for mark in marks):
         _draw_lines(axes, marks, series)
     else:
@@ -163,7 +172,9 @@ def _draw_lines(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> Non
         deviations = [mark.y.deviation or 0.0 for mark in line]
         axes.errorbar(xs, means, deviations, color=colour, linestyle=joined, capsize=3)
         sizes = 40.0 if joined == "none" else [30 + 120 * math.sqrt(mark.numbers / largest) for mark in line]
-        axes.scatter(xs, means, sizes, color=colour, marker=marker, edgecolors="black", zorder=3, label=name)
+        axes.scatter(
+            xs, means, sizes, color=colour, marker=marker, edgecolors="black", zorder=3, label=plain_label(name)
+        )
     _scale(axes, [float(mark.x) for mark in marks])
     axes.grid(alpha=0.3)
 
@@ -193,7 +204,7 @@ def _write_names(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
         placed.append((left, left + width, at))
         offset = (5 if side == "left" else -5, 72 * (at - y) / figure.dpi - 2.5)
         spot = (float(mark.x), mark.y.mean)
-        axes.annotate(mark.name, spot, offset, textcoords="offset points", fontsize=7.5, ha=side)
+        axes.annotate(plain_label(mark.name), spot, offset, textcoords="offset points", fontsize=7.5, ha=side)
 
 
 def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None:
@@ -205,12 +216,22 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
         xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
         heights, deviations = [mark.y.mean for mark in bars], [mark.y.deviation or 0.0 for mark in bars]
         drawn = axes.bar(
-            xs, heights, width, yerr=deviations, color=colour, hatch=hatch, edgecolor="black", capsize=3, label=name
+            xs,
+            heights,
+            width,
+            yerr=deviations,
+            color=colour,
+            hatch=hatch,
+            edgecolor="black",
+            capsize=3,
+            label=plain_label(name),
         )
         if len(marks) <= 16:  # more values would overlap
             axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
     long = max(map(len, groups)) * len(groups) > 70  # about as many letters as fit on one line
-    axes.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center")
+    axes.set_xticks(
+        range(len(groups)), map(plain_label, groups), rotation=30 if long else 0, ha="right" if long else "center"
+    )
     axes.grid(axis="y", alpha=0.3)
 
 

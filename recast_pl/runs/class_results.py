@@ -1,5 +1,6 @@
 """How well the classes of a task are told apart: what a record keeps of the predictions on the test images."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -53,6 +54,24 @@ def class_results(names: Sequence[str], pairs: NDArray[np.int64]) -> ClassResult
         predicted=_counts(predicted, len(names)),
         right=_counts(labels[labels == predicted], len(names)),
         confused=[[*map(int, wrong[index]), int(counts[index])] for index in order],
+    )
+
+
+def merge_seeds(results: Sequence[ClassResults]) -> ClassResults:
+    """Adds up the results of several runs on one task; those of the first one if their classes differ."""
+    first, *others = results
+    if any(other["names"] != first["names"] for other in others):
+        return first
+    confused: Counter[tuple[int, int]] = Counter()
+    for result in results:
+        for label, predicted, count in result["confused"]:
+            confused[label, predicted] += count
+    return ClassResults(
+        names=first["names"],
+        images=[sum(counts) for counts in zip(*(result["images"] for result in results), strict=True)],
+        predicted=[sum(counts) for counts in zip(*(result["predicted"] for result in results), strict=True)],
+        right=[sum(counts) for counts in zip(*(result["right"] for result in results), strict=True)],
+        confused=[[*pair, count] for pair, count in confused.most_common()],
     )
 
 

@@ -10,6 +10,7 @@ from recast_pl.errors import PatchError, RunError
 from recast_pl.files import read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.runs.class_results import ClassResults
+from recast_pl.runs.origin import Origin
 
 
 class TaskResult(TypedDict):
@@ -33,7 +34,7 @@ class Record(TypedDict):
     """The content of `tasks/NN_TASK.json`, in which older runs lack some entries.
 
     It holds the result, the test accuracies just after training of this task and of those that it has changed, the
-    results by class, and the patch's digest.
+    results by class, the patch's digest, and when, where and with which versions the task was trained.
     """
 
     task: TaskResult
@@ -42,6 +43,7 @@ class Record(TypedDict):
     patch: str
     shared_bytes: int
     wall_seconds: float
+    origin: NotRequired[Origin]
 
 
 class Summary(TypedDict):

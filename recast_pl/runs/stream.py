@@ -30,6 +30,7 @@ from recast_pl.runs.metrics import (
     backward_transfer,
     forgetting,
 )
+from recast_pl.runs.origin import origin
 from recast_pl.runs.pace import Pace
 from recast_pl.runs.reservation import reserved
 
@@ -260,6 +261,7 @@ class Stream:
             patch=sha256(content),
             shared_bytes=0 if shared is None else shared.nbytes,
             wall_seconds=round(time.monotonic() - self._started, 2),
+            origin=origin(self.evaluator.strategy.root_device),
         )
         self._started = time.monotonic()
         if self.evaluator.is_global_zero:
