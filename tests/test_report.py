@@ -1,17 +1,26 @@
 """The report: its numbers compared with the runs, missing runs, and the page in a browser."""
 
 import json
+import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
+from datetime import date
 from html.parser import HTMLParser
+from importlib.metadata import version
+from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_run_folder import a_patch, store
 
 from recast_pl.cli import main
+from recast_pl.runs.class_results import class_results
+from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.origin import origin
 
 TASKS = ("food", "signs")
 METHODS = {  # numbers per task, bytes shared, pieces
@@ -100,8 +109,14 @@ def report(*folders, output):
 def test_numbers_equal_those_of_the_linked_runs(compared, tmp_path):
     folder, accuracies = compared
     page = report(folder, output=tmp_path / "out")
-    table = {row["run"]: row for row in page.tables["Tables 1 and 2: accuracy on vit_small"]}
-    by_task = {row["run"]: row for row in page.tables["Table 4: accuracy on each task % on vit_small"]}
+    table = {
+        row["run"]: row
+        for row in page.tables["compared on vit_small: accuracy and size of each run (tables 1 and 2 of the paper)"]
+    }
+    by_task = {
+        row["run"]: row
+        for row in page.tables["compared on vit_small: accuracy on each task in % (table 4 of the paper)"]
+    }
     assert list(table) == ["ewc", "probe", "recast", "recast_melo"]  # methods with shared weights come first
     assert [table["ewc"]["tasks"], table["recast"]["tasks"]] == ["shared", "apart"]
     for method in ("probe", "recast"):
@@ -114,7 +129,7 @@ def test_numbers_equal_those_of_the_linked_runs(compared, tmp_path):
         assert table[method]["numbers per task"] == f"{METHODS[method][0]:,}"
         assert table[method]["bytes per task"] == "1,024"  # mean of 1,007 and 1,042
     assert table["ewc"]["average accuracy %"] == f"{np.mean(accuracies['ewc', 7]):.2f}"
-    targets = [(tmp_path / "out" / link).resolve() for link in page.links]
+    targets = [(tmp_path / "out" / unquote(link)).resolve() for link in page.links]
     assert all(target.exists() for target in targets)
     assert {folder / method / "7" / "summary.json" for method in METHODS} <= set(targets)
 
@@ -139,7 +154,9 @@ def test_the_page_is_self_contained_and_the_files_of_markdown_exist(compared, tm
     assert page.scripts == 0
     assert not re.search(r'(src|href)="(https?:)?//', source)
     assert [image["src"].partition(",")[0] for image in page.images] == ["data:image/svg+xml;base64"]
-    assert page.images[0]["alt"].startswith("Figure 4")
+    assert page.images[0]["alt"].startswith(
+        "compared: average accuracy against the count of numbers that a task trains"
+    )
     text = (output / "report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert pictures == ["figures/compared_parameters.png"]
@@ -148,7 +165,7 @@ def test_the_page_is_self_contained_and_the_files_of_markdown_exist(compared, tm
         assert (output / picture.replace(".png", ".svg")).read_text().startswith("<?xml")
     links = re.findall(r"\[\d+\]\(<(.*?)>\)", text)
     assert len(links) == 2 * 6  # two tables
-    assert all((output / link).is_file() for link in links)
+    assert all((output / unquote(link)).is_file() for link in links)
     (events,) = (output / "tensorboard" / "report").glob("events.*")
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
@@ -159,8 +176,93 @@ def test_markup_in_names_is_escaped(tmp_path):
     write_run(tmp_path / "a & <b>|`x`" / "recast", 1, "recast", [50.0, 60.0])
     page = report(tmp_path / "a & <b>|`x`", output=tmp_path / "out")
     assert "a & <b>|`x`" in page.text
-    assert [(tmp_path / "out" / link).is_file() for link in page.links] == [True, True]
+    assert [(tmp_path / "out" / unquote(link)).is_file() for link in page.links] == [True, True]
     assert r"a & \<b\>\|\`x\`" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["a#b", "a?b", "a%20b", "javascript:alert(1)", "http:", "$x_{$", "_x", "ä b", "\udcff"]
+)
+def test_links_lead_to_folders_of_any_name(name, tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / name / "recast" / str(seed), seed, "recast", [50.0, 60.0])
+    write_run(tmp_path / name / name / "1", 1, "probe", [50.0, 60.0])
+    (tmp_path / name / "begun").mkdir()
+    (tmp_path / name / "begun" / "config.yaml").write_text("model: {}")
+    page = report(tmp_path / name, output=tmp_path / "out")
+    assert len(page.links) == 7  # three runs in two tables, and the one that is not finished
+    for link in page.links:
+        assert urlsplit(link).scheme == ""
+        address = urlsplit(urljoin(f"file://{tmp_path}/out/report.html", link))
+        assert (address.query, address.fragment) == ("", "")
+        assert os.path.exists(unquote_to_bytes(address.path)), link
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "out" / "report.md").read_text()):
+        assert re.fullmatch(r"figures/\w+\.png", picture, re.ASCII)
+        assert (tmp_path / "out" / picture).is_file()
+
+
+def test_figures_of_folders_of_one_name_have_their_own_files(tmp_path):
+    for place, accuracy in (("x", 50.0), ("y", 90.0)):
+        for method in ("probe", "recast"):
+            write_run(tmp_path / place / "same" / method / "1", 1, method, [accuracy, 60.0])
+    report(tmp_path / "x", tmp_path / "y", output=tmp_path / "out")
+    first, second = (tmp_path / "out" / "figures" / f"{name}_parameters.png" for name in ("same", "same_2"))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def write_records(run, tasks):
+    """Adds the records and patches that a run would have; pairs of (class, predicted class) by task."""
+    folder = RunFolder(run)
+    for index, (task, (names, pairs)) in enumerate(tasks.items()):
+        made = origin() | {"date": "2026-01-02T03:04:05+00:00", "machine": "a machine"}
+        classes = class_results(names, np.array(pairs))
+        record = {"task": {"name": task, "accuracy": 50.0}, "accuracies": {task: 50.0}}
+        files = folder.files(index, task)
+        store(files, a_patch(task), record | {"classes": classes, "origin": made})
+
+
+def test_the_report_says_when_and_where_it_and_the_runs_were_made(tmp_path):
+    write_run(tmp_path / "in" / "recast" / "1", 1, "recast", [50.0, 60.0])
+    write_records(tmp_path / "in" / "recast" / "1", {"food": (["a", "b"], [[0, 0]])})
+    page = report(tmp_path / "in", output=tmp_path / "out")
+    assert f"Written on {date.today().isoformat()}" in page.text
+    assert f"recast-pl {version('recast-pl')}" in page.text
+    assert platform.node() in page.text
+    (row,) = page.tables["in: origin of the runs"]
+    assert (row["trained"], row["machine"], row["seed"]) == ("2026-01-02 03:04", "a machine", "1")
+    assert f"torch {version('torch')}" in row["versions"]
+
+
+def test_results_by_class_of_compared_runs(tmp_path):
+    right, wrong = [[0, 0], [0, 0], [1, 1]], [[0, 1], [0, 0], [1, 1]]
+    for method, pairs, accuracy in (("probe", wrong, 50.0), ("recast", right, 80.0)):
+        for seed in (1, 2):
+            run = tmp_path / "in" / method / str(seed)
+            write_run(run, seed, method, [accuracy, accuracy])
+            write_records(run, {"food": (["<b>apple", "pear"], pairs), "signs": (["x", "y"], right)})
+    page = report(tmp_path / "in", output=tmp_path / "out")
+    rows = page.tables["in on vit_small: recall of each class in %, just after the training of its task"]
+    assert rows[0] == {"task": "food", "class": "<b>apple", "probe": "50.00", "recast": "100.00"}
+    assert len(rows) == 4
+    (row,) = page.tables["in on vit_small: the most frequent confusions"]
+    assert list(row.values()) == ["probe", "food", "<b>apple", "pear", "2"]  # of both seeds
+    titles = [image["alt"] for image in page.images if "by class and predicted class" in image["alt"]]
+    assert len(titles) == 2  # a picture for each task of the best run
+    assert all("recast" in title for title in titles)
+
+
+def test_a_thousand_classes_give_tables_of_bounded_size(tmp_path):
+    generator = np.random.default_rng(0)
+    write_run(tmp_path / "in" / "recast" / "1", 1, "recast", [50.0, 60.0])
+    names = [f"class {index}" for index in range(1000)]
+    write_records(tmp_path / "in" / "recast" / "1", {"food": (names, generator.integers(0, 1000, (20_000, 2)))})
+    page = report(tmp_path / "in", output=tmp_path / "out")
+    (caption,) = (caption for caption in page.tables if "each class" in caption)
+    assert caption.endswith("the 60 lowest of 1,000 classes")
+    assert len(page.tables[caption]) == 60
+    assert {row["recall %"] for row in page.tables[caption]} == {"0.00"}
+    assert len(page.tables["in on vit_small: the most frequent confusions"]) == 20
+    assert not page.images
 
 
 def test_backbones_sweeps_and_reconstructions_get_their_figures(tmp_path):
@@ -186,10 +288,10 @@ def test_backbones_sweeps_and_reconstructions_get_their_figures(tmp_path):
     (tmp_path / "in" / "mimicry" / "mimicry.json").write_text(json.dumps({**facts, **more}))
     page = report(tmp_path / "in", output=tmp_path / "out")
     captions = [image["alt"] for image in page.images]
-    numbers = [re.match(r"Figure (\d+\w?)", caption) for caption in captions]
+    numbers = [re.search(r"\(figure (\d+\w?) of the paper\)", caption) for caption in captions]
     assert {number[1] for number in numbers if number} == {"3", "4", "5", "6", "9a"}
-    assert "Accuracy by groups; larger markers train more numbers" in captions
-    (row,) = page.tables["Table 5: cost of fitting templates"]
+    assert "figure7: average accuracy by groups; larger markers train more numbers" in captions
+    (row,) = page.tables["Cost of fitting templates (table 5 of the paper)"]
     assert list(row.values()) == ["mimicry", "vit_small", "14,155,776", "–", "3.7", "36.2", "1,000", "36.2", "98.77"]
 
 
@@ -209,11 +311,13 @@ def test_the_report_reads_what_the_commands_write(tiny_fit, tmp_path):
     assert main([*fit, "--trainer.max_epochs", "2", "--model.image_size", "32", "--trainer.accelerator", "cpu"]) == 0
     page = report(tmp_path / "in", output=tmp_path / "out")
     assert "Not finished" not in page.text
-    (row,) = page.tables["Tables 1 and 2: accuracy on vit_tiny_patch16_224"]
+    (row,) = page.tables[
+        "compared on vit_tiny_patch16_224: accuracy and size of each run (tables 1 and 2 of the paper)"
+    ]
     summary = json.loads((tmp_path / "in" / "compared" / "recast" / "1" / "summary.json").read_text())
     assert summary["unlearnt"] == []
     assert row["average accuracy %"] == f"{summary['average_accuracy']:.2f}"
-    (row,) = page.tables["Table 5: cost of fitting templates"]
+    (row,) = page.tables["Cost of fitting templates (table 5 of the paper)"]
     assert (row["run"], row["epochs"], row["peak GPU memory (GB)"]) == ("fitted", "2", "–")
     assert float(row["seconds"]) > 0
     assert float(row["cores busy (%)"]) > 0

@@ -3,6 +3,11 @@
 import collections
 import json
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
 
 import pytest
 import torch
@@ -10,12 +15,15 @@ import yaml
 from conftest import ROOT
 from test_stream import read_summary
 
-from recast_pl import TaskPatch, TILModule
+from recast_pl import BackboneConfig, LinearProbe, TaskPatch, TILModule
 from recast_pl.cli import main
 from recast_pl.errors import RunError
 from recast_pl.files import read_sealed_json, sealed_json, sha256
+from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.folder import RunFolder, write_once
 from recast_pl.runs.metrics import accuracy_matrix
+from recast_pl.runs.reservation import make_folder
+from recast_pl.runs.stream import Stream
 
 PICTURE = str(next((ROOT / "data" / "clipart" / "signs").rglob("*.jpg")))
 
@@ -134,6 +142,90 @@ def test_a_method_with_shared_weights_passes_a_hundred_tasks(tiny_fit, tmp_path)
 
 
 # several processes on one folder
+
+
+@contextmanager
+def another_process(code, *args):
+    """Runs code in another process until it prints a line; ends it after the block."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.stdin.close()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from recast_pl.runs.reservation import reserved
+with reserved(Path(sys.argv[1])):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_works(tiny_fit, tmp_path, capsys):
+    run, quick = tmp_path / "run", tiny_fit("--trainer.max_epochs", "1")
+    with another_process(HOLD, run):
+        for words in (quick, [*quick, "--resume", "true"]):
+            assert main(words) == 2
+            error = capsys.readouterr().err
+            assert f"another process is working in run folder {run}; wait until it ends, or name another" in error
+        assert [path.name for path in run.iterdir()] == [".lock"]
+        assert main([*quick, "--only", "second"]) == 0  # such processes share the folder on purpose
+    assert main(tiny_fit("--trainer.max_epochs", "1", "--resume", "true")) == 0
+    assert [task["name"] for task in read_summary(run)["tasks"]] == ["first", "second"]
+    assert not list(run.glob(".*"))
+    assert main(quick) == 2
+    assert "add --resume true" in capsys.readouterr().err
+
+
+def test_a_fit_of_templates_is_refused_in_a_folder_in_use(tmp_path, capsys):
+    with another_process(HOLD, tmp_path / "run"):
+        words = ["fit", "--config", "mimicry_resnet34.yaml", "--run_dir", str(tmp_path / "run")]
+        assert main([*words, "--model.backbone.weights", "random", "--trainer.max_epochs", "1"]) == 2
+    assert "another process is working" in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_frees_its_folder(tiny_fit, tmp_path):
+    with another_process(HOLD, tmp_path / "run") as process:
+        process.kill()
+        process.wait()
+        assert (tmp_path / "run" / ".lock").exists()
+        assert main(tiny_fit("--trainer.max_epochs", "1")) == 0  # nothing but the lock file was there
+
+
+def test_a_stream_from_python_is_refused_in_a_folder_in_use(data, tmp_path):
+    module = TILModule(BackboneConfig("resnet10t", "random"), [LinearProbe()])
+    settings = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    stream = Stream(module, data, tmp_path / "run", TrainerFactory(settings))
+    with another_process(HOLD, tmp_path / "run"):
+        with pytest.raises(RunError, match="another process is working"):
+            stream.run()
+    assert [task["name"] for task in stream.run()["tasks"]] == ["first", "second"]
+
+
+def test_runs_without_a_folder_that_start_in_one_second_get_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: make_folder(tmp_path / "logs" / "run", "2026-01-01_12-00-00"), range(8)))
+    names = {"2026-01-01_12-00-00", *(f"2026-01-01_12-00-00_{number}" for number in range(2, 9))}
+    assert {folder.name for folder in folders} == names == {path.name for path in (tmp_path / "logs" / "run").iterdir()}
+
+
+def test_a_start_without_a_folder_makes_one_and_a_failed_start_leaves_none(tiny_fit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RECAST_PL_RUN_DIR", raising=False)
+    words = tiny_fit("--trainer.max_epochs", "1")
+    where = words.index("--run_dir")
+    del words[where : where + 2]
+    assert main([*words, "--data.batch_size", "0"]) == 2
+    assert not list(tmp_path.glob("logs/vit/*"))
+    fixed = type("Fixed", (), {"now": staticmethod(lambda: datetime(2026, 1, 1))})
+    monkeypatch.setattr("recast_pl.cli.fit.datetime", fixed)
+    assert main(words) == main(words) == 0
+    assert sorted(p.name for p in tmp_path.glob("logs/vit/*")) == ["2026-01-01_00-00-00", "2026-01-01_00-00-00_2"]
+    assert all(read_summary(folder)["unlearnt"] == [] for folder in tmp_path.glob("logs/vit/*"))
 
 
 def test_a_file_is_written_once(tmp_path):

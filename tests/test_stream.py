@@ -12,17 +12,21 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from recast_pl import BackboneConfig, LinearProbe, SequentialTaskDataModule, TaskConfig, TaskPatch, TILModule
 from recast_pl.cli import main
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, read_sealed_json, sealed_json
 from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.reporting.tables import classes_markdown
+from recast_pl.runs.class_results import class_measures, class_results, confusion_matrix
 from recast_pl.runs.metrics import (
     average_accuracy,
     average_anytime_accuracy,
@@ -125,6 +129,65 @@ def test_tensorboard_shows_each_task_and_the_stream(run):
     stream = events("stream")
     assert {"stream/average_accuracy", "stream/forgetting", "accuracy/first"} <= set(stream.Tags()["scalars"])
     assert stream.Tags()["images"] == ["accuracy_matrix"]
+    assert task.Tags()["images"] == ["confusion_matrix"]
+
+
+def test_every_accuracy_in_tensorboard_is_in_percent(run):
+    images = read_summary(run)["tasks"][0]["train_images"]
+    validated = [
+        e.value for e in EventAccumulator(str(run / "tensorboard" / "00_first")).Reload().Scalars("val/accuracy")
+    ]
+    trained = EventAccumulator(str(run / "tensorboard" / "00_first")).Reload().Scalars("train/accuracy")
+    for value, count in [(value, 3) for value in validated] + [(event.value, images) for event in trained]:
+        assert value * count / 100 == pytest.approx(round(value * count / 100), abs=1e-4)
+    assert max(event.value for event in trained) > 20
+
+
+def test_the_hyperparameters_tab_has_the_method_the_rate_and_the_streams_measures(run):
+    content = EventAccumulator(str(run / "tensorboard" / "stream")).Reload().PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    shown = {name: value.string_value or value.number_value for name, value in start.items()}
+    assert (shown["method"], shown["backbone"], shown["seed"]) == ("Recast", "vit_tiny_patch16_224", 42)
+    assert shown["pieces.Recast.layout.coefficient_sets"] == 2
+    assert (shown["optimizer"], shown["optimizer.lr"]) == ("AdamW", 0.002)
+    assert (shown["trainer.max_epochs"], shown["data.batch_size"]) == (3, 4)
+    assert not [name for name in shown if "root" in name or "tasks" in name]
+    measures = {metric.name.tag for metric in experiment.metric_infos}
+    assert {"stream/average_accuracy", "stream/forgetting"} <= measures
+    stream = EventAccumulator(str(run / "tensorboard" / "stream")).Reload()
+    assert stream.Scalars("stream/average_accuracy")[-1].value == pytest.approx(read_summary(run)["average_accuracy"])
+
+
+def test_a_record_holds_the_results_by_class(run):
+    for path, task in zip(sorted((run / "tasks").iterdir()), read_summary(run)["tasks"], strict=True):
+        classes = read_sealed_json(path, RunError)["classes"]
+        assert classes["names"] == [f"class{index}" for index in range(task["classes"])]
+        assert sum(classes["images"]) == sum(classes["predicted"]) == task["test_images"]
+        assert 100 * sum(classes["right"]) / task["test_images"] == pytest.approx(task["accuracy"], abs=1e-3)
+        assert confusion_matrix(classes).sum() == task["test_images"]
+    texts = EventAccumulator(str(run / "tensorboard" / "01_second")).Reload().Tags()["tensors"]
+    assert "classes/text_summary" in texts
+
+
+def test_measures_of_classes_by_hand():
+    pairs = np.array([[0, 0], [0, 0], [0, 1], [1, 1], [1, 0], [1, 0], [1, 0]])
+    results = class_results(["cat", "dog", "eel"], pairs)
+    cat, dog, eel = class_measures(results)
+    assert cat == ("cat", 3, pytest.approx(200 / 3), pytest.approx(40), pytest.approx(50))
+    assert dog == ("dog", 4, 25, 50, pytest.approx(100 / 3))
+    assert eel == ("eel", 0, None, None, None)
+    assert results["confused"] == [[1, 0, 3], [0, 1, 1]]  # the most frequent first
+    assert confusion_matrix(results).tolist() == [[2, 1, 0], [3, 1, 0], [0, 0, 0]]
+
+
+def test_many_classes_keep_the_most_frequent_confusions_only():
+    generator = np.random.default_rng(0)
+    pairs = np.concatenate([generator.integers(0, 1000, (5000, 2)), [[7, 8]] * 9])
+    results = class_results([f"class {index}" for index in range(1000)], pairs)
+    assert (results["confused"][0], len(results["confused"])) == ([7, 8, 9], 400)
+    assert (sum(results["images"]), confusion_matrix(results)) == (5009, None)
+    assert classes_markdown(results).count("\n") < 1100
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(run, tiny_fit, tmp_path):
@@ -341,7 +404,7 @@ def test_a_task_may_have_fewer_images_than_there_are_processes(image_folder, tin
 
 def test_early_stopping_and_user_callbacks_start_afresh_for_each_task(tiny_fit, tmp_path):
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
-    stopping["init_args"] = {"monitor": "val/accuracy", "mode": "max", "patience": 1, "min_delta": 2}
+    stopping["init_args"] = {"monitor": "val/accuracy", "mode": "max", "patience": 1, "min_delta": 200}
     run = tmp_path / "stopped"
     assert main(tiny_fit("--trainer.callbacks", json.dumps([stopping]), "--trainer.max_epochs", "9", run_dir=run)) == 0
     assert [task["epochs"] for task in read_summary(run)["tasks"]] == [2, 2]

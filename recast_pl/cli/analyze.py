@@ -79,7 +79,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     images = _images(subject, paths, console)
     analysis = _analyze(subject, images, device)
     sheets = analysis_sheets(analysis)
-    console.print(*(sheet.printed() for sheet in sheets))
+    console.print(*(sheet.printed() for sheet in sheets), crop=False)
     write_atomic(subject.output / "analysis.md", "\n".join(sheet.markdown() for sheet in sheets))
     for name, figure in analysis_figures(analysis).items():
         write_figure(figure, subject.output / name)

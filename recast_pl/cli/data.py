@@ -36,7 +36,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 
 def _list_data(options: Namespace) -> int:
-    open_console().print(catalogue_table(CATALOGUE, data_root(options.root)))
+    open_console().print(catalogue_table(CATALOGUE, data_root(options.root)), crop=False)
+
     return 0
 
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import statistics
 import sys
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.mimicry import fit_mimicry
+from recast_pl.runs.reservation import make_folder, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.studies.engines import ONE_DEVICE, Engine, run_units
 from recast_pl.terminal import open_console
@@ -47,7 +49,8 @@ def declare(parser: LightningArgumentParser) -> None:
 def run(parser: LightningArgumentParser, config: Namespace) -> int:
     """Trains the stream of tasks, or fits templates by gradient if the model is a `MimicryModule`."""
     run_dir = _run_dir(config)
-    with writing(run_dir):
+    alone = is_main_process() and not config.only  # others share the folder on purpose
+    with writing(run_dir), reserved(run_dir) if alone else nullcontext():
         return _fit(parser, config, run_dir)
 
 
@@ -148,6 +151,6 @@ def _run_dir(config: Namespace) -> Path:
             raise RunError("several processes were started from outside; give all of them the same --run_dir")
         return Path(os.environ[_RUN_DIR])
     name = Path(str(config.config[-1])).stem if config.config else "run"
-    run_dir = Path("logs") / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    run_dir = make_folder(Path("logs") / name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     os.environ[_RUN_DIR] = str(run_dir)
     return run_dir

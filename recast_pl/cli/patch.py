@@ -59,12 +59,12 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 def _show(paths: list[Path], options: Namespace) -> None:
     for path in paths:
-        open_console().print(*patch_tables(TaskPatch.load(path), path))
+        open_console().print(*patch_tables(TaskPatch.load(path), path), crop=False)
 
 
 def _diff(paths: list[Path], options: Namespace) -> None:
     first, second = (TaskPatch.load(path) for path in paths)
-    open_console().print(*difference_tables(compare_patches(first, second)))
+    open_console().print(*difference_tables(compare_patches(first, second)), crop=False)
 
 
 def _verify(paths: list[Path], options: Namespace) -> None:

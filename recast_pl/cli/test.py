@@ -24,6 +24,6 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     run_dir, init = opened(config)
     check_images(init.data)
     rows = evaluate_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer))
-    open_console().print(evaluation_table(rows))
+    open_console().print(evaluation_table(rows), crop=False)
 
     return int(any(recorded != measured for _, recorded, measured in rows))

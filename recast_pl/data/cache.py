@@ -1,6 +1,7 @@
 """Decodes images once: into a memory-mapped file, into memory, or only to find those that cannot be read."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -54,10 +55,16 @@ class MappedPixels:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.array = np.load(path, mmap_mode="c")  # private, because torch wants memory that it may write
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            begin = file.tell()
+        # unlike NumPy, torch keeps no file open for a mapping: a thousand tasks would exceed the limit of open files
+        content = torch.from_file(str(path), shared=False, size=begin + math.prod(shape), dtype=torch.uint8)
+        self.pixels = content[begin:].view(shape)
 
     def __getitem__(self, which: Tensor) -> Tensor:
-        return torch.from_numpy(self.array)[which]  # (B, 3, S, S)
+        return self.pixels[which]  # (B, 3, S, S)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedPixels, (self.path,)

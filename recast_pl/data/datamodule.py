@@ -177,7 +177,8 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Finds the images of the current task."""
-        check_names(self.tasks)
+        if not self._prepared:  # called for each fit and test
+            check_names(self.tasks)
         _ = self._images.decoded
 
     def train_dataloader(self) -> DataLoader[RawBatch]:

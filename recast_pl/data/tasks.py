@@ -3,6 +3,7 @@
 import hashlib
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +72,9 @@ def check_names(tasks: Sequence[TaskConfig]) -> None:
     for task in tasks:
         if not is_task_name(task.name):
             raise DataError(f"task name {task.name!r:.80} cannot name a file; choose {TASK_RULE}")
-    names = [task.name.casefold() for task in tasks]  # some file systems ignore case
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(task.name.casefold() for task in tasks)  # some file systems ignore case
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+
     if repeated:
         raise DataError(f"task {repeated[0]!r} is listed twice in data.tasks; give each its own name")
 

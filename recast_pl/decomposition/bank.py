@@ -157,7 +157,7 @@ class Decomposition:
     def table(self) -> Table:
         """A table for the terminal, with a row for each kind of weight."""
         table = Table(title="Decomposition", box=box.SIMPLE, title_justify="left", padding=0)
-        table.add_column("weights", no_wrap=True)
+        table.add_column("weights", overflow="fold")
         for column in ("shape", "layers", "groups", "templates", "coeffs", "saved"):
             table.add_column(column, justify="right", no_wrap=True)
         for kind, banks in self.kinds.items():

@@ -16,6 +16,7 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
 from recast_pl.learning.acceleration import EvaluateMerged
 from recast_pl.learning.checkpoint import change_rates, trainable_state
+from recast_pl.learning.metrics import Percent, Predictions
 from recast_pl.learning.probe import extract_features, fit_probe
 from recast_pl.learning.task_network import TaskNetwork
 from recast_pl.methods.piece import Piece, Step
@@ -55,7 +56,9 @@ class TILModule(TaskNetwork, LightningModule):
         self.strict_loading = False  # checkpoints lack the frozen network; on_load_checkpoint checks the rest
         self.probe_accuracy, self.probe_score = float("nan"), (float("nan"), float("nan"))
         names = ("train/accuracy", "val/accuracy", "val/loss", "test/accuracy", "test/loss")
-        self.means = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.means = nn.ModuleDict({name: Percent() if "accuracy" in name else MeanMetric() for name in names})
+        self.predictions = Predictions()
+        self.test_pairs = torch.empty(0, 2, dtype=torch.long)  # label and predicted class of the images tested last
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -163,18 +166,26 @@ class TILModule(TaskNetwork, LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy and cross-entropy on the test split."""
+        """Accuracy and cross-entropy on the test split, and what each image was taken for."""
         self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Gathers the predictions of all processes."""
+        self.test_pairs = self.predictions.compute().cpu()  # (N, 2)
+        self.predictions.reset()
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
         counted = labels >= 0
         logits, labels = self(images)[counted], labels[counted]
         self._log_mean(f"{stage}/loss", F.cross_entropy(logits, labels, reduction="none"))
-        self._log_mean(f"{stage}/accuracy", logits.argmax(1) == labels)
+        predicted = logits.argmax(1)
+        self._log_mean(f"{stage}/accuracy", predicted == labels)
+        if stage == "test":
+            self.predictions.update(labels, predicted)
 
     def _log_mean(self, name: str, values: Tensor) -> None:
-        """Logs the mean of values (B,) over the epoch and all processes."""
+        """Logs the mean of values (B,) over the epoch and all processes; an accuracy in percent."""
         metric: Any = self.means[name]
         metric.update(values.float())
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == "val/accuracy", batch_size=len(values))

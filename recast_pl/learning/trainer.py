@@ -137,7 +137,8 @@ class BestEpoch(Callback):
         """Compares the epoch that ended with the best one before."""
         if not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            self._compare(pl_module, float(metrics["val/accuracy"]), float(metrics["val/loss"]))
+            fraction = float(metrics["val/accuracy"]) / 100  # like the probe's, and as checkpoints keep it
+            self._compare(pl_module, fraction, float(metrics["val/loss"]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the best epoch, before the module ends the task; does nothing if there was no validation."""

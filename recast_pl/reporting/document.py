@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from recast_pl.files import write_atomic
 from recast_pl.reporting.plots import to_svg, write_figure
-from recast_pl.reporting.tables import markdown_table
+from recast_pl.reporting.tables import markdown_table, plain
 
 
 class Text(NamedTuple):
-    """A run of text without markup; `link` is relative to the document, None for no link."""
+    """A run of text without markup; `link` is a URL relative to the document, None for no link."""
 
     text: str
     link: str | None = None
@@ -80,38 +80,34 @@ def write_document(blocks: Sequence[Block], folder: Path, name: str) -> None:
     for block in blocks:
         if isinstance(block, Chart):
             write_figure(block.figure, folder / "figures" / block.name)
-    write_atomic(folder / f"{name}.md", "".join(f"{_markdown(block)}\n\n" for block in blocks))
+    text = "".join(f"{_markdown(block)}\n\n" for block in blocks)
+    write_atomic(folder / f"{name}.md", text.encode(errors="replace"))  # names of files may be no text
     environment = Environment(loader=PackageLoader("recast_pl.reporting", ""), autoescape=True, trim_blocks=True)
     environment.filters["svg_data"] = lambda chart: base64.b64encode(to_svg(chart.figure, chart.name).encode()).decode()
     page = environment.get_template("document.html").render(blocks=[(type(block).__name__, block) for block in blocks])
-    write_atomic(folder / f"{name}.html", page)
+    write_atomic(folder / f"{name}.html", page.encode(errors="replace"))
 
 
 def _markdown(block: Block) -> str:
     match block:
         case Heading():
-            return f"{'#' * block.level} {_escape(block.text)}"
+            return f"{'#' * block.level} {plain(block.text)}"
         case Paragraph():
             return _markdown_line(block.line)
         case Bullets():
             return "\n".join(f"- {_markdown_line(item)}" for item in block.items)
         case Chart():
-            return f"![{_escape(block.caption)}](figures/{block.name}.png)\n\n*{_escape(block.caption)}*"
+            return f"![{plain(block.caption)}](figures/{block.name}.png)\n\n*{plain(block.caption)}*"
         case DataTable():
-            header = [_escape(heading) for heading in block.header]
+            header = [plain(heading) for heading in block.header]
             rows = [[_markdown_line(cell) for cell in row] for row in block.rows]
             table = markdown_table((header, rows), block.text_columns).rstrip("\n")
-            return f"*{_escape(block.caption)}*\n\n{table}"
+            return f"*{plain(block.caption)}*\n\n{table}"
 
 
 def _markdown_line(line: Line) -> str:
     parts = []
     for part in line:
-        text = f"**{_escape(part.text)}**" if part.bold else _escape(part.text)
+        text = f"**{plain(part.text)}**" if part.bold else plain(part.text)
         parts.append(text if part.link is None else f"[{text}](<{part.link}>)")
     return "".join(parts)
-
-
-def _escape(text: str) -> str:
-    """Escapes what Markdown would read as markup."""
-    return "".join(f"\\{character}" if character in r"\`*_[]<>|#" else character for character in text)

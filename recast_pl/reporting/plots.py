@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
 
 from recast_pl.files import write_atomic
 from recast_pl.runs.metrics import Matrix, Spread
@@ -23,31 +26,80 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 
 _STYLES = ("-", "--", "-.", ":")
 
+_LABELLED = 20  # rows of a heat map that can have a name and numbers
 
-def plot_accuracy_matrix(matrix: Matrix, tasks: list[str]) -> Figure:
+
+def plot_accuracy_matrix(matrix: Matrix, tasks: Sequence[str], title: str = "") -> Figure:
     """Draws the accuracy on each task (columns) after training each task (rows).
 
     Args:
         matrix: Accuracies in percent of the tasks trained so far; None where a task was not tested.
         tasks: Names of the tasks.
+        title: What the picture shows; empty for no title.
 
     Returns:
-        A heat map; light colours are high values.
+        A heat map; light colours are high values. Its size is bounded: many tasks get small cells without numbers.
     """
     values = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
-    figure = Figure(figsize=(2.2 + 0.8 * len(tasks), 1.8 + 0.6 * len(tasks)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100)
-    for (row, column), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "black" if value > 50 else "white"
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_xlabel("tested on")
-    axes.set_ylabel("after training")
+    texts = np.array([["" if np.isnan(value) else f"{value:.1f}" for value in row] for row in values])
+    figure, axes, image = _heat_map(values, texts, tasks, title)
+    axes.set(xlabel="tested on", ylabel="after training")
     figure.colorbar(image, label="accuracy (%)")
     return figure
+
+
+def plot_confusions(matrix: NDArray[np.int64], classes: Sequence[str], title: str = "") -> Figure:
+    """Draws how many images of each class (rows) were taken for each class (columns).
+
+    Args:
+        matrix: Counts of images.
+        classes: Names of the classes.
+        title: What the picture shows; empty for no title.
+
+    Returns:
+        A heat map with counts, coloured by their share of the images of a class.
+    """
+    shares = 100 * matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    figure, axes, image = _heat_map(shares, matrix.astype(str), classes, title)
+    axes.set(xlabel="predicted class", ylabel="class")
+    figure.colorbar(image, label="share of the class (%)")
+    return figure
+
+
+def _heat_map(
+    values: NDArray[np.float64], texts: NDArray[np.str_], names: Sequence[str], title: str
+) -> tuple[Figure, Axes, AxesImage]:
+    """Draws a square of percentages. Its size is bounded: many rows get small cells without texts."""
+    shown = max(4, min(len(names), _LABELLED))
+    figure = Figure(figsize=(2.2 + 0.8 * shown, 1.8 + 0.6 * shown), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100)
+    if len(names) <= _LABELLED:
+        for (row, column), text in np.ndenumerate(texts):
+            colour = "black" if values[row, column] > 50 else "white"
+            axes.text(column, row, text, ha="center", va="center", color=colour)
+    _name_cells(axes, names)
+    axes.set_title(textwrap.fill(plain_label(title), 9 * shown))
+    return figure, axes, image
+
+
+def _name_cells(axes: Axes, names: Sequence[str]) -> None:
+    """Names the rows and columns of a square heat map; where there are too many, only some of them."""
+    chosen = np.unique(np.linspace(0, len(names) - 1, min(len(names), _LABELLED)).round().astype(int))
+    labels = [_shorten(names[index]) for index in chosen]
+    axes.set_xticks(chosen, labels, rotation=30, ha="right")
+    axes.set_yticks(chosen, labels)
+
+
+def _shorten(name: str) -> str:
+    """The name as plain text that leaves room for the picture."""
+    return plain_label(name if len(name) <= 24 else f"{name[:23]}…")
+
+
+def plain_label(text: str) -> str:
+    """Any text as matplotlib shows it unchanged: `$` would begin a formula, and a legend leaves out `_` names."""
+    known = text.encode(errors="replace").decode()  # names of files may be no text
+    return f"{' ' if known.startswith('_') else ''}{known}".replace("$", r"\$")
 
 
 def to_png(figure: Figure) -> bytes:
@@ -75,7 +127,7 @@ class Mark(NamedTuple):
     name: str = ""
 
 
-def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -> Figure:
+def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)", title: str = "") -> Figure:
     """Draws lines where x is numeric, and groups of bars where x is a name; error bars are one standard deviation.
 
     Args:
@@ -83,12 +135,15 @@ def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -
         x: Name of the horizontal axis, or `task_parameters`. A numeric axis becomes logarithmic when its values span
             more than a factor of 20.
         y: Name and unit of the vertical axis.
+        title: What the figure shows; empty for no title.
     """
     figure = Figure(figsize=(8, 5.5) if any(mark.name for mark in marks) else (6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     series = list(dict.fromkeys(mark.series for mark in marks))
     axes.set_xlabel("numbers trained for a task" if x == "task_parameters" else x.replace("_", " "))
     axes.set_ylabel(y)
+    if title:
+        axes.set_title(textwrap.fill(plain_label(title), 70), fontsize=9)  # below the legend
     if all(isinstance(mark.x, int | float) for mark in marks):
         _draw_lines(axes, marks, series)
     else:
@@ -117,7 +172,9 @@ def _draw_lines(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> Non
         deviations = [mark.y.deviation or 0.0 for mark in line]
         axes.errorbar(xs, means, deviations, color=colour, linestyle=joined, capsize=3)
         sizes = 40.0 if joined == "none" else [30 + 120 * math.sqrt(mark.numbers / largest) for mark in line]
-        axes.scatter(xs, means, sizes, color=colour, marker=marker, edgecolors="black", zorder=3, label=name)
+        axes.scatter(
+            xs, means, sizes, color=colour, marker=marker, edgecolors="black", zorder=3, label=plain_label(name)
+        )
     _scale(axes, [float(mark.x) for mark in marks])
     axes.grid(alpha=0.3)
 
@@ -147,7 +204,7 @@ def _write_names(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
         placed.append((left, left + width, at))
         offset = (5 if side == "left" else -5, 72 * (at - y) / figure.dpi - 2.5)
         spot = (float(mark.x), mark.y.mean)
-        axes.annotate(mark.name, spot, offset, textcoords="offset points", fontsize=7.5, ha=side)
+        axes.annotate(plain_label(mark.name), spot, offset, textcoords="offset points", fontsize=7.5, ha=side)
 
 
 def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None:
@@ -159,12 +216,22 @@ def _draw_bars(axes: Axes, marks: Sequence[Mark], series: Sequence[str]) -> None
         xs = [groups.index(str(mark.x)) + (position - (len(series) - 1) / 2) * width for mark in bars]
         heights, deviations = [mark.y.mean for mark in bars], [mark.y.deviation or 0.0 for mark in bars]
         drawn = axes.bar(
-            xs, heights, width, yerr=deviations, color=colour, hatch=hatch, edgecolor="black", capsize=3, label=name
+            xs,
+            heights,
+            width,
+            yerr=deviations,
+            color=colour,
+            hatch=hatch,
+            edgecolor="black",
+            capsize=3,
+            label=plain_label(name),
         )
         if len(marks) <= 16:  # more values would overlap
             axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
     long = max(map(len, groups)) * len(groups) > 70  # about as many letters as fit on one line
-    axes.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center")
+    axes.set_xticks(
+        range(len(groups)), map(plain_label, groups), rotation=30 if long else 0, ha="right" if long else "center"
+    )
     axes.grid(axis="y", alpha=0.3)
 
 

@@ -1,25 +1,29 @@
-"""The report on runs: tables 1, 2, 4, 5 and 6 and figures 3 to 10 in the form of the paper's."""
+"""The report on runs: tables 1, 2, 4, 5 and 6 and figures 3 to 10 in the form of the paper's, and results by class."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
 from recast_pl.errors import RunError
 from recast_pl.files import read_json
+from recast_pl.reporting.class_blocks import class_blocks
 from recast_pl.reporting.document import Block, Bullets, Chart, DataTable, Heading, Line, Paragraph, Text
 from recast_pl.reporting.measures import AVERAGE, MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
 from recast_pl.reporting.plots import Mark, plot_marks
 from recast_pl.runs.collection import Collection, Run
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.metrics import Spread, final_accuracies, spread
+from recast_pl.runs.origin import Origin, origin
 
 _BANK_FIGURES = {
-    "frobenius": ("Figure 9a: diversity of templates", "mean Frobenius distance of templates"),
-    "entropy": ("Figure 9b: versatility of templates", "mean entropy of singular values (nats)"),
-    "similarity_mean": ("Figure 10: similarity of coefficients", "mean cosine similarity"),
+    "frobenius": ("diversity of templates", "mean Frobenius distance of templates", "9a"),
+    "entropy": ("versatility of templates", "mean entropy of singular values (nats)", "9b"),
+    "similarity_mean": ("similarity of coefficients", "mean cosine similarity", "10"),
 }
 
 _FAMILIES = ("RECAST", "RECAST with an adapter", "others, tasks kept apart", "tasks share weights")
@@ -40,41 +44,84 @@ def compose(collections: Sequence[Collection], folders: Sequence[Path], output: 
         f"{count} finished runs. Accuracies are measured on the test images after the last task, in percent: the mean "
         "and, for several seeds, the sample standard deviation. Each row links to its runs."
     )
-    blocks: list[Block] = [Heading("Report", 1), Paragraph([Text(facts)])]
+    now = origin()
+    written = f"Written on {_date(now)} with {_versions(now)}, on {now['machine']}."
+    title = f"Report on {', '.join(folder.resolve().name for folder in folders)}"
+    blocks: list[Block] = [Heading(title, 1), Paragraph([Text(facts)]), Paragraph([Text(written)])]
     unfinished = {run: why for collection in collections for run, why in collection.unfinished.items()}
     if unfinished:
         blocks += [Heading("Not finished"), Paragraph([Text("No table and no figure includes these runs.")])]
         names = {run: _link(run, output, str(run)) if run.is_dir() else Text(str(run)) for run in unfinished}
         blocks.append(Bullets([[names[run], Text(f": {why}")] for run, why in unfinished.items()]))
-    for collection in collections:
+    for collection, file in zip(collections, _file_names(collections), strict=True):
         if collection.runs:
-            blocks += _collection(collection, output)
+            blocks += _collection(collection, file, output)
     return [*blocks, *_by_backbone(collections), *_reconstructions(folders, output)]
 
 
-def _collection(collection: Collection, output: Path) -> Iterator[Block]:
+def _collection(collection: Collection, file: str, output: Path) -> Iterator[Block]:
+    """Yields the blocks of a collection, whose figures have file names that begin with `file`."""
+    name = collection.folder.resolve().name or "runs"
     yield Heading(str(collection.folder))
     by_backbone: dict[str, dict[str, list[Run]]] = {}
     for point, runs in collection.runs.items():
         for run in runs:
             by_backbone.setdefault(run.summary["backbone"], {}).setdefault(point, []).append(run)
     for backbone, chosen in by_backbone.items():
-        yield _accuracies(collection, chosen, backbone, output)
-        yield from _by_task(chosen, backbone, output)
-    name = collection.folder.resolve().name or "runs"
+        yield _accuracies(collection, chosen, f"{name} on {_short_name(backbone)}", output)
+        yield from _by_task(chosen, f"{name} on {_short_name(backbone)}", output)
     if collection.x is not None:
         summaries = {point: [run.summary for run in runs] for point, runs in collection.runs.items()}
         marks = sweep_marks(collection.labels, summaries, collection.x, collection.series)
         if marks:
             sizes = "" if isinstance(marks[0].x, str) else "; larger markers train more numbers"
-            caption = f"Accuracy by {collection.x.replace('_', ' ')}{sizes}"
-            yield Chart(f"{name}_sweep", caption, plot_marks(marks, collection.x))
+            caption = f"{name}: average accuracy by {collection.x.replace('_', ' ')}{sizes}"
+            yield _chart(f"{file}_sweep", caption, marks, collection.x)
     elif len(collection.runs) > 1:
-        yield _against_parameters(collection, name)
-    yield from _by_reconstruction(collection, name)
+        yield _against_parameters(collection, name, file)
+    yield from _by_reconstruction(collection, name, file)
+    for index, (backbone, chosen) in enumerate(by_backbone.items()):
+        yield from class_blocks(chosen, f"{name} on {_short_name(backbone)}", f"{file}_{index}")
+    yield from _origins(collection, name, output)
 
 
-def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -> DataTable:
+def _file_names(collections: Sequence[Collection]) -> list[str]:
+    """Names each collection by its folder, for files; no two are equal, and none needs quotes."""
+    names: list[str] = []
+    for collection in collections:
+        plain = re.sub(r"\W+", "_", collection.folder.resolve().name, flags=re.ASCII).strip("_") or "runs"
+        candidates = (plain if count == 1 else f"{plain}_{count}" for count in range(1, len(names) + 2))
+        names.append(next(name for name in candidates if name.casefold() not in map(str.casefold, names)))
+    return names
+
+
+def _chart(file: str, caption: str, marks: Sequence[Mark], x: str, y: str = "average accuracy (%)") -> Chart:
+    return Chart(file, caption, plot_marks(marks, x, y, caption))
+
+
+def _origins(collection: Collection, name: str, output: Path) -> Iterator[DataTable]:
+    """When, where and with what each run was trained, as its latest record says."""
+    rows: list[list[Line]] = []
+    for point, runs in collection.runs.items():
+        for run in runs:
+            records = [files.load_record() for files in run.folder.finished().values()] if run.folder.is_trained else []
+            if made := [record["origin"] for record in records if "origin" in record]:
+                last = max(made, key=lambda facts: facts["date"])
+                facts = [_date(last), _versions(last), last["machine"]]
+                rows.append([[Text(point)], _seed_links([run], output), *([Text(fact)] for fact in facts)])
+    if rows:
+        yield DataTable(f"{name}: origin of the runs", ["run", "seed", "trained", "versions", "machine"], rows, 5)
+
+
+def _date(made: Origin) -> str:
+    return made["date"].replace("T", " ")[:16]
+
+
+def _versions(made: Origin) -> str:
+    return ", ".join(f"{package} {version}" for package, version in made["versions"].items())
+
+
+def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], what: str, output: Path) -> DataTable:
     """Tables 1 and 2: methods whose tasks share weights come first, then methods that keep tasks apart."""
     keys = list(dict.fromkeys(key for name in chosen for key in collection.labels.get(name, ())))
     shares = {name: any(run.summary.get("shared_bytes") for run in runs) for name, runs in chosen.items()}
@@ -93,10 +140,11 @@ def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], bac
             ]
         )
     header = ["run", *keys, "pieces", "tasks", *_COLUMNS, "seeds"]
-    return DataTable(f"Tables 1 and 2: accuracy on {_short_name(backbone)}", header, rows, 3 + len(keys))
+    caption = f"{what}: accuracy and size of each run (tables 1 and 2 of the paper)"
+    return DataTable(caption, header, rows, 3 + len(keys))
 
 
-def _by_task(chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -> Iterator[DataTable]:
+def _by_task(chosen: Mapping[str, Sequence[Run]], what: str, output: Path) -> Iterator[DataTable]:
     """Table 4: one table for each set of tasks; the order of tasks may differ within a table."""
     by_tasks: dict[frozenset[str], dict[str, Sequence[Run]]] = {}
     for name, runs in chosen.items():
@@ -113,7 +161,7 @@ def _by_task(chosen: Mapping[str, Sequence[Run]], backbone: str, output: Path) -
             ]
             for name, runs in points.items()
         ]
-        caption = f"Table 4: accuracy on each task % on {_short_name(backbone)}"
+        caption = f"{what}: accuracy on each task in % (table 4 of the paper)"
         yield DataTable(caption, ["run", *tasks, "seeds"], rows)
 
 
@@ -122,15 +170,15 @@ def _task_accuracy(runs: Sequence[Run], task: str) -> Spread:
     return spread([final[task] for final in finals if task in final])
 
 
-def _against_parameters(collection: Collection, name: str) -> Chart:
+def _against_parameters(collection: Collection, name: str, file: str) -> Chart:
     """Figure 4: a point for each method."""
     marks = []
     for point, runs in collection.runs.items():
         numbers = task_mean([run.summary for run in runs], TASK_PARAMETERS)
         marks.append(Mark(_family(runs[0]), numbers, _accuracy(runs), name=point))
     marks.sort(key=lambda mark: _FAMILIES.index(mark.series))
-    caption = "Figure 4: accuracy against the count of numbers that a task trains"
-    return Chart(f"{name}_parameters", caption, plot_marks(marks, TASK_PARAMETERS))
+    caption = f"{name}: average accuracy against the count of numbers that a task trains (figure 4 of the paper)"
+    return _chart(f"{file}_parameters", caption, marks, TASK_PARAMETERS)
 
 
 def _family(run: Run) -> str:
@@ -142,23 +190,24 @@ def _family(run: Run) -> str:
     return _FAMILIES[0] if len(pieces) == 1 else _FAMILIES[1]
 
 
-def _by_reconstruction(collection: Collection, name: str) -> Iterator[Chart]:
+def _by_reconstruction(collection: Collection, name: str, file: str) -> Iterator[Chart]:
     """Figures 5, 6, 9 and 10."""
     fitted = {point: runs for point, runs in collection.runs.items() if _uses_fitted_templates(runs[0].folder)}
     if len(fitted) > 1:
         bars = [Mark("", point, _accuracy(runs)) for point, runs in fitted.items()]
-        caption = "Figure 5: accuracy by how templates were made"
-        yield Chart(f"{name}_reconstruction", caption, plot_marks(bars, "templates"))
+        caption = f"{name}: average accuracy by how templates were made (figure 5 of the paper)"
+        yield _chart(f"{file}_reconstruction", caption, bars, "templates")
     banks = {point: _analysed_groups(runs[0].folder) for point, runs in collection.runs.items()}
-    for key, (caption, y) in _BANK_FIGURES.items():
+    for key, (what, y, number) in _BANK_FIGURES.items():
         measured = {point: [g for g in groups if g.get(key) is not None] for point, groups in banks.items()}
         measured = {point: groups for point, groups in measured.items() if groups}
         if measured:
             lines = [mark for point, groups in measured.items() for mark in _group_marks(point, groups, key)]
-            yield Chart(f"{name}_{key}", f"{caption} by group", plot_marks(lines, "group", y))
+            caption = f"{name}: {what} by group (figure {number} of the paper)"
+            yield _chart(f"{file}_{key}", caption, lines, "group", y)
             means = [Mark("", p, Spread(spread([g[key] for g in groups]).mean)) for p, groups in measured.items()]
-            overall = f"Figure 6: {caption.partition(': ')[2]}, over all groups"
-            yield Chart(f"{name}_{key}_mean", overall, plot_marks(means, "templates", y))
+            overall = f"{name}: {what}, mean over all groups (figure 6 of the paper)"
+            yield _chart(f"{file}_{key}_mean", overall, means, "templates", y)
 
 
 def _group_marks(point: str, groups: Sequence[Mapping[str, Any]], key: str) -> list[Mark]:
@@ -182,14 +231,18 @@ def _by_backbone(collections: Sequence[Collection]) -> Iterator[Block]:
         marks = [Mark(n, b, _accuracy(found[n, b])) for b in backbones for n in several if (n, b) in found]
         marks.sort(key=lambda mark: mark.series)
         yield Heading("Backbones")
-        yield Chart("backbones", "Figure 3: accuracy by backbone", plot_marks(marks, "backbone"))
+        yield _chart("backbones", "Average accuracy by backbone (figure 3 of the paper)", marks, "backbone")
 
 
 def _reconstructions(folders: Sequence[Path], output: Path) -> list[Block]:
     """Tables 5 and 6."""
     tables = (
-        (RunFolder.MIMICRY, "Table 5: cost of fitting templates", _FIT_COLUMNS),
-        (RunFolder.IMAGENET, "Table 6: the pretrained classifier, dense and decomposed", _IMAGENET_COLUMNS),
+        (RunFolder.MIMICRY, "Cost of fitting templates (table 5 of the paper)", _FIT_COLUMNS),
+        (
+            RunFolder.IMAGENET,
+            "The pretrained classifier, dense and decomposed (table 6 of the paper)",
+            _IMAGENET_COLUMNS,
+        ),
     )
     blocks: list[Block] = []
     for file, caption, columns in tables:
@@ -260,4 +313,5 @@ def _seed_links(runs: Sequence[Run], output: Path) -> Line:
 
 
 def _link(path: Path, output: Path, text: str) -> Text:
-    return Text(text, Path(os.path.relpath(path.resolve(), output.resolve())).as_posix())
+    relative = Path(os.path.relpath(path.resolve(), output.resolve())).as_posix()
+    return Text(text, quote(os.fsencode(relative)))  # also quotes `:`, so that no name is read as a scheme

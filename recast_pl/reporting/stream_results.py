@@ -6,9 +6,11 @@ from rich.console import Console
 
 from recast_pl.files import write_atomic
 from recast_pl.learning.trainer import TrainerFactory, tensorboard
-from recast_pl.reporting.plots import plot_accuracy_matrix, to_png
-from recast_pl.reporting.tables import matrix_csv, stream_table
-from recast_pl.runs.folder import RunFolder, Summary
+from recast_pl.reporting.hyperparameters import hyperparameters
+from recast_pl.reporting.plots import plot_accuracy_matrix, plot_confusions, to_png
+from recast_pl.reporting.tables import classes_markdown, matrix_csv, stream_table, stream_title
+from recast_pl.runs.class_results import confusion_matrix
+from recast_pl.runs.folder import Record, RunFolder, Summary
 from recast_pl.runs.metrics import final_accuracies
 
 
@@ -24,25 +26,41 @@ class StreamResults:
     console: Console
     trainers: TrainerFactory
 
+    def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
+        """Writes the results by class for TensorBoard, and the confusion matrix if all confusions are known."""
+        if self._uses_tensorboard and "classes" in record:
+            classes, task = record["classes"], record["task"]["name"]
+            logger, matrix = tensorboard(folder.path, name), confusion_matrix(classes)
+            logger.experiment.add_text("classes", classes_markdown(classes), record["task"]["epochs"])
+            if matrix is not None:
+                figure = plot_confusions(matrix, classes["names"], f"Test images of {task}")
+                logger.experiment.add_figure("confusion_matrix", figure, record["task"]["epochs"])
+            logger.finalize("success")
+
     def write(self, folder: RunFolder, summary: Summary) -> None:
         """Writes `accuracy_matrix.csv` and `.png`, and the measures after the latest task for TensorBoard."""
         matrix, names = summary["accuracy_matrix"], [task["name"] for task in summary["tasks"]]
         write_atomic(folder.matrix_csv, matrix_csv(matrix, names))
-        figure = plot_accuracy_matrix(matrix, names)
+        figure = plot_accuracy_matrix(matrix, names, stream_title(summary))
         write_atomic(folder.matrix_png, to_png(figure))
-        if self.trainers.settings.get("logger") in (None, True):
+        if self._uses_tensorboard:
             measures = {
                 "stream/average_accuracy": summary["average_accuracy"],
                 "stream/average_anytime_accuracy": summary["average_anytime_accuracy"],
                 "stream/backward_transfer": summary["backward_transfer"],
                 "stream/forgetting": summary["forgetting"],
             }
-            final = {f"accuracy/{name}": value for name, value in final_accuracies(summary).items()}
-            logger = tensorboard(folder.path, "stream")
-            logger.log_metrics(measures | final, step=len(names))
-            logger.experiment.add_figure("accuracy_matrix", figure, len(names))
+            logger, step = tensorboard(folder.path, "stream"), len(names)
+            # into the folder of the other measures, so that the table and the curves show one run
+            logger.experiment.add_hparams(hyperparameters(folder, summary), measures, run_name=".", global_step=step)
+            logger.log_metrics({f"accuracy/{name}": value for name, value in final_accuracies(summary).items()}, step)
+            logger.experiment.add_figure("accuracy_matrix", figure, step)
             logger.finalize("success")
 
     def show(self, summary: Summary) -> None:
         """Prints the table of tasks."""
-        self.console.print(stream_table(summary))
+        self.console.print(stream_table(summary), crop=False)
+
+    @property
+    def _uses_tensorboard(self) -> bool:
+        return self.trainers.settings.get("logger") in (None, True)

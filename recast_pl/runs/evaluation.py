@@ -118,9 +118,9 @@ def measure(
         )
     module.activate(patch)
     (result,) = evaluator.test(module, datamodule=data, verbose=False)
-    return percent(result["test/accuracy"])
+    return rounded(result["test/accuracy"])
 
 
-def percent(fraction: float) -> float:
-    """A fraction as a percentage, rounded so that it reads the same wherever it is printed."""
-    return round(100 * fraction, 4)
+def rounded(percentage: float) -> float:
+    """A percentage that reads the same wherever it is printed."""
+    return round(percentage, 4)

@@ -11,6 +11,8 @@ from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.runs.class_results import ClassResults
+from recast_pl.runs.origin import Origin
 
 
 class TaskResult(TypedDict):
@@ -31,17 +33,21 @@ class TaskResult(TypedDict):
 
 
 class Record(TypedDict):
-    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest.
+    """The content of `tasks/NN_TASK.json`, in which older runs lack some entries.
 
-    Older runs lack `images`, the images that the task was trained on, by split.
+    It holds the result, the test accuracies just after training of this task and of those that it has changed, the
+    results by class, the patch's digest, the images that the task was trained on, by split, and when, where and with
+    which versions the task was trained.
     """
 
     task: TaskResult
     accuracies: dict[str, float]
+    classes: NotRequired[ClassResults]
     patch: str
     shared_bytes: int
     wall_seconds: float
     images: NotRequired[dict[str, SplitImages]]
+    origin: NotRequired[Origin]
 
 
 class Summary(TypedDict):
@@ -112,7 +118,7 @@ class RunFolder:
         path: The folder; it need not exist.
     """
 
-    CONFIG, SUMMARY = "config.yaml", "summary.json"
+    CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
     MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
 
     def __init__(self, path: str | Path) -> None:
@@ -140,7 +146,7 @@ class RunFolder:
                 f"run folder {self.path} holds a run that has trained nothing yet; delete the folder to start again "
                 "with these options, add --resume true to continue with its own, or name another --run_dir"
             )
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(path.name != self.LOCK for path in self.path.iterdir()):
             raise RunError(
                 f"run folder {self.path} exists; add --resume true to continue its tasks, or name another --run_dir"
             )

@@ -4,6 +4,7 @@ import copy
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,8 @@ from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256,
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
-from recast_pl.runs.evaluation import measure, percent
+from recast_pl.runs.class_results import class_results
+from recast_pl.runs.evaluation import measure, rounded
 from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
@@ -29,14 +31,20 @@ from recast_pl.runs.metrics import (
     backward_transfer,
     forgetting,
 )
+from recast_pl.runs.origin import origin
+from recast_pl.runs.pace import Pace
+from recast_pl.runs.reservation import reserved
 from recast_pl.terminal import open_console
 
 
 class Presentation(Protocol):
     """Shows the results of a stream; called on the main process only."""
 
+    def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
+        """Writes pictures of the results of one task, when it is trained; NAME is that of its files."""
+
     def write(self, folder: RunFolder, summary: Summary) -> None:
-        """Writes tables and pictures of new results, before `summary.json` is written."""
+        """Writes tables and pictures of all results, before `summary.json` is written."""
 
     def show(self, summary: Summary) -> None:
         """Shows the results once all tasks are trained."""
@@ -45,9 +53,10 @@ class Presentation(Protocol):
 class Stream:
     """Trains the tasks of a datamodule in order, into a run folder.
 
-    A task is finished when its patch exists; all results are made from the records in `tasks/`. Finished tasks are
-    kept, and an interrupted task continues after its last epoch. If the method keeps tasks apart, several processes
-    may train them, in any order. If it does not, `shared/` holds what they share, as the last finished task left it.
+    A task is finished when its patch exists. All results are made from the records in `tasks/`: at the end, and now
+    and then before, so that a task takes the same time however many tasks there are. Finished tasks are kept, and an
+    interrupted task continues after its last epoch. If the method keeps tasks apart, several processes may train them,
+    in any order. If it does not, `shared/` holds what they share, as the last finished task left it.
 
     Args:
         module: The method and backbone.
@@ -89,13 +98,26 @@ class Stream:
             The content of `summary.json`. With `only` it covers these tasks and is not written; `merge` writes it.
 
         Raises:
-            RunError: If there is no such task, or tasks cannot be trained apart.
+            RunError: If there is no such task, tasks cannot be trained apart, or another process is training them all.
         """
-        for name in self.begin(only):
-            self._train(self._names.index(name))
-            if not only:
+        if only:
+            for name in self.begin(only):
+                self._train(self._names.index(name))
+            return self._conclude(write=False)
+        with reserved(self.folder.path) if self.evaluator.is_global_zero else nullcontext():
+            return self._run_all()
+
+    def _run_all(self) -> Summary:
+        pace = Pace()
+        try:
+            for name in self.begin():
+                self._train(self._names.index(name))
+                pace.run(self._write_results)
+        except BaseException:
+            if self.records:
                 self._write_results()
-        return self._conclude(write=not only)
+            raise
+        return self._conclude(write=True)
 
     def begin(self, only: Sequence[str] = ()) -> list[str]:
         """Prepares the images, builds the module, writes the base of the run, and reads the finished tasks.
@@ -174,9 +196,15 @@ class Stream:
                 self.module.load_shared_state(SharedState.load(files[finished[-1]].shared))
         self.patches, self.records = {}, {}
         for index in finished:
-            self.patches[index], self.records[index] = files[index].load()
+            patch, self.records[index] = files[index].load()
             check_images(self.data, index, self.records[index], resuming=True)
-            self.module.activate(self.patches[index])
+            self.module.activate(patch)
+            self._keep(index, patch)
+
+    def _keep(self, index: int, patch: TaskPatch) -> None:
+        """Keeps a patch only if later tasks change what it predicts, so that it is measured again after each."""
+        if not self.module.isolated:
+            self.patches[index] = patch
 
     def _train(self, index: int) -> None:
         """Trains one task, from its checkpoint if there is one."""
@@ -207,12 +235,13 @@ class Stream:
         return last if last.exists() else None
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
-        """Measures the task and those before it, then writes its files."""
-        probe, trained = percent(self.module.probe_accuracy), self.module.task_parameters
+        """Measures the task, and those before it if they may have changed; then writes its files."""
+        probe, trained = rounded(100 * self.module.probe_accuracy), self.module.task_parameters
         patch = self.module.patch({"probe_accuracy": probe})
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
         accuracies = {p.task: measure(self.module, self.data, i, p, self.evaluator) for i, p in seen.items()}
         patch = replace(patch, metrics={"accuracy": accuracies[patch.task], "probe_accuracy": probe})
+        classes = class_results(patch.classes, self.module.test_pairs.numpy())  # of this task, which was tested last
         self.data.select(index)
         content, sizes = patch.to_bytes(), self.data.sizes
         result = TaskResult(
@@ -230,14 +259,16 @@ class Stream:
             seconds=round(seconds, 2),
         )
         shared = None if self.module.isolated else self.module.shared_state()
-        self.patches[index] = patch
+        self._keep(index, patch)
         self.records[index] = Record(
             task=result,
             accuracies=accuracies,
+            classes=classes,
             patch=sha256(content),
             shared_bytes=0 if shared is None else shared.nbytes,
             wall_seconds=round(time.monotonic() - self._started, 2),
             images=self.data.image_record,
+            origin=origin(self.evaluator.strategy.root_device),
         )
         self._started = time.monotonic()
         if self.evaluator.is_global_zero:
@@ -248,10 +279,12 @@ class Stream:
         files = self._files(index)
         if shared is not None:
             shared.save(files.shared)
+        if self.presentation:
+            self.presentation.write_task(self.folder, files.name, self.records[index])
         write_atomic(files.record, sealed_json(self.records[index]))
         write_atomic(files.patch, patch)
-        for before in range(index):
-            self._files(before).shared.unlink(missing_ok=True)
+        for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
+            before.unlink()
         shutil.rmtree(files.checkpoints, ignore_errors=True)
 
     def _conclude(self, write: bool) -> Summary:
@@ -264,9 +297,11 @@ class Stream:
 
     def _write_results(self) -> None:
         """Writes the results of all finished tasks, unless the folder has them."""
+        if not self.evaluator.is_global_zero:
+            return
         summary, path = self._summary(), self.folder.summary
         content = json_text(summary)
-        if self.evaluator.is_global_zero and not (path.exists() and path.read_text() == content):
+        if not (path.exists() and path.read_text() == content):
             if self.presentation:
                 self.presentation.write(self.folder, summary)
             write_atomic(path, content)

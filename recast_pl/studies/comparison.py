@@ -15,6 +15,7 @@ from recast_pl.reporting.tables import Cells, markdown_table, table_csv, termina
 from recast_pl.runs.collection import PLAN, Label, is_complete
 from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import forward_transfer, spread
+from recast_pl.runs.pace import Pace
 from recast_pl.studies.engines import Engine, run_units
 
 
@@ -70,7 +71,7 @@ class Comparison:
             raise RunError(f"--alone {self.alone!r} is not one of the {self.HEADING}s; choose from {', '.join(names)}")
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
-        """Trains the runs that are not finished, and writes the table after every run.
+        """Trains the runs that are not finished, and writes the table: at the end, and now and then before.
 
         Args:
             engine: Where to train.
@@ -85,8 +86,12 @@ class Comparison:
         left = {name: words for name, words in units.items() if not is_finished(words)}
         if len(left) < len(units):
             print(f"{len(units) - len(left)} of {len(units)} runs are finished", file=sys.stderr)
-            self.write()
-        status = run_units(engine, left, lambda name: self.write()) if left else 0
+        pace = Pace()
+        try:
+            status = run_units(engine, left, lambda name: pace.run(self.write)) if left else 0
+        finally:
+            if self.finished():
+                self.write()
         if status:
             print("run the same command again to continue", file=sys.stderr)
         return status

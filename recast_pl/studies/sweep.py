@@ -43,7 +43,10 @@ class Sweep(Comparison):
             write_atomic(self.folder / f"{name}.md", markdown_table(cells, len(cells[0]) - _OVER_COLUMNS))
         finished = {name: list(runs.values()) for name, runs in self.finished().items()}
         if marks := sweep_marks({point.name: point.labels for point in self.points}, finished, self.x, self.series):
-            write_figure(plot_marks(marks, self.x), self.folder / self.FILE)
+            write_figure(
+                plot_marks(marks, self.x, title=f"Average accuracy by {self.x.replace('_', ' ')}"),
+                self.folder / self.FILE,
+            )
 
     def table(self) -> RenderableType:
         """Returns the same tables for the terminal."""

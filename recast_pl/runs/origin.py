@@ -1,0 +1,39 @@
+"""When, where and with which versions a task was trained."""
+
+import platform
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TypedDict
+
+import torch
+
+_PACKAGES = ("recast-pl", "torch", "torchvision", "lightning", "timm")
+
+
+class Origin(TypedDict):
+    """Facts about how something was made; the date is in ISO format, with the offset of the time zone."""
+
+    date: str
+    versions: dict[str, str]
+    machine: str
+
+
+def origin(device: torch.device | None = None) -> Origin:
+    """The present date, versions and machine.
+
+    Args:
+        device: Where it is computed; None for no mention of a device.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):  # code that runs without being installed
+            versions[package] = version(package)
+    parts = [platform.node(), f"{platform.system()} {platform.machine()}"]
+    if device is not None:
+        parts.append(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return Origin(
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions=versions,
+        machine=", ".join(part for part in parts if part),
+    )
