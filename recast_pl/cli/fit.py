@@ -1,10 +1,13 @@
 """The command `fit`: trains a stream of tasks, or fits templates by gradient."""
 
 import os
+import re
 import shlex
 import signal
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.config.comparing import check_same_run
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
-from recast_pl.errors import RunError
+from recast_pl.errors import RecastError, RunError
 from recast_pl.files import remove_unfinished, writing
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
@@ -49,7 +52,8 @@ def run(parser: LightningArgumentParser, config: Namespace) -> int:
 
 
 def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> int:
-    text = config_text(parser, config)
+    with _explained_failures():
+        text = config_text(parser, config)
     if is_main_process():
         if not config.resume:
             RunFolder(run_dir).check_unused()
@@ -57,7 +61,9 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
     seed_everything(config.seed_everything, verbose=False)
-    init, console = parser.instantiate(config), Console()
+    with _explained_failures():
+        init = parser.instantiate(config)
+    console = Console()
     if isinstance(init.model, MimicryModule):
         _fit_templates(init, run_dir, text, console)
         status = 0
@@ -69,6 +75,26 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
     if is_main_process():
         console.print(f"run folder: {run_dir}", soft_wrap=True)
     return status
+
+
+@contextmanager
+def _explained_failures() -> Iterator[None]:
+    """A context in which a class that refuses its arguments is an error of one line.
+
+    jsonargparse lists every type that an option may have, and why each one fails; the last failure counts.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error.__cause__, RecastError):
+            raise
+        if unwritable := re.search(r"cannot represent an object', <(.+?)>", str(error)):
+            raise RunError(
+                f"config.yaml cannot hold {unwritable[1]}; give that argument as text or a number"
+            ) from error
+        failures = re.findall(r"Problem with given class_path '([^']+)':\s*(.+?)(?=\n\s*- |\Z)", str(error), re.DOTALL)
+        reason = ": ".join(failures[-1]) if failures else str(error)
+        raise RunError(f"the options cannot be used: {reason}") from error
 
 
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from lightning import seed_everything
 
+from recast_pl.compat.lightning import lightning_errors
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.files import json_text, write_atomic
@@ -30,7 +31,8 @@ def fit_mimicry(
         write_atomic(folder.config, config)
     resources = Resources()
     trainer = trainers.without_checkpoints().for_training(folder.path, "mimicry", [resources])
-    trainer.fit(module)
+    with lightning_errors():
+        trainer.fit(module)
     decomposition, similarities = module.decomposition(), module.similarities()
     if trainer.is_global_zero:
         facts = {

@@ -9,16 +9,25 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning import seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
 
+from recast_pl.compat.lightning import lightning_errors
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256, write_atomic
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
-from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
+from recast_pl.learning.trainer import (
+    BestEpoch,
+    CoefficientHistograms,
+    FiniteLoss,
+    LastEpoch,
+    SeedEpochs,
+    TrainerFactory,
+    TrainingTime,
+)
 from recast_pl.runs.evaluation import measure, percent
 from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
 from recast_pl.runs.metrics import (
@@ -183,14 +192,13 @@ class Stream:
             self.console.print(f"{position}: {name}, {len(self.data.classes)} classes, {self.data.sizes}")
         seed_everything(derive_seed(self.seed, name), verbose=False)
         self.module.begin_task(name, self.data.classes)
-        timer = Timer(verbose=False)
-        saving = ModelCheckpoint(
-            files.checkpoints, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-        )
+        timer = TrainingTime()
+        keeping = [BestEpoch(), timer, LastEpoch(files.checkpoints)]
         watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
-        trainer = self.trainers.for_training(self.folder.path, files.name, [BestEpoch(), timer, saving, *watching])
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=self._checkpoint(files), weights_only=True)
-        self._finish(index, trainer.current_epoch, timer.time_elapsed("train"))
+        trainer = self.trainers.for_training(self.folder.path, files.name, [*keeping, *watching])
+        with lightning_errors():
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=self._checkpoint(files), weights_only=True)
+        self._finish(index, trainer.current_epoch, timer.seconds)
 
     def _checkpoint(self, files: TaskFiles) -> Path | None:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
