@@ -305,10 +305,22 @@ def distributed(words, processes):
     assert process.returncode == 0, process.stderr.decode()[-2000:]
 
 
-def test_two_processes_train_the_coefficients_of_one_process_with_the_same_global_batch(tiny_fit, tmp_path):
-    distributed(tiny_fit("--data.batch_size", "4", run_dir=tmp_path / "two"), 2)
-    assert main(tiny_fit("--data.batch_size", "8", run_dir=tmp_path / "one")) == 0
-    for name in ("00_first.safetensors", "01_second.safetensors"):
+@pytest.mark.parametrize(
+    ("images", "batch", "warm"),
+    [
+        (8, 4, "true"),  # 18 images: the last batch holds 2
+        (9, 6, "true"),  # 21 images: 9, of which one process has 5
+        (7, 7, "true"),  # 15 images: 1, and one process has none
+    ],
+)
+def test_two_processes_train_what_one_trains_with_the_same_global_batch(
+    images, batch, warm, image_folder, tiny_fit, tmp_path
+):
+    tasks = [{"name": name, "path": str(image_folder(f"images_{name}", images=images, seed=4))} for name in "ab"]
+    more = ["--data.tasks", json.dumps(tasks), "--model.warm_start", warm, "--trainer.max_epochs", "2"]
+    distributed(tiny_fit(*more, "--data.batch_size", str(batch), run_dir=tmp_path / "two"), 2)
+    assert main(tiny_fit(*more, "--data.batch_size", str(2 * batch), run_dir=tmp_path / "one")) == 0
+    for name in ("00_a.safetensors", "01_b.safetensors"):
         one, two = (TaskPatch.load(tmp_path / run / "patches" / name) for run in ("one", "two"))
         assert one.metrics == two.metrics
         assert torch.allclose(one.pieces[0]["coefficients"], two.pieces[0]["coefficients"], atol=1e-5, rtol=0)
