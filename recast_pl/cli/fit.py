@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible, is_main_process
-from recast_pl.config.comparing import check_same_run
+from recast_pl.config.comparing import check_same_run, recorded_text
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
@@ -60,6 +60,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         check_same_run(parser, RunFolder(run_dir).config, text)
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
+    text = recorded_text(parser, RunFolder(run_dir).config, text)
     seed_everything(config.seed_everything, verbose=False)
     with _explained_failures():
         init = parser.instantiate(config)
@@ -73,7 +74,8 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         if interruption.signal is not None:
             return _report_interruption(run_dir, interruption.signal)
     if is_main_process():
-        console.print(f"run folder: {run_dir}", soft_wrap=True)
+        kept = TrainerFactory(init.trainer).keeps
+        console.print(f"run folder: {run_dir}" if kept else "a trial by fast_dev_run: nothing is kept", soft_wrap=True)
     return status
 
 
@@ -128,6 +130,8 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
 def _train_on_engine(stream: Stream, init: Namespace, console: Console) -> int:
     """Trains each task by its own command line."""
     stream.check_isolated("--engine")
+    if not stream.trainers.keeps:
+        raise RunError("--engine needs the results of each task, and --trainer.fast_dev_run keeps none; leave out one")
     for key in ("devices", "num_nodes"):
         if init.trainer.get(key) not in ("auto", 1, "1"):
             raise RunError(

@@ -35,6 +35,11 @@ class TrainerFactory:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the results are kept; not after a `fast_dev_run`, which makes only a few steps."""
+        return not self.settings.get("fast_dev_run")
+
     def for_training(self, folder: Path, version: str, callbacks: Sequence[Callback]) -> Trainer:
         """Makes a trainer that fits.
 

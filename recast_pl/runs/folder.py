@@ -29,13 +29,18 @@ class TaskResult(TypedDict):
 
 
 class Record(TypedDict):
-    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest."""
+    """The content of `tasks/NN_TASK.json`: the result, test accuracies just after training, and the patch's digest.
+
+    `configs` names the configurations that the task was trained with, in order; more than one if it was resumed with
+    other options. Older records lack it.
+    """
 
     task: TaskResult
     accuracies: dict[str, float]
     patch: str
     shared_bytes: int
     wall_seconds: float
+    configs: NotRequired[list[str]]
 
 
 class Summary(TypedDict):
@@ -59,7 +64,8 @@ class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
     The task is finished when `patch` exists. `shared` holds what all tasks share, as it was after this one, and is
-    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained.
+    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained; `configs`
+    in it names the configurations so far.
 
     Args:
         run: The run folder.
@@ -73,6 +79,7 @@ class TaskFiles:
         self.record = run / "tasks" / f"{self.name}.json"
         self.shared = run / "shared" / f"{self.name}.safetensors"
         self.checkpoints = run / "checkpoints" / self.name
+        self.configs = self.checkpoints / "configs.json"
 
     def load_record(self) -> Record:
         """Reads the record; raises RunError if it is missing or damaged, or belongs to another task."""
@@ -147,6 +154,20 @@ class RunFolder:
             same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
         return all(same)
 
+    def keep_config(self, content: bytes, replace: bool) -> None:
+        """Keeps a configuration that tasks are trained with, for as long as a record may name it.
+
+        It is `config.yaml` if there is none yet, or to `replace` it. Any other is in `config.NAME.yaml`.
+        """
+        if not self.config.exists():
+            write_once(self.config, content)
+        before = self.config.read_bytes()
+        if before != content:
+            other = before if replace else content
+            write_once(self.config.with_suffix(f".{config_name(other)}.yaml"), other)
+            if replace:
+                write_atomic(self.config, content)
+
     def read_summary(self) -> Summary:
         """Reads `summary.json`; raises RunError if it is missing or damaged."""
         entries = {"seed": int, "tasks": list, "accuracy_matrix": list, "method": str, "backbone": str}
@@ -197,6 +218,11 @@ class RunFolder:
 
     def _patches(self) -> Iterable[Path]:
         return (self.path / "patches").glob("*.safetensors")
+
+
+def config_name(content: bytes) -> str:
+    """The name of a configuration in records: the first digits of its checksum."""
+    return sha256(content)[:12]
 
 
 def write_once(path: Path, content: bytes) -> bool:
