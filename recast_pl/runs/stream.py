@@ -124,8 +124,8 @@ class Stream:
         wanted = [index for index, name in enumerate(self._names) if name in only or not only]
         if not only and self._is_finished_otherwise():
             raise RunError(
-                f"all tasks of {self.folder.path} were trained with other options, and none is left to train with these; "
-                "resume without options to see the results, or name another --run_dir"
+                f"all tasks of {self.folder.path} were trained with other options, and none is left for these; resume "
+                "without options to see the results, or name another --run_dir"
             )
         self.data.prepare_data()
         self._build(beside_others=bool(only))
