@@ -7,7 +7,7 @@ import pytest
 from test_stream import read_summary
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recast_pl import WarmUp
+from recast_pl import TaskPatch, WarmUp
 from recast_pl.cli import main
 
 CALLBACKS, SCHEDULES = "lightning.pytorch.callbacks", "torch.optim.lr_scheduler"
@@ -154,6 +154,14 @@ def test_max_time_ends_each_task(tiny_fit, tmp_path):
     for task in read_summary(tmp_path / "run")["tasks"]:
         assert task["epochs"] >= 1
         assert 0.9 <= task["seconds"] < 5
+
+
+def test_a_warm_start_is_trained_further_also_without_validation(tiny_fit, tmp_path):
+    more = ("--model.warm_start", "true", "--trainer.limit_val_batches", "0")
+    for epochs in (1, 3):
+        assert main(tiny_fit(*more, "--trainer.max_epochs", epochs, run_dir=tmp_path / str(epochs))) == 0
+    one, three = (TaskPatch.load(tmp_path / n / "patches" / "00_first.safetensors") for n in ("1", "3"))
+    assert not one.pieces[0]["coefficients"].equal(three.pieces[0]["coefficients"])
 
 
 # the probe

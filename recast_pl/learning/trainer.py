@@ -119,8 +119,8 @@ class BestEpoch(Callback):
         self.weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Counts a warm start as epoch 0."""
-        if pl_module.warm_start and not self.weights:
+        """Counts a warm start as epoch 0, if there are validation images to compare it with later epochs."""
+        if pl_module.warm_start and trainer.limit_val_batches and not self.weights:
             self._compare(pl_module, *pl_module.probe_score)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
