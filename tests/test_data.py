@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.utils.data import BatchSampler
 from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
-from recast_pl.cli import main
-from recast_pl.data.batches import TaskSampler
-from recast_pl.data.folders import open_folder
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
 from recast_pl.files import sealed_json
@@ -382,15 +381,27 @@ def test_shares_of_evaluation_cover_every_image_once(image_folder, replicas):
     assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
 
 
-@pytest.mark.parametrize("replicas", [2, 3, 4])
-def test_shares_of_training_have_equal_length_and_cover_every_image(image_folder, replicas):
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4])
+@pytest.mark.parametrize("together", [12, 24, 36])
+def test_a_step_of_all_processes_holds_the_images_of_one_process(image_folder, replicas, together):
+    size = together // replicas
     dataset = stream(TaskConfig("colours", str(image_folder("colours", images=17)))).plain_dataloader("train").dataset
-    samplers = [TaskSampler(dataset, replicas, rank, shuffle=True, seed=1) for rank in range(replicas)]
-    for sampler in samplers:
+    count = len(dataset)
+    whole = TaskSampler(dataset, 1, 0, shuffle=True, seed=1, batch_size=together)
+    samplers = [TaskSampler(dataset, replicas, rank, shuffle=True, seed=1, batch_size=size) for rank in range(replicas)]
+    for sampler in [whole, *samplers]:
         sampler.set_epoch(5)
-    shares = [list(sampler) for sampler in samplers]
-    assert {len(share) for share in shares} == {-(-len(dataset) // replicas)}
-    assert {key for share in shares for key in share} == {(5, position) for position in range(len(dataset))}
+    keys = list(whole)
+    assert sorted(keys) == [(5, position) for position in range(count)]
+    loaders = [list(BatchSampler(sampler, size, drop_last=False)) for sampler in samplers]
+    for step, batches in enumerate(zip(*loaders, strict=True)):  # all processes make the same steps
+        weights = Counter()
+        for rank, batch in enumerate(batches):
+            for key in batch:
+                weights[key] += share_of_step(count, size, replicas, rank, step) / len(batch) / replicas
+        expected = keys[step * together : (step + 1) * together]
+        assert {key for key, weight in weights.items() if weight} == set(expected)
+        assert [weights[key] for key in expected] == pytest.approx([1 / len(expected)] * len(expected))
 
 
 # plain images

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -27,6 +28,7 @@ from recast_pl.files import is_whole_checkpoint, read_sealed_json, sealed_json
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import classes_markdown
 from recast_pl.runs.class_results import class_measures, class_results, confusion_matrix
+from recast_pl.runs.folder import config_name
 from recast_pl.runs.metrics import (
     average_accuracy,
     average_anytime_accuracy,
@@ -235,6 +237,65 @@ def test_resuming_a_finished_run_changes_nothing(run, capsys):
     assert "second" in capsys.readouterr().out
 
 
+CHANGED = ("--resume", "true", "--trainer.max_epochs", "7", "--model.optimizer.init_args.lr", "0.5")
+
+
+def test_a_finished_run_is_not_resumed_with_other_options(run, tiny_fit, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(tiny_fit(*CHANGED, run_dir=run)) == 2
+    assert "all tasks" in (error := capsys.readouterr().err)
+    assert "name another --run_dir" in error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_each_task_records_the_configuration_it_was_trained_with(run, tiny_fit, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(run, changed)
+    first, before = (changed / "tasks" / "00_first.json").read_bytes(), (changed / "config.yaml").read_bytes()
+    (changed / "patches" / "01_second.safetensors").unlink()
+    assert main(tiny_fit(*CHANGED, run_dir=changed)) == 0
+    assert (changed / "tasks" / "00_first.json").read_bytes() == first
+    configs = [json.loads((changed / "tasks" / f"{n}.json").read_text())["configs"] for n in ("00_first", "01_second")]
+    assert configs == [[config_name(before)], [config_name((changed / "config.yaml").read_bytes())]]
+    assert (changed / f"config.{configs[0][0]}.yaml").read_bytes() == before
+    assert read_summary(changed)["tasks"][1]["epochs"] == 7
+
+
+def test_a_task_that_was_resumed_with_another_rate_records_both_configurations(tiny_fit, tmp_path):
+    poison = {"class_path": "crash_callbacks.Poison", "init_args": {"task": "first", "epoch": 1}}
+    assert main(tiny_fit("--trainer.callbacks", json.dumps([poison]))) == 2
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert main(tiny_fit("--trainer.callbacks", "[]", *CHANGED)) == 0
+    after = (tmp_path / "run" / "config.yaml").read_bytes()
+    names = [config_name(before), config_name(after)]
+    first, second = (
+        json.loads((tmp_path / "run" / "tasks" / f"{n}.json").read_text())["configs"] for n in ("00_first", "01_second")
+    )
+    assert (first, second) == (names, names[1:])
+    assert (tmp_path / "run" / f"config.{names[0]}.yaml").read_bytes() == before
+
+
+def test_tasks_trained_apart_with_other_options_keep_their_configuration(tiny_fit, tmp_path):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--only", "first")) == 0
+    before = (run / "config.yaml").read_bytes()
+    assert main(tiny_fit("--only", "second", *CHANGED)) == 0
+    assert (run / "config.yaml").read_bytes() == before
+    (name,) = json.loads((run / "tasks" / "01_second.json").read_text())["configs"]
+    assert config_name((run / f"config.{name}.yaml").read_bytes()) == name
+    assert "max_epochs: 7" in (run / f"config.{name}.yaml").read_text()
+
+
+def test_a_fast_dev_run_keeps_nothing(tiny_fit, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--trainer.fast_dev_run", "true")) == 0
+    assert "nothing is kept" in capsys.readouterr().out
+    assert not run.exists()
+    assert main(tiny_fit("--trainer.fast_dev_run", "true", "--engine", "Processes")) == 2
+    assert "leave out one" in capsys.readouterr().err
+    assert main(tiny_fit()) == 0  # the folder is still free
+
+
 def test_a_task_whose_patch_is_missing_is_trained_again(run):
     # a run is in this state if it is killed after it writes the record and before it writes the patch
     before = without_times(read_summary(run)), patches(run)
@@ -368,10 +429,22 @@ def distributed(words, processes):
     assert process.returncode == 0, process.stderr.decode()[-2000:]
 
 
-def test_two_processes_train_the_coefficients_of_one_process_with_the_same_global_batch(tiny_fit, tmp_path):
-    distributed(tiny_fit("--data.batch_size", "4", run_dir=tmp_path / "two"), 2)
-    assert main(tiny_fit("--data.batch_size", "8", run_dir=tmp_path / "one")) == 0
-    for name in ("00_first.safetensors", "01_second.safetensors"):
+@pytest.mark.parametrize(
+    ("images", "batch", "warm"),
+    [
+        (8, 4, "true"),  # 18 images: the last batch holds 2
+        (9, 6, "true"),  # 21 images: 9, of which one process has 5
+        (7, 7, "true"),  # 15 images: 1, and one process has none
+    ],
+)
+def test_two_processes_train_what_one_trains_with_the_same_global_batch(
+    images, batch, warm, image_folder, tiny_fit, tmp_path
+):
+    tasks = [{"name": name, "path": str(image_folder(f"images_{name}", images=images, seed=4))} for name in "ab"]
+    more = ["--data.tasks", json.dumps(tasks), "--model.warm_start", warm, "--trainer.max_epochs", "2"]
+    distributed(tiny_fit(*more, "--data.batch_size", str(batch), run_dir=tmp_path / "two"), 2)
+    assert main(tiny_fit(*more, "--data.batch_size", str(2 * batch), run_dir=tmp_path / "one")) == 0
+    for name in ("00_a.safetensors", "01_b.safetensors"):
         one, two = (TaskPatch.load(tmp_path / run / "patches" / name) for run in ("one", "two"))
         assert one.metrics == two.metrics
         assert torch.allclose(one.pieces[0]["coefficients"], two.pieces[0]["coefficients"], atol=1e-5, rtol=0)
@@ -424,10 +497,35 @@ def test_a_notebook_needs_no_command_line(image_folder, tmp_path):
     assert not list((tmp_path / "run").glob("accuracy_matrix.*"))  # only a presentation writes tables and pictures
 
 
-def test_the_users_own_logger_is_used(tiny_fit, tmp_path):
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
-    assert main(tiny_fit("--trainer.logger", json.dumps(logger))) == 0
-    assert list((tmp_path / "csv").rglob("metrics.csv"))
+def test_loggers_of_the_user_write_each_task_into_a_folder_of_its_name(tiny_fit, tmp_path):
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": {"save_dir": str(tmp_path / kind)}}
+        for kind in ("CSVLogger", "TensorBoardLogger")
+    ]
+    for run in (0, 1):
+        more = ("--trainer.logger", json.dumps(loggers), "--trainer.max_epochs", "2")
+        assert main(tiny_fit(*more, run_dir=tmp_path / str(run))) == 0
+        for task in ("00_first", "01_second"):
+            csv, tensorboard = (
+                tmp_path / kind / "lightning_logs" / f"version_{run}" / task
+                for kind in ("CSVLogger", "TensorBoardLogger")
+            )
+            lines = (csv / "metrics.csv").read_text().splitlines()
+            column = lines[0].split(",").index("step")
+            steps = [int(line.split(",")[column]) for line in lines[1:]]
+            assert steps == sorted(steps)
+            assert len(EventAccumulator(str(tensorboard)).Reload().Scalars("val/loss")) == 2
+
+
+@pytest.mark.parametrize(("prefix", "expected"), [("", "00_first"), ("mine", "mine-00_first")])
+def test_a_logger_without_folders_gets_the_task_as_a_prefix_of_its_metrics(prefix, expected):
+    class Remote(DummyLogger):
+        _prefix = prefix
+
+    factory = TrainerFactory({"logger": Remote(), "accelerator": "cpu"})
+    trainer = factory.for_training(Path("run"), "00_first", [])
+    assert trainer.logger._prefix == expected
+    assert factory.settings["logger"]._prefix == prefix
 
 
 def test_checkpoints_hold_nothing_of_the_frozen_network(tiny_fit, tmp_path):

@@ -200,7 +200,7 @@ def test_the_probe_follows_the_gradient_of_cross_entropy():
     features = Features(torch.randn(11, 6).double(), torch.randint(0, 3, (11,)))
     loss = nn.functional.cross_entropy(nn.functional.linear(features.features, *start), features.labels)
     gradients = torch.autograd.grad(loss, start)
-    fit_probe(head, features, features, 1, 11, lambda p: ([torch.optim.SGD(p, lr=0.5)], []))
+    fit_probe(head, features, features, 1, 11, lambda p: (torch.optim.SGD(p, lr=0.5), None))
     for parameter, before, gradient in zip(head.parameters(), start, gradients, strict=True):
         torch.testing.assert_close(parameter, before - 0.5 * gradient)
 
@@ -214,7 +214,7 @@ def test_the_probe_keeps_its_best_epoch():
 
     def configure(parameters):  # so large a rate that accuracy swings
         optimizer = torch.optim.SGD(parameters, lr=50.0)
-        return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
 
     best = fit_probe(head, train, validation, 20, 40, configure)
     assert validation.score(head)[0] == best

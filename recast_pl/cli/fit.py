@@ -1,11 +1,13 @@
 """The command `fit`: trains a stream of tasks, or fits templates by gradient."""
 
 import os
+import re
 import shlex
 import signal
 import statistics
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible, is_main_process
-from recast_pl.config.comparing import check_same_run
+from recast_pl.config.comparing import check_same_run, recorded_text
 from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
-from recast_pl.errors import RunError
+from recast_pl.errors import RecastError, RunError
 from recast_pl.files import remove_unfinished, writing
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
@@ -55,18 +57,23 @@ def run(parser: LightningArgumentParser, config: Namespace) -> int:
 
 
 def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> int:
-    text = config_text(parser, config)
+    with _explained_failures():
+        text = config_text(parser, config)
     if is_main_process():
         if not config.resume:
             RunFolder(run_dir).check_unused()
         check_same_run(parser, RunFolder(run_dir).config, text)
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
+    text = recorded_text(parser, RunFolder(run_dir).config, text)
     folders = RunFolder(run_dir).start_folders()
     locate_paths(config.model, folders)
     locate_data(config.data, folders)
     seed_everything(config.seed_everything, verbose=False)
-    init, console = parser.instantiate(config), open_console()
+    with _explained_failures():
+        init = parser.instantiate(config)
+    console = open_console()
+
     if isinstance(init.model, MimicryModule):
         _fit_templates(init, run_dir, text, console)
         status = 0
@@ -76,8 +83,29 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         if interruption.signal is not None:
             return _report_interruption(run_dir, interruption.signal)
     if is_main_process():
-        console.print(f"run folder: {run_dir}", soft_wrap=True)
+        kept = TrainerFactory(init.trainer).keeps
+        console.print(f"run folder: {run_dir}" if kept else "a trial by fast_dev_run: nothing is kept", soft_wrap=True)
     return status
+
+
+@contextmanager
+def _explained_failures() -> Iterator[None]:
+    """A context in which a class that refuses its arguments is an error of one line.
+
+    jsonargparse lists every type that an option may have, and why each one fails; the last failure counts.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error.__cause__, RecastError):
+            raise
+        if unwritable := re.search(r"cannot represent an object', <(.+?)>", str(error)):
+            raise RunError(
+                f"config.yaml cannot hold {unwritable[1]}; give that argument as text or a number"
+            ) from error
+        failures = re.findall(r"Problem with given class_path '([^']+)':\s*(.+?)(?=\n\s*- |\Z)", str(error), re.DOTALL)
+        reason = ": ".join(failures[-1]) if failures else str(error)
+        raise RunError(f"the options cannot be used: {reason}") from error
 
 
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:
@@ -111,6 +139,8 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
 def _train_on_engine(stream: Stream, init: Namespace, console: Console) -> int:
     """Trains each task by its own command line."""
     stream.check_isolated("--engine")
+    if not stream.trainers.keeps:
+        raise RunError("--engine needs the results of each task, and --trainer.fast_dev_run keeps none; leave out one")
     for key in ("devices", "num_nodes"):
         if init.trainer.get(key) not in ("auto", 1, "1"):
             raise RunError(

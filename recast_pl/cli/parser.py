@@ -7,13 +7,20 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.cli import COMMANDS
 from recast_pl.config.elements import parse_options
 from recast_pl.config.files import with_resumed_config
 from recast_pl.config.run import STRICT
+from recast_pl.errors import RunError
 from recast_pl.files import STORAGE_FAULTS
+
+_WARM_UP = "cannot be written in YAML, because its parts need the optimizer; for a warm-up use recast_pl.WarmUp"
+
+_REMEDIES = {name: f"{name} {_WARM_UP}" for name in ("SequentialLR", "ChainedScheduler")}
+"""What to do where an option names a class that jsonargparse cannot make."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,7 +32,14 @@ def run(argv: Sequence[str]) -> int:
     _quieten_libraries()
     name, *words = argv
     parser = command_parser(name)
-    config = parse_options(parser, with_resumed_config(words))
+    try:
+        config = parse_options(parser, with_resumed_config(words))
+    except ArgumentError as error:
+        remedies = [remedy for class_name, remedy in _REMEDIES.items() if class_name in str(error)]
+        if remedies:
+            raise RunError(remedies[0]) from error
+        raise
+
     status: int = _command(name).run(parser, config)
     return status
 
@@ -46,11 +60,15 @@ def _quieten_libraries() -> None:
     threading.excepthook = _hide_full_disk
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks"):  # they print only what the user has asked for
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for message in (
         ".*does not have many workers.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*requested to overfit but enabled .* shuffling.*",
+        ".*scheduler is using 'interval': 'epoch'.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`Trainer.predict` .*",
     ):

@@ -40,3 +40,17 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
             f"{changed[0]} differs from {path}, and resuming would mix two runs; "
             f"resume with the same options, or start another --run_dir{delete}"
         )
+
+
+def recorded_text(parser: LightningArgumentParser, path: Path, text: str) -> str:
+    """Returns the content of a run's config.yaml if it says the same as a text in other words, or else that text.
+
+    Args:
+        parser: A parser with the options of `declare_run`.
+        path: The config.yaml; it need not exist.
+        text: A configuration, as `config_text` returns it.
+    """
+    if not path.exists():
+        return text
+    before = path.read_text()
+    return before if parser.parse_string(before) == parser.parse_string(text) else text

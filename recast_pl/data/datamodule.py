@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 from torchvision.transforms.v2 import functional as tv
 
-from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_transforms
+from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_transforms, check_transforms, share_of_step
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
 from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
@@ -95,6 +95,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self._opened: dict[str, _TaskImages] = {}
         self._current = 0
         self._train_on: TaskSplit | None = None
+        self._train_images = 0
         self._prepared = False
 
     def select(self, index: int) -> None:
@@ -115,6 +116,7 @@ class SequentialTaskDataModule(LightningDataModule):
         """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
         check_names(self.tasks)
         for task in self.tasks:
+            check_transforms(task, self.image_size)
             if task.own_path is not None:
                 self._open(task)
             else:
@@ -184,7 +186,16 @@ class SequentialTaskDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Training images of the current task, augmented, in a new order for each epoch."""
         seed = self._images.seed
-        return self._loader(self._train_on or self._split("train", seed), seed)
+        loader = self._loader(self._train_on or self._split("train", seed), seed)
+        self._train_images = len(loader.dataset)  # type: ignore[arg-type]
+        return loader
+
+    def share_of_step(self, step: int) -> float:
+        """The weight of this process's mean loss in a step of the epoch, from 0; see `recast_pl.data.batches`."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return 1.0
+        return share_of_step(self._train_images, self.batch_size, trainer.world_size, trainer.global_rank, step)
 
     def val_dataloader(self) -> DataLoader[RawBatch]:
         """Validation images of the current task, each on one process."""
@@ -249,7 +260,7 @@ class SequentialTaskDataModule(LightningDataModule):
         return DataLoader(
             split,
             self.batch_size,
-            sampler=TaskSampler(split, *processes, shuffle=seed is not None, seed=seed or 0),
+            sampler=TaskSampler(split, *processes, seed is not None, seed or 0, batch_size=self.batch_size),
             num_workers=workers,
             collate_fn=default_convert,
             pin_memory=torch.cuda.is_available(),

@@ -46,17 +46,19 @@ def change_rates(checkpoint: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Lets a task be resumed with other learning rates than it began with, each at the same place of its schedule.
 
     Args:
-        checkpoint: Of a task with one optimizer and one schedule; its rates are changed.
+        checkpoint: Of a task with one optimizer and at most one schedule; its rates are changed.
         optimizer: A new one with the rates that the task would begin with now.
 
     Raises:
         RunError: If a rate that was 0 is to change.
     """
-    (saved,), (schedule,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    (saved,) = checkpoint["optimizer_states"]
     for index, (new, old) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
-        if new["initial_lr"] != old["initial_lr"]:
-            if not old["initial_lr"]:
+        key = "initial_lr" if "initial_lr" in old else "lr"  # without a schedule, the rate is what it was at the start
+        if new[key] != old[key]:
+            if not old[key]:
                 raise RunError(f"the learning rate of {old['name']} was 0 so far; keep it at 0, or start a new run")
-            factor = new["initial_lr"] / old["initial_lr"]
-            old["initial_lr"], old["lr"] = new["initial_lr"], factor * old["lr"]
-            scale_schedule(schedule, index, factor)
+            factor = new[key] / old[key]
+            old.update({name: factor * old[name] for name in {key, "lr"}})
+            for schedule in checkpoint["lr_schedulers"]:
+                scale_schedule(schedule, index, factor)

@@ -1,6 +1,6 @@
 """A linear probe on cached features: the reference for every method, and the warm start of a head."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,9 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from recast_pl.errors import RunError, one_line
+from recast_pl.learning.schedule import followed_metric, step_schedule
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def fit_probe(
     validation: Features,
     epochs: int,
     batch_size: int,
-    configure: Callable[[Iterable[nn.Parameter]], tuple[list[Optimizer], list[LRScheduler]]],
+    configure: Callable[[Iterable[nn.Parameter]], tuple[Optimizer, LRScheduler | None]],
+    stops: Callable[[Mapping[str, float]], bool] = lambda measured: False,
 ) -> float:
     """Trains a head on cached features, with the optimizer, epochs and batch size of the method.
 
@@ -59,27 +63,44 @@ def fit_probe(
         validation: The split that the best epoch is chosen by.
         epochs: Passes over `train`.
         batch_size: Samples in a step.
-        configure: Makes one optimizer and its schedules, which are stepped after each epoch, from parameters.
+        configure: Makes an optimizer, and its schedule or None, from parameters. It is stepped after each epoch.
+        stops: Whether to stop after an epoch, by `val/accuracy` and `val/loss`.
 
     Returns:
         The best validation accuracy in [0, 1].
+
+    Raises:
+        RunError: If the optimizer cannot train a head, or the schedule has too few steps.
     """
-    (optimizer,), schedules = configure(head.parameters())
+    optimizer, schedule = configure(head.parameters())
     best, state = (float("-inf"), 0.0), head.state_dict()
     for _ in range(epochs):
         order = torch.randperm(len(train.labels)).to(train.labels.device)
         batches = zip(train.features[order].split(batch_size), train.labels[order].split(batch_size), strict=True)
         for features, labels in batches:
             _set_gradients(head, features, labels)
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
+            _step(optimizer)
         accuracy, loss = validation.score(head)
+        measured = {"val/accuracy": accuracy, "val/loss": loss}
+        if schedule is not None:
+            step_schedule(schedule, measured.get(followed_metric(schedule) or ""))
         if (accuracy, -loss) > best:
             best = (accuracy, -loss)
             state = {name: value.clone() for name, value in head.state_dict().items()}
+        if stops(measured):
+            break
     head.load_state_dict(state)
     return best[0]
+
+
+def _step(optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError) as cause:  # SparseAdam needs sparse gradients, LBFGS a closure
+        raise RunError(
+            f"optimizer {type(optimizer).__name__} cannot train a head ({one_line(cause)}); choose another, such as "
+            "--model.optimizer torch.optim.AdamW"
+        ) from cause
 
 
 @torch.no_grad()

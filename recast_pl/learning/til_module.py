@@ -1,5 +1,6 @@
 """The LightningModule that trains one task at a time on a frozen backbone."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torchmetrics import MeanMetric
 
 from recast_pl.backbones.backbone import BackboneConfig
+from recast_pl.compat.lightning import early_stopping
 from recast_pl.data.datamodule import SequentialTaskDataModule
-from recast_pl.errors import RunError
+from recast_pl.errors import RunError, one_line
 from recast_pl.learning.acceleration import EvaluateMerged
 from recast_pl.learning.checkpoint import change_rates, trainable_state
 from recast_pl.learning.metrics import Percent, Predictions
 from recast_pl.learning.probe import extract_features, fit_probe
+from recast_pl.learning.schedule import followed_metric, step_schedule
 from recast_pl.learning.task_network import TaskNetwork
 from recast_pl.methods.piece import Piece, Step
 
@@ -35,7 +38,8 @@ class TILModule(TaskNetwork, LightningModule):
         backbone: The pretrained model.
         pieces: The method (any sequence). `[LinearProbe()]` trains only the head.
         optimizer: Makes an optimizer from parameter groups. The default is the paper's.
-        lr_scheduler: Makes a schedule, which is stepped after every epoch, from an optimizer.
+        lr_scheduler: Makes a schedule, which is stepped after every epoch, from an optimizer. `ReduceLROnPlateau`
+            follows the validation loss, or the accuracy with `mode: max`. None for constant learning rates.
         warm_start: Whether a head starts from the linear probe that is fitted to cached features before each task. The
             probe then counts as epoch 0 when the best epoch is chosen.
     """
@@ -46,7 +50,7 @@ class TILModule(TaskNetwork, LightningModule):
         # a tuple, because jsonargparse would merge a list of the command line into the one before, element by element
         pieces: tuple[Piece, ...],
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: AdamW(p, lr=2e-3, weight_decay=1e-6),
-        lr_scheduler: Callable[[Optimizer], LRScheduler] = lambda o: StepLR(o, step_size=33, gamma=0.1),
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = lambda o: StepLR(o, step_size=33, gamma=0.1),
         warm_start: bool = False,
     ) -> None:
         super().__init__(backbone, pieces)
@@ -74,17 +78,29 @@ class TILModule(TaskNetwork, LightningModule):
         """Generates weights once for each evaluation."""
         return [EvaluateMerged()]
 
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """One parameter group for the heads, and the groups of the pieces, each with its own learning rate."""
         heads = [*self.old_heads.parameters(), *self.current()[1].parameters()]
         groups: list[dict[str, Any]] = [{"params": heads, "name": "head"}]
         for name, rate, parameters in (group for piece in self.pieces for group in piece.groups()):
             groups.append({"params": parameters, "name": name} | ({} if rate is None else {"lr": rate}))
-        return self._configure(groups)
+        optimizer, schedule = self._configure(groups)
+        schedules = [] if schedule is None else [{"scheduler": schedule, "monitor": followed_metric(schedule)}]
+        return [optimizer], schedules
 
-    def _configure(self, parameters: Iterable[Any]) -> tuple[list[Optimizer], list[LRScheduler]]:
-        optimizer = self.optimizer(parameters)
-        return [optimizer], [self.lr_scheduler(optimizer)]
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Steps the schedule after an epoch; raises RunError if it has no more steps."""
+        step_schedule(scheduler, metric)
+
+    def _configure(self, parameters: Iterable[Any]) -> tuple[Optimizer, LRScheduler | None]:
+        try:
+            optimizer = self.optimizer(parameters)
+            return optimizer, None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        except (TypeError, ValueError) as cause:
+            raise RunError(
+                f"the optimizer or its schedule cannot be made ({one_line(cause)}); correct or replace "
+                "--model.optimizer or --model.lr_scheduler, for example by torch.optim.AdamW and null"
+            ) from cause
 
     def on_fit_start(self) -> None:
         """Lets the pieces prepare. Fits the linear probe to the features that the task starts from."""
@@ -101,10 +117,22 @@ class TILModule(TaskNetwork, LightningModule):
         with self.merged():
             train, val, test = (extract_features(backbone, split, precision) for split in splits)
         probe = nn.Linear(backbone.num_features, len(self.classes)).to(self.device)
-        fit_probe(probe, train, val, self.trainer.max_epochs or 0, self._data().batch_size, self._configure)
+        batch_size = self._data().batch_size * self.trainer.world_size
+        epochs, stops = self._probe_epochs(len(train.labels), batch_size), early_stopping(self.trainer)
+        fit_probe(probe, train, val, epochs, batch_size, self._configure, stops)
         self.probe_accuracy, self.probe_score = test.score(probe)[0], val.score(probe)
         if self.warm_start:
             head.load_state_dict(probe.state_dict())
+
+    def _probe_epochs(self, images: int, batch_size: int) -> int:
+        """The epochs that the task may have: by epochs or by steps, or 100 if neither ends it."""
+        trainer, limits = self.trainer, list[int]()
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(trainer.max_epochs)
+        if trainer.max_steps >= 0:
+            batches = trainer.max_steps * trainer.accumulate_grad_batches
+            limits.append(math.ceil(batches / math.ceil(images / batch_size)))
+        return min(limits, default=100)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of each image by the head of its own task, plus the terms of the pieces."""
@@ -120,13 +148,14 @@ class TILModule(TaskNetwork, LightningModule):
         for piece in self.pieces:
             incoming = piece.incoming(incoming, labels)
         loss = F.cross_entropy(incoming, labels)
-        step = Step(images, labels, features, logits)
+        share = self._data().share_of_step(batch_idx)
+        step = Step(images, labels, features, logits, counts=share > 0)
         for term in (piece.loss(step) for piece in self.pieces):
             loss = loss if term is None else loss + term
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
-        self._log_mean("train/accuracy", logits.argmax(1) == labels)
-        return loss
+        self._log_mean("train/accuracy", (logits.argmax(1) == labels)[: len(labels) if step.counts else 0])
+        return loss if share == 1 else share * loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Tells the pieces that the optimizer has made its step."""

@@ -15,12 +15,14 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-from recast_pl.compat.lightning import ignore_signals
+from recast_pl.compat.lightning import ignore_signals, lightning_errors, of_task
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.learning.checkpoint import AtomicCheckpoints, load_trainable_state, trainable_state
+from recast_pl.learning.options import check_settings, check_trainer, listed
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,18 @@ class TrainerFactory:
     """Makes a new `Trainer` for each task, so that no state of one task reaches the next.
 
     Args:
-        settings: Arguments of `Trainer`. A logger replaces TensorBoard, and False turns logging off. Callbacks are
-            copied for each task.
+        settings: Arguments of `Trainer`. Loggers replace TensorBoard, and False turns logging off. Callbacks, loggers
+            and the profiler are copied for each task.
+
+    A setting that cannot work raises RunError as soon as a trainer is made.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the results are kept; not after a `fast_dev_run`, which makes only a few steps."""
+        return not self.settings.get("fast_dev_run")
 
     def for_training(self, folder: Path, version: str, callbacks: Sequence[Callback]) -> Trainer:
         """Makes a trainer that fits.
@@ -43,21 +52,28 @@ class TrainerFactory:
             callbacks: More callbacks, without those that need something the settings turn off.
         """
         settings = dict(self.settings)
-        if settings.get("logger") in (None, True):
+        loggers = settings.get("logger")
+        if loggers in (None, True):
             settings["logger"] = tensorboard(folder, version)
-        needs = {LearningRateMonitor: "logger", ModelCheckpoint: "enable_checkpointing"}
+        elif loggers is not False:
+            settings["logger"] = [of_task(logger, version) for logger in listed(loggers)]
+        needs = {LearningRateMonitor: "logger", LastEpoch: "enable_checkpointing"}
         refused = tuple(kind for kind, setting in needs.items() if settings.get(setting) is False)
-        own = copy.deepcopy(_listed(settings.get("callbacks")))
+        own = copy.deepcopy(listed(settings.get("callbacks")))
         added = [callback for callback in callbacks if not isinstance(callback, refused)]
         if settings.get("enable_progress_bar") in (None, True) and not any(isinstance(c, ProgressBar) for c in own):
             added.append(TaskProgressBar())
-        settings["callbacks"] = [*own, *added]
-        settings["plugins"] = [*_listed(settings.get("plugins")), AtomicCheckpoints()]
+        settings["callbacks"], settings["profiler"] = [*own, *added], copy.deepcopy(settings.get("profiler"))
+        plugins = listed(settings.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            settings["plugins"] = [*plugins, AtomicCheckpoints()]
         return _trainer({"default_root_dir": folder, **settings})
 
     def for_evaluation(self) -> Trainer:
         """Makes a trainer that only tests, and prints and writes nothing."""
+        check_settings(self.settings)
         quiet = {"logger": False, "callbacks": None, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet["profiler"] = None
         return _trainer({**self.settings, **quiet})
 
     def alone(self, **settings: Any) -> "TrainerFactory":
@@ -68,7 +84,7 @@ class TrainerFactory:
         """A factory for fits that cannot be resumed: it writes checkpoints only if the settings ask for them."""
         if self.settings.get("enable_checkpointing") is not None:
             return self
-        asked = any(isinstance(callback, ModelCheckpoint) for callback in _listed(self.settings.get("callbacks")))
+        asked = any(isinstance(callback, ModelCheckpoint) for callback in listed(self.settings.get("callbacks")))
         return TrainerFactory({**self.settings, "enable_checkpointing": asked})
 
 
@@ -78,8 +94,9 @@ def tensorboard(folder: Path, version: str) -> TensorBoardLogger:
 
 
 def _trainer(settings: Mapping[str, Any]) -> Trainer:
-    with _without_notices():
+    with _without_notices(), lightning_errors():
         trainer = Trainer(**settings)
+    check_trainer(trainer, settings.get("strategy"))
     ignore_signals(trainer)
     return trainer
 
@@ -99,13 +116,6 @@ def _without_notices() -> Iterator[None]:
     finally:
         for logger, level in loggers.items():
             logger.setLevel(level)
-
-
-def _listed(setting: Any) -> list[Any]:
-    """The values of a setting of `Trainer`, which may be None, one value or several."""
-    if setting is None:
-        return []
-    return list(setting) if isinstance(setting, list | tuple) else [setting]
 
 
 class TaskProgressBar(RichProgressBar):
@@ -129,8 +139,8 @@ class BestEpoch(Callback):
         self.weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Counts a warm start as epoch 0."""
-        if pl_module.warm_start and not self.weights:
+        """Counts a warm start as epoch 0, if there are validation images to compare it with later epochs."""
+        if pl_module.warm_start and trainer.limit_val_batches and not self.weights:
             self._compare(pl_module, *pl_module.probe_score)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,10 +170,19 @@ class BestEpoch(Callback):
 
 
 class SeedEpochs(Callback):
-    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run equals an uninterrupted one."""
+    """Seeds every epoch from (seed, task, epoch, process), so that a resumed run equals an uninterrupted one.
+
+    Until then random numbers continue as they were when this callback was made: where Lightning starts several
+    processes, it would begin them again, and the probe would be another one than on one process.
+    """
 
     def __init__(self, seed: int, task: str) -> None:
         self.seed, self.task = seed, task
+        self._random = torch.get_rng_state()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continues the random numbers."""
+        torch.set_rng_state(self._random)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds before the first step of an epoch, which is after the data loaders have drawn their seeds."""
@@ -206,6 +225,49 @@ class FiniteLoss(Callback):
                 "kept. Resume with a lower learning rate, such as --resume true "
                 "--model.optimizer.init_args.lr 1e-4, or with --trainer.gradient_clip_val 1"
             )
+
+
+class LastEpoch(ModelCheckpoint):
+    """Writes the state after each epoch, to resume from. Its type keeps it apart from checkpoints that a user asks for.
+
+    Args:
+        folder: Where `last.ckpt` is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+class TrainingTime(Callback):
+    """Measures the seconds of training, over all sessions of a task.
+
+    Lightning's `Timer` cannot, because Lightning ignores `max_time` if there is one already.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._start: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The seconds so far."""
+        return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self._before, self._start = self.seconds, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what the checkpoint kept."""
+        self._before = state_dict["seconds"]
 
 
 class CoefficientHistograms(Callback):

@@ -194,8 +194,10 @@ class Replay(Guard):
         """Offers the images of a step, from all processes, to the buffer."""
         images = to_uint8(self.learner.plain_images)
         tasks = torch.full_like(step.labels, self.task)
-        for samples in _of_all_processes(Samples(images, step.labels, tasks, step.logits.detach().float())):
-            self.buffer.add(samples)
+        own = Samples(images, step.labels, tasks, step.logits.detach().float())
+        for samples in _of_all_processes(own if step.counts else own.take(torch.empty_like(tasks[:0]))):
+            if len(samples.labels):
+                self.buffer.add(samples)
 
     def draw(self, step: Step) -> tuple[Tensor, Samples]:
         """Draws as many samples as a step has images; returns what their own heads output now (B, C), and the samples.

@@ -25,12 +25,15 @@ class Step:
         labels: Class indices (B,), each within its own task.
         features: Output of the backbone (B, D).
         logits: Output of each image's own head (B, C); minus infinity beyond the classes of a head narrower than C.
+        counts: Whether the images count. If not, this process only takes part in a step of others, and its loss has no
+            weight.
     """
 
     images: Tensor
     labels: Tensor
     features: Tensor
     logits: Tensor
+    counts: bool = True
 
 
 class Learner(Protocol):

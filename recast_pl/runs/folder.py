@@ -37,7 +37,9 @@ class Record(TypedDict):
 
     It holds the result, the test accuracies just after training of this task and of those that it has changed, the
     results by class, the patch's digest, the images that the task was trained on, by split, and when, where and with
-    which versions the task was trained.
+    which versions the task was trained. `configs` names the configurations that it was trained with, in order; more
+    than one if it was resumed with other options.
+
     """
 
     task: TaskResult
@@ -48,6 +50,7 @@ class Record(TypedDict):
     wall_seconds: float
     images: NotRequired[dict[str, SplitImages]]
     origin: NotRequired[Origin]
+    configs: NotRequired[list[str]]
 
 
 class Summary(TypedDict):
@@ -71,7 +74,8 @@ class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
     The task is finished when `patch` exists. `shared` holds what all tasks share, as it was after this one, and is
-    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained.
+    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained; `configs`
+    in it names the configurations so far.
 
     Args:
         run: The run folder.
@@ -85,6 +89,7 @@ class TaskFiles:
         self.record = run / "tasks" / f"{self.name}.json"
         self.shared = run / "shared" / f"{self.name}.safetensors"
         self.checkpoints = run / "checkpoints" / self.name
+        self.configs = self.checkpoints / "configs.json"
 
     def load_record(self) -> Record:
         """Reads the record; raises RunError if it is missing or damaged, or belongs to another task."""
@@ -184,6 +189,20 @@ class RunFolder:
             same = [write_once(self.path / file.name, file.read_bytes()) for file in Path(scratch).iterdir()]
         return all(same)
 
+    def keep_config(self, content: bytes, replace: bool) -> None:
+        """Keeps a configuration that tasks are trained with, for as long as a record may name it.
+
+        It is `config.yaml` if there is none yet, or to `replace` it. Any other is in `config.NAME.yaml`.
+        """
+        if not self.config.exists():
+            write_once(self.config, content)
+        before = self.config.read_bytes()
+        if before != content:
+            other = before if replace else content
+            write_once(self.config.with_suffix(f".{config_name(other)}.yaml"), other)
+            if replace:
+                write_atomic(self.config, content)
+
     def read_summary(self) -> Summary:
         """Reads `summary.json`; raises RunError if it is missing or damaged."""
         entries = {"seed": int, "tasks": list, "accuracy_matrix": list, "method": str, "backbone": str}
@@ -240,6 +259,11 @@ class RunFolder:
     def _patches(self) -> Iterable[Path]:
         """The files of patches; hidden ones, such as the `._NAME` of other systems, are none."""
         return (path for path in (self.path / "patches").glob("*.safetensors") if not path.name.startswith("."))
+
+
+def config_name(content: bytes) -> str:
+    """The name of a configuration in records: the first digits of its checksum."""
+    return sha256(content)[:12]
 
 
 def write_once(path: Path, content: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from lightning import seed_everything
 
+from recast_pl.compat.lightning import lightning_errors
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.files import json_text, write_atomic
@@ -17,7 +18,7 @@ def fit_mimicry(
     Args:
         module: What to fit.
         folder: The run folder.
-        trainers: Makes the trainer.
+        trainers: Makes the trainer. Nothing is written after a `fast_dev_run`.
         seed: Seed of the initial values and of the noise.
         config: Content of `config.yaml`; None to write none.
 
@@ -26,14 +27,16 @@ def fit_mimicry(
     """
     seed_everything(seed, verbose=False)
     module.configure_model()
-    if config is not None:
+    if config is not None and trainers.keeps:
         folder.record_start()
+
         write_atomic(folder.config, config)
     resources = Resources()
     trainer = trainers.without_checkpoints().for_training(folder.path, "mimicry", [resources])
-    trainer.fit(module)
+    with lightning_errors():
+        trainer.fit(module)
     decomposition, similarities = module.decomposition(), module.similarities()
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and trainers.keeps:
         facts = {
             "backbone": module.backbone.name,
             "weights": sum(weight.numel() for weight in decomposition.reconstruct().values()),

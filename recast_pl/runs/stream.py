@@ -7,22 +7,32 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from lightning import seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
 
+from recast_pl.compat.lightning import lightning_errors
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
-from recast_pl.files import is_whole_checkpoint, json_text, sealed_json, sha256, write_atomic
+from recast_pl.files import is_whole_checkpoint, json_text, read_json, sealed_json, sha256, write_atomic
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.til_module import TILModule
-from recast_pl.learning.trainer import BestEpoch, CoefficientHistograms, FiniteLoss, SeedEpochs, TrainerFactory
+from recast_pl.learning.trainer import (
+    BestEpoch,
+    CoefficientHistograms,
+    FiniteLoss,
+    LastEpoch,
+    SeedEpochs,
+    TrainerFactory,
+    TrainingTime,
+)
 from recast_pl.runs.class_results import class_results
 from recast_pl.runs.evaluation import measure, rounded
-from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, write_once
+from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, config_name
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
     accuracy_matrix,
@@ -62,7 +72,7 @@ class Stream:
         module: The method and backbone.
         data: The tasks.
         run_dir: The run folder.
-        trainers: Makes a trainer for each task.
+        trainers: Makes a trainer for each task. With `fast_dev_run` it is a trial of which nothing is kept.
         seed: Decides all randomness, together with task, epoch and process.
         config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
         console: Where progress is printed; None for the terminal.
@@ -80,13 +90,16 @@ class Stream:
         console: Console | None = None,
         presentation: Presentation | None = None,
     ) -> None:
-        self.module, self.data, self.folder, self.trainers, self.seed = module, data, RunFolder(run_dir), trainers, seed
+        self._trial = None if trainers.keeps else TemporaryDirectory()  # removed with this object
+        self.folder = RunFolder(run_dir if self._trial is None else self._trial.name)
+        self.module, self.data, self.trainers, self.seed = module, data, trainers, seed
         self.config, self.console, self.presentation = config, console or open_console(), presentation
         self.evaluator = trainers.for_evaluation()
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self._names = [task.name for task in data.tasks]
         self._started = time.monotonic()
+        self._configs: list[str] = []  # names of the configurations that the current task was trained with
 
     def run(self, only: Sequence[str] = ()) -> Summary:
         """Trains all tasks that are not finished.
@@ -98,7 +111,8 @@ class Stream:
             The content of `summary.json`. With `only` it covers these tasks and is not written; `merge` writes it.
 
         Raises:
-            RunError: If there is no such task, tasks cannot be trained apart, or another process is training them all.
+            RunError: If there is no such task, tasks cannot be trained apart, a finished run has another `config`, or
+                another process is training them all.
         """
         if only:
             for name in self.begin(only):
@@ -133,6 +147,11 @@ class Stream:
         if only:
             self.check_isolated("--only")
         wanted = [index for index, name in enumerate(self._names) if name in only or not only]
+        if not only and self._is_finished_otherwise():
+            raise RunError(
+                f"all tasks of {self.folder.path} were trained with other options, and none is left for these; resume "
+                "without options to see the results, or name another --run_dir"
+            )
         self.data.prepare_data()
         self._build(beside_others=bool(only))
         self._read_finished(wanted)
@@ -153,6 +172,13 @@ class Stream:
                 f"train them in order, without {option}"
             )
 
+    def _is_finished_otherwise(self) -> bool:
+        """Whether all tasks are trained, and the run has another configuration than this stream."""
+        if self.config is None or not self.folder.config.exists():
+            return False
+        finished = all(self._files(index).patch.exists() for index in range(len(self._names)))
+        return finished and self.folder.config.read_bytes() != self.config.encode()
+
     def _build(self, beside_others: bool) -> None:
         """Builds the module on the base in the run folder; writes the base and the config if they are missing.
 
@@ -164,9 +190,9 @@ class Stream:
         if not self.evaluator.is_global_zero:
             return
         if self.config is not None:
-            write = write_once if beside_others else write_atomic
             self.folder.record_start()
-            write(self.folder.config, self.config.encode())
+            self.folder.keep_config(self.config.encode(), replace=not beside_others)
+
         if not beside_others:
             self._save_base(self.folder.path)
         elif not self.folder.add_files(self._save_base):
@@ -215,14 +241,14 @@ class Stream:
             self.console.print(f"{position}: {name}, {len(self.data.classes)} classes, {self.data.sizes}")
         seed_everything(derive_seed(self.seed, name), verbose=False)
         self.module.begin_task(name, self.data.classes)
-        timer = Timer(verbose=False)
-        saving = ModelCheckpoint(
-            files.checkpoints, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-        )
+        checkpoint, timer = self._checkpoint(files), TrainingTime()
+        self._note_config(files, checkpoint)
+        keeping = [BestEpoch(), timer, LastEpoch(files.checkpoints)]
         watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
-        trainer = self.trainers.for_training(self.folder.path, files.name, [BestEpoch(), timer, saving, *watching])
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=self._checkpoint(files), weights_only=True)
-        self._finish(index, trainer.current_epoch, timer.time_elapsed("train"))
+        trainer = self.trainers.for_training(self.folder.path, files.name, [*keeping, *watching])
+        with lightning_errors():
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        self._finish(index, trainer.current_epoch, timer.seconds)
 
     def _checkpoint(self, files: TaskFiles) -> Path | None:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
@@ -233,6 +259,17 @@ class Stream:
             )
             return None
         return last if last.exists() else None
+
+    def _note_config(self, files: TaskFiles, checkpoint: Path | None) -> None:
+        """Notes the configuration beside the checkpoint, after those that the task was trained with before."""
+        if self.config is None:
+            return
+        resumed = checkpoint is not None and files.configs.exists()
+        self._configs = read_json(files.configs, RunError, configs=list)["configs"] if resumed else []
+        if config_name(self.config.encode()) not in self._configs[-1:]:
+            self._configs.append(config_name(self.config.encode()))
+        if self.evaluator.is_global_zero:
+            write_atomic(files.configs, json_text({"configs": self._configs}).encode())
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
@@ -270,6 +307,8 @@ class Stream:
             images=self.data.image_record,
             origin=origin(self.evaluator.strategy.root_device),
         )
+        if self.config is not None:
+            self.records[index]["configs"] = self._configs
         self._started = time.monotonic()
         if self.evaluator.is_global_zero:
             self._write(index, content, shared)
