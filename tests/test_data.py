@@ -18,6 +18,9 @@ from torch.utils.data import BatchSampler
 from torchvision.transforms import v2
 
 from recast_pl import SequentialTaskDataModule, TaskConfig
+from recast_pl.cli import main
+from recast_pl.data.batches import TaskSampler, share_of_step
+from recast_pl.data.folders import open_folder
 from recast_pl.data.tasks import split_images
 from recast_pl.errors import DataError
 from recast_pl.files import sealed_json
