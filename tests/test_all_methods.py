@@ -258,10 +258,10 @@ def change_in_an_epoch(name, folder, batch_size, **settings):
 @pytest.mark.parametrize("name", STEPS)
 def test_accumulated_half_batches_equal_a_whole_one_and_clipping_bounds_the_step(name, image_folder):
     folder = image_folder("first", 3)
-    whole = change_in_an_epoch(name, folder, 18)
-    halves = change_in_an_epoch(name, folder, 9, accumulate_grad_batches=2)
+    whole = change_in_an_epoch(name, folder, 16)
+    halves = change_in_an_epoch(name, folder, 8, accumulate_grad_batches=2)
     norm = torch.stack([value.norm() for value in whole.values()]).norm()
-    clipped = change_in_an_epoch(name, folder, 18, gradient_clip_val=float(norm) / 4)
+    clipped = change_in_an_epoch(name, folder, 16, gradient_clip_val=float(norm) / 4)
     assert norm > 1e-3
     for key, value in whole.items():
         assert torch.allclose(halves[key], value, atol=1e-5 * float(norm)), key

@@ -422,7 +422,9 @@ def test_ratio_ignores_official_splits(image_folder, root):
 
 
 def test_a_run_can_be_resumed_with_another_cache(tiny_fit, tmp_path, capsys):
-    assert main(tiny_fit("--trainer.max_epochs", 1)) == 0
-    assert main(tiny_fit("--resume", "true", "--data.cache", "ram", "--data.root", tmp_path / "other")) == 0
-    assert main(tiny_fit("--resume", "true", "--data.split", "official")) == 2
+    words = ["--trainer.max_epochs", 1]
+    assert main(tiny_fit(*words)) == 0
+    words += ["--resume", "true"]
+    assert main(tiny_fit(*words, "--data.cache", "ram", "--data.root", tmp_path / "other")) == 0
+    assert main(tiny_fit(*words, "--data.split", "official")) == 2
     assert "data differs" in capsys.readouterr().err

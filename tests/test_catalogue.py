@@ -99,8 +99,8 @@ def test_a_list_shows_all_sets_and_which_are_on_disk(tmp_path, capsys):
     assert set(CATALOGUE) <= set(rows)
     on_disk = {name for name in CATALOGUE if re.search(r" yes  ", rows[name])}
     assert on_disk == {"birds", "cars", "digits"}  # flowers lacks a file
-    assert rows["birds"].split()[:5] == ["birds", "200", "11,788", "various", "yes"]
-    assert rows["cifar10"].split()[:5] == ["cifar10", "10", "60,000", "32×32", "no"]
+    assert rows["birds"].split()[-4:] == ["yes", "200", "11,788", "various"]
+    assert rows["cifar10"].split()[-4:] == ["no", "10", "60,000", "32×32"]
 
 
 @pytest.mark.parametrize("action", ["prepare", "verify"])

@@ -493,7 +493,7 @@ def test_an_option_that_fits_no_piece_or_several_is_one_line(words, named, capsy
 
 def test_a_run_and_a_comparison_take_options_of_a_piece(tiny_fit, tmp_path):
     rank = ["--config", "methods/melo.yaml", "--model.pieces.rank", "2"]
-    assert main(tiny_fit("--trainer.max_epochs", "1", *rank)) == 0
+    assert main(tiny_fit("--trainer.max_epochs", "1", *rank, "--only", "first")) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert pieces_of(config)["LoRA"]["rank"] == 2
     rate = ["--model.pieces.learning_rate", "1e-3"]  # a rate may change when a run is resumed

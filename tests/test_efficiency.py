@@ -246,7 +246,7 @@ def test_evaluation_generates_each_weight_once(tiny_fit, monkeypatch):
 
     monkeypatch.setattr(TemplateBank, "mix", counted)
     assert main(tiny_fit("--trainer.max_epochs", "2")) == 0  # 5, 3 or 6 batches of training; 1 or 2 to evaluate
-    evaluations = 2 * (1 + 2) + 3  # for each task features and 2 epochs; test of task 1, then of both
+    evaluations = 2 * (1 + 2 + 1)  # for each task features, 2 epochs and test
     assert counts["evaluation"] == 12 * evaluations  # 12 groups; all layers of a group are generated together
     assert counts["train"] % 24 == 0
     assert counts["train"] >= 24 * 2 * 2 * 2

@@ -106,7 +106,7 @@ def test_the_examples_of_own_pieces_and_backbones_run(name, tiny_fit, tmp_path, 
     if name == "tiny":  # its own backbone replaces the one of the fixture
         words = [*words, "--model.backbone.name", "tiny.tiny", "--model.backbone.args", "{}"]
     assert main(words) == 0
-    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    assert main(["test", "--run_dir", str(tmp_path / "run"), "--trust"]) == 0
     first = json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]
     assert first["task_parameters"] == PARAMETERS[name]
 

@@ -113,11 +113,13 @@ def test_resume_reads_each_patch_once(tiny_fit, tmp_path, reads):
     assert reads == {"00_first.safetensors": 1, "01_second.safetensors": 1}
 
 
-def test_a_method_with_shared_weights_passes_a_hundred_tasks(tiny_fit, tmp_path):
+def test_a_method_with_shared_weights_passes_a_hundred_tasks(tiny_fit, image_folder, tmp_path):
     # 100 finished tasks are made of one; the 101st is trained
-    run, images = tmp_path / "run", str(tmp_path / "second")
+    for split in ("train", "val", "test"):  # a split of the program's own would depend on the name of the task
+        image_folder(f"given/{split}", classes=2, images=4)
+    run, images = tmp_path / "run", str(tmp_path / "given")
     names = [f"t{index}" for index in range(101)]
-    quick = ["--config", "methods/finetune.yaml", "--trainer.max_epochs", "1", "--trainer.logger", "false"]
+    quick = ["--config", "methods/finetune.yaml", "--trainer.max_epochs", "1", "--data.split", "official"]
     assert main(tiny_fit(*quick, "--data.tasks", json.dumps([{"name": "t0", "path": images}]))) == 0
     config = yaml.safe_load((run / "config.yaml").read_text())
     (task,) = config["data"]["tasks"]

@@ -65,7 +65,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         check_same_run(parser, RunFolder(run_dir).config, text)
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
-    text = recorded_text(parser, RunFolder(run_dir).config, text)
+    text = recorded_text(parser, RunFolder(run_dir), text)
     folders = RunFolder(run_dir).start_folders()
     locate_paths(config.model, folders)
     locate_data(config.data, folders)

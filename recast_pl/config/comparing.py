@@ -7,6 +7,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
+_READING = ("root", "cache", "num_workers")  # settings of the data: where and how images are read changes no result
+
 
 def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> None:
     """Checks that a resumed run keeps its configuration; only learning rates, and where images are, may differ.
@@ -24,7 +26,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
     # compared after parsing, because the text of defaults inside lists depends on how they were given
     before, after = parser.parse_string(path.read_text()), parser.parse_string(text)
     for config in (before, after):
-        for key in ("root", "cache", "num_workers"):  # where and how images are read changes no result
+        for key in _READING:
             config.data.pop(key, None)
         for task in config.data.tasks:
             task.pop("path", None)
@@ -42,15 +44,22 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
         )
 
 
-def recorded_text(parser: LightningArgumentParser, path: Path, text: str) -> str:
+def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str) -> str:
     """Returns the content of a run's config.yaml if it says the same as a text in other words, or else that text.
+
+    If all tasks of the run are trained, where and how images are read does not count.
 
     Args:
         parser: A parser with the options of `declare_run`.
-        path: The config.yaml; it need not exist.
+        folder: The run folder; it need not have a config.yaml.
         text: A configuration, as `config_text` returns it.
     """
-    if not path.exists():
+    if not folder.config.exists():
         return text
-    before = path.read_text()
-    return before if parser.parse_string(before) == parser.parse_string(text) else text
+    recorded = folder.config.read_text()
+    before, after = parser.parse_string(recorded), parser.parse_string(text)
+    if len(folder.finished()) == len(before.data.tasks):
+        for config in (before, after):
+            for key in _READING:
+                config.data.pop(key, None)
+    return recorded if before == after else text

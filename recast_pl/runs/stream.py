@@ -122,9 +122,9 @@ class Stream:
             return self._run_all()
 
     def _run_all(self) -> Summary:
-        pace = Pace()
+        pace, names = Pace(), self.begin()
         try:
-            for name in self.begin():
+            for name in names:
                 self._train(self._names.index(name))
                 pace.run(self._write_results)
         except BaseException:
