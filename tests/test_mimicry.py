@@ -31,6 +31,7 @@ def dense_weights(module):
 def started(layout=MLP, seed=0, **settings):
     torch.manual_seed(seed)
     sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=RATE), "noise_std": 0, "gradient_clip": 0}
+    sgd |= {"coefficient_rate": 1, "weight_scale": None}
     module = MimicryModule(VIT, layout, image_size=32, **sgd | settings)
     module.configure_model()
     return module
@@ -105,18 +106,51 @@ def test_noise_changes_the_loss_but_not_the_coefficients():
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-def test_initial_coefficients_are_orthogonal_and_templates_have_kaiming_scale():
-    module = started()
+@pytest.mark.parametrize("start", ["across_layers", "per_layer"])
+def test_initial_coefficients_are_orthogonal_and_templates_have_kaiming_scale(start):
+    module = started(start=start)
     assert len(module.groups) == 4
-    for coefficients in module.coefficients:
-        for sets in coefficients:  # (K, n)
-            torch.testing.assert_close(sets @ sets.T, torch.eye(2))
-            assert not torch.allclose(sets[0], sets[1])
+    for coefficients in module.coefficients:  # (L, K, n), all of them 2
+        across = start == "across_layers"
+        assert torch.equal(coefficients[:, 0], coefficients[:, 1]) == across
         assert not torch.allclose(coefficients[0], coefficients[1])
+        for sets in coefficients.transpose(0, 1) if across else coefficients:  # (L, n) or (K, n)
+            torch.testing.assert_close(sets @ sets.T, torch.eye(2))
     for group, templates in zip(module.groups, module.templates, strict=True):
         for template in templates:
             assert template.std().item() == pytest.approx(math.sqrt(2 / group.shape[1]), rel=0.1)
         assert not torch.allclose(templates[0], templates[1])
+
+
+def test_coefficients_train_at_their_own_rate():
+    (whole, _), (slow, _) = steps(started()), steps(started(coefficient_rate=0.1))
+    templates = len(whole) // 2
+    for one, other in zip(whole[:templates], slow[:templates], strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(whole[templates:], slow[templates:], strict=True):
+        torch.testing.assert_close(0.1 * one, other, rtol=1e-3, atol=1e-9)
+
+
+def test_the_size_of_the_weights_changes_the_templates_in_proportion_and_nothing_else(monkeypatch):
+    build = BackboneConfig.build
+    found = {}
+    for size in (0.1, 1.0, 10.0):
+
+        def sized(self, image_size, factor=size):
+            backbone = build(self, image_size)
+            for parameter in backbone.net.parameters():
+                parameter.data.mul_(factor)
+            return backbone
+
+        monkeypatch.setattr(BackboneConfig, "build", sized)
+        torch.manual_seed(0)
+        module = MimicryModule(VIT, MLP, image_size=32, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 50))
+        fit(module, 120)
+        assert min(module.similarities().values()) > 0.9999
+        found[size] = module.decomposition().reconstruct()
+    for name, weight in found[1.0].items():
+        torch.testing.assert_close(found[0.1][name], 0.1 * weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[10.0][name], 10 * weight, rtol=1e-3, atol=1e-3)
 
 
 def test_initial_values_depend_on_the_seed():
@@ -174,7 +208,15 @@ def test_a_layout_that_does_not_fit_the_teacher_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("loss", "l1"), ("noise_std", -1.0), ("gradient_clip", -1.0), ("similarity_every", 0)]
+    ("name", "value"),
+    [
+        ("loss", "l1"),
+        ("noise_std", -1.0),
+        ("gradient_clip", -1.0),
+        ("similarity_every", 0),
+        ("start", "zero"),
+        ("weight_scale", 0.0),
+    ],
 )
 def test_a_setting_out_of_range_is_named(name, value):
     with pytest.raises(DecompositionError, match=re.escape(f"{name}={value!r}")):
@@ -223,3 +265,43 @@ def test_the_command_line_writes_a_decomposition_that_recast_can_use(tmp_path, i
     assert main([*words, "--run_dir", str(tmp_path / "run"), *quiet]) == 0
     used = Decomposition.load(tmp_path / "run" / "decomposition.safetensors")
     assert used.fingerprint == decomposition.fingerprint
+
+
+REAL = {"mlp": "mlp.fc[12].weight", "qkv": "attn.qkv.weight"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "seed"),
+    [("mlp", 42), ("qkv", 42)] + [pytest.param(w, s, marks=pytest.mark.slow) for w in REAL for s in (1, 2)],
+)
+def test_the_shipped_settings_fit_every_weight_of_a_real_network(weights, seed, vit_weights, tmp_path):
+    words = ["fit", "--config", "mimicry_vit.yaml", "--run_dir", str(tmp_path / "run"), "--seed_everything", str(seed)]
+    words += ["--model.backbone.name", "vit_small_patch14_dinov2", "--model.backbone.weights", vit_weights]
+    words += ["--model.layout.targets", json.dumps([REAL[weights]]), "--model.image_size", "70"]
+    assert main([*words, "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]) == 0
+    network = BackboneConfig("vit_small_patch14_dinov2", vit_weights).build(70).net.state_dict()
+    fitted = Decomposition.load(tmp_path / "run" / "decomposition.safetensors").reconstruct()
+    assert len(fitted) == {"mlp": 24, "qkv": 12}[weights]
+    for name, weight in fitted.items():
+        ours, theirs = weight.double().flatten(), network[name].double().flatten()
+        assert float(ours @ theirs / ours.norm() / theirs.norm()) >= 0.9999, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [42, 1, 2])
+def test_the_shipped_settings_fit_every_convolution_of_resnet34(seed, tmp_path):
+    words = [
+        "fit",
+        "--config",
+        "mimicry_resnet34.yaml",
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--seed_everything",
+        str(seed),
+    ]
+    words += ["--model.backbone.weights", "random", "--trainer.enable_progress_bar", "false"]
+    assert main([*words, "--trainer.accelerator", "cpu"]) == 0
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
+    last = {t: events.Scalars(t)[-1].value for t in events.Tags()["scalars"] if t.startswith("similarity/")}
+    assert len(last) == 24
+    assert min(last.values()) >= 0.9999

@@ -49,7 +49,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         config: Its result.
     """
     kept = Namespace(**{key: config[key] for key in RUN_KEYS})  # type: ignore[no-untyped-call]
-    text: str = parser.dump(kept, skip_link_targets=False)
+    text: str = parser.dump(kept, skip_link_targets=False, skip_none=False)  # null may differ from the default
     return text
 
 

@@ -29,7 +29,11 @@ class MimicryModule(LightningModule):
 
     Train it with a plain `Trainer.fit(module)`. An epoch is one update of every group, since there is no data. The
     groups are independent problems with an optimizer each, so that only the gradients of one group at a time are in
-    memory. This is the paper's way; the closed form (`recast_pl.decompose`) is better and faster.
+    memory. This is the paper's way; the closed form (`recast_pl.decompose`) is exact and faster.
+
+    Three defaults differ from the paper, whose rate of 0.1 moves every entry of a template by 1.0 in the first steps:
+    RMSprop divides each gradient by its running size, which is biased towards 0 at first. The coefficients of a group
+    then become almost linearly dependent, and stay so. `configs/mimicry/published.yaml` restores the paper's values.
 
     Args:
         backbone: The teacher.
@@ -41,7 +45,12 @@ class MimicryModule(LightningModule):
         loss_scale: Factor of the loss, which is a mean over the entries of a weight, summed over layers.
         noise_std: σ of the Gaussian noise added to the coefficients in training only; 0 for none.
         gradient_clip: Largest norm of the gradient of a group; 0 for no limit.
-        optimizer: Creates an optimizer from parameters.
+        start: Initial coefficients. `across_layers`: the L×n matrix of a group has orthonormal columns, the same for
+            all K sets. `per_layer`: the K×n matrix of each layer is orthogonal, as in the paper.
+        weight_scale: Root mean square that the weights of a group are scaled to for the fit, so that one learning rate
+            suits weights of any size; 0.015 is that of a ViT-S. None to fit them as they are, as in the paper.
+        coefficient_rate: Learning rate of the coefficients, in learning rates of the templates; 1 in the paper.
+        optimizer: Creates an optimizer from parameter groups.
         lr_scheduler: Creates a schedule, stepped at every epoch, from an optimizer.
         similarity_every: Log the similarities every so many epochs, and after the last.
 
@@ -60,28 +69,37 @@ class MimicryModule(LightningModule):
         loss_scale: float = 2.0,
         noise_std: float = 1e-4,
         gradient_clip: float = 1.0,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = lambda p: RMSprop(p, lr=0.1),
-        lr_scheduler: Callable[[Optimizer], LRScheduler] = lambda o: StepLR(o, step_size=200, gamma=0.1),
+        start: Literal["across_layers", "per_layer"] = "across_layers",
+        weight_scale: float | None = 0.015,
+        coefficient_rate: float = 0.1,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: RMSprop(p, lr=0.02),
+        lr_scheduler: Callable[[Optimizer], LRScheduler] = lambda o: StepLR(o, step_size=25, gamma=0.1),
         similarity_every: int = 10,
     ) -> None:
         super().__init__()
         if loss not in _LOSSES:
             raise DecompositionError(f"loss={loss!r} is unknown; choose one of {', '.join(_LOSSES)}")
+        if start not in ("across_layers", "per_layer"):
+            raise DecompositionError(f"start={start!r} is unknown; choose across_layers or per_layer")
+        if weight_scale is not None and not weight_scale > 0:
+            raise DecompositionError(f"weight_scale={weight_scale} must be above 0; leave it out for the default")
         check_least(0, noise_std=noise_std, gradient_clip=gradient_clip)
         check_least(1, similarity_every=similarity_every)
         self.backbone, self.layout, self.image_size = backbone, layout, image_size
         self.source = source
         self.loss, self.loss_scale, self.noise_std = _LOSSES[loss], loss_scale, noise_std
+        self.start, self.weight_scale, self.coefficient_rate = start, weight_scale, coefficient_rate
         self.gradient_clip, self.similarity_every = gradient_clip, similarity_every
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.automatic_optimization = False
         self.groups: list[Group] = []
         self._scratch = torch.empty(0)  # memory for the gradient of the templates, one group at a time
+        self.scales: list[float] = []  # of each group: what its weights are multiplied by
         self.teacher, self.coefficients = nn.ParameterList(), nn.ParameterList()  # (L, *shape), (L, K, n) of each group
         self.sources = nn.ModuleList()
 
     def configure_model(self) -> None:
-        """Loads the teacher and initialises templates by their source, and coefficients as orthogonal matrices."""
+        """Loads the teacher and initialises templates by their source, and coefficients by `start`."""
         if self.groups:
             return
         if self.layout.basis != "svd":
@@ -94,15 +112,30 @@ class MimicryModule(LightningModule):
         for group in self.groups:
             check_values({name: weights[name] for name in group.targets})
             dense = torch.stack([weights[name].detach() for name in group.targets])  # (L, *shape)
+            scale = 1.0 if self.weight_scale is None else self.weight_scale / dense.square().mean().sqrt().item()
+            self.scales.append(scale)
+            dense *= scale
             self.teacher.append(nn.Parameter(dense, requires_grad=False))
             self.sources.append(self.source(dense, group.templates))
-            sets = [torch.empty(self.layout.coefficient_sets, group.templates) for _ in group.targets]
-            self.coefficients.append(nn.Parameter(torch.stack([nn.init.orthogonal_(s) for s in sets])))
+            self.coefficients.append(nn.Parameter(self._start_coefficients(group)))
+
+    def _start_coefficients(self, group: Group) -> Tensor:
+        """Initial coefficients (L, K, n) of a group."""
+        sets = self.layout.coefficient_sets
+        if self.start == "across_layers":
+            matrix = nn.init.orthogonal_(torch.empty(len(group.targets), group.templates))
+            return matrix[:, None].repeat(1, sets, 1)
+        return torch.stack([nn.init.orthogonal_(torch.empty(sets, group.templates)) for _ in group.targets])
 
     def configure_optimizers(self) -> Any:
-        """Creates one optimizer and one schedule for each group."""
-        optimizers = [self.optimizer(self._trained(i)) for i in range(len(self.groups))]
+        """Creates one optimizer and one schedule for each group; the coefficients have their own learning rate."""
+        optimizers = [self.optimizer(self._parameter_groups(i)) for i in range(len(self.groups))]
+        for optimizer in optimizers:
+            optimizer.param_groups[1]["lr"] *= self.coefficient_rate
         return optimizers, [self.lr_scheduler(o) for o in optimizers]
+
+    def _parameter_groups(self, index: int) -> list[dict[str, Any]]:
+        return [{"params": list(self.sources[index].parameters())}, {"params": [self.coefficients[index]]}]
 
     def train_dataloader(self) -> DataLoader[int]:
         """One dummy batch per epoch: the weights are the data."""
@@ -144,8 +177,8 @@ class MimicryModule(LightningModule):
         """The current templates and coefficients; raises DecompositionError if the module has not been trained."""
         if not self.groups:
             raise DecompositionError("MimicryModule holds no templates yet; call Trainer.fit(module) first")
-        parts = zip(self.groups, self.templates, self.coefficients, strict=True)
-        return Decomposition(tuple(Bank(g, t.detach().cpu(), c.detach().cpu()) for g, t, c in parts))
+        parts = zip(self.groups, self.templates, self.scales, self.coefficients, strict=True)
+        return Decomposition(tuple(Bank(g, t.detach().cpu() / s, c.detach().cpu()) for g, t, s, c in parts))
 
     @torch.no_grad()
     def similarities(self) -> dict[str, float]:
