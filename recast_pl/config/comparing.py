@@ -58,7 +58,7 @@ def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str)
         return text
     recorded = folder.config.read_text()
     before, after = parser.parse_string(recorded), parser.parse_string(text)
-    if len(folder.finished()) == len(before.data.tasks):
+    if folder.is_trained and len(folder.finished()) == len(before.data.tasks):
         for config in (before, after):
             for key in _READING:
                 config.data.pop(key, None)
