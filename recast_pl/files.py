@@ -189,7 +189,7 @@ def read_json(path: Path, error: type[RecastError], **entries: type) -> dict[str
         RecastError: (as `error`) If the file is missing or damaged, or an entry is missing or has another type.
     """
     try:
-        content = dict(json.loads(path.read_text()))
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as cause:
         raise error(f"cannot read {path} ({cause}); restore it") from cause
     for name, kind in entries.items():

@@ -181,3 +181,13 @@ def test_the_progress_bar_is_on_standard_error(run, photos, tmp_path):  # noqa: 
     assert done.returncode == 0
     assert b"classifying" in script.read_bytes()
     assert len(rows((tmp_path / "rows.csv").read_text())) == len(SIGNS)
+
+
+def test_an_interrupted_command_is_one_line(predict, photos, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recast_pl.cli.predict.classify_files", interrupted)
+    output = tmp_path / "labels.csv"
+    assert predict("--images", photos, "--output", output) == (130, "", "recast_pl: interrupted\n")
+    assert not output.exists()

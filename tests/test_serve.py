@@ -151,6 +151,21 @@ def test_waiting_requests_are_classified_together_whatever_their_tasks(serve, mo
     assert (found["recast_pl_tasks",], found["recast_pl_waiting_images",]) == (2, 0)
 
 
+def test_a_batch_has_a_limited_number_of_pixels(serve, model, monkeypatch):
+    monkeypatch.setattr("recast_pl.inference.server.batching._BATCH_PIXELS", 2 * model.image_size("food") ** 2)
+    held, client = Held(model, monkeypatch), serve()
+    with ThreadPoolExecutor(6) as pool:
+        asked = []
+        for number in range(1, 7):
+            asked.append(pool.submit(ask, client))
+            until(lambda number=number: client.get("/health").json()["waiting"] == number)
+        until(lambda: len(held.batches) == 1)
+        time.sleep(0.2)  # until the last one is decoded, too
+        held.go.set()
+        assert [future.result().status_code for future in asked] == [200] * 6
+    assert [len(batch) for batch in held.batches] == [1, 2, 2, 1]
+
+
 def test_a_full_queue_says_when_to_try_again(serve, model, monkeypatch):
     held, client = Held(model, monkeypatch), serve(queue_size=2)
     with ThreadPoolExecutor(2) as pool:

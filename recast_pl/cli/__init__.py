@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if `test` finds a difference, `data verify` a fault, or a run on an engine fails; 2 after
-        an error that the user can fix; 3 if `predict` skips images that cannot be read.
+        an error that the user can fix; 3 if `predict` skips images that cannot be read; 130 after Ctrl-C.
     """
     _bound_spinning()
     argv = list(sys.argv[1:] if args is None else args)
@@ -56,6 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if not isinstance(error.__cause__, RecastError):
             raise
         return _refuse(error.__cause__)
+    except KeyboardInterrupt:  # `fit`, `compare` and `serve` end in their own ways
+        print("recast_pl: interrupted", file=sys.stderr)
+        return 130
     return status
 
 

@@ -24,7 +24,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
     if not path.exists():
         return
     # compared after parsing, because the text of defaults inside lists depends on how they were given
-    before, after = parser.parse_string(path.read_text()), parser.parse_string(text)
+    before, after = parser.parse_string(path.read_text(encoding="utf-8")), parser.parse_string(text)
     for config in (before, after):
         for key in _READING:
             config.data.pop(key, None)
@@ -56,7 +56,7 @@ def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str)
     """
     if not folder.config.exists():
         return text
-    recorded = folder.config.read_text()
+    recorded = folder.config.read_text(encoding="utf-8")
     before, after = parser.parse_string(recorded), parser.parse_string(text)
     if folder.is_trained and len(folder.finished()) == len(before.data.tasks):
         for config in (before, after):

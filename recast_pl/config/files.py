@@ -100,7 +100,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
         RunError: If it is damaged.
     """
     try:
-        content = read_yaml(path.read_text(), str(path))
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
         raise RunError(f"cannot read {path} ({cause}); restore it") from cause
     run: dict[str, Any] = content if isinstance(content, dict) else {}

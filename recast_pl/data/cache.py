@@ -144,7 +144,7 @@ class _Entry:
     def read(self) -> dict[str, Any] | None:
         """The index; None if the entry is missing, damaged or of an earlier state of the source."""
         try:
-            index = json.loads((self.path / "index.json").read_text())
+            index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
             if self.with_pixels and list(np.load(self.pixels, mmap_mode="r").shape) != self.state["shape"]:
                 return None
             return index if "equal" in index and {key: index[key] for key in self.state} == self.state else None

@@ -284,7 +284,7 @@ _IMAGENET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 def _uses_fitted_templates(run: RunFolder) -> bool:
     """Returns whether a run took its templates from a file."""
     try:
-        config = yaml.safe_load(run.config.read_text())
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         pieces = config["model"]["init_args"]["pieces"]
         return any((piece.get("init_args") or {}).get("decomposition") for piece in pieces)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):

@@ -340,7 +340,7 @@ class Stream:
             return
         summary, path = self._summary(), self.folder.summary
         content = json_text(summary)
-        if not (path.exists() and path.read_text() == content):
+        if not (path.exists() and path.read_text(encoding="utf-8") == content):
             if self.presentation:
                 self.presentation.write(self.folder, summary)
             write_atomic(path, content)

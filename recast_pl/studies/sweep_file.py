@@ -130,7 +130,7 @@ def _plan(values: Values, config: Mapping[str, Any]) -> PlannedPoint:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = get_loader("yaml")(path.read_text())
+        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
         raise RunError(f"cannot read {path} ({cause}); fix it") from cause
     if not isinstance(content, dict):

@@ -17,6 +17,8 @@ from recast_pl.inference.server.untrusted import check_image, decode
 
 _LARGE = 16_000_000  # pixels from which on images are decoded by threads of their own, so that small ones go on
 
+_BATCH_PIXELS = 8_000_000  # of a batch, which bounds its memory; 159 images of 224×224
+
 
 class _Request(NamedTuple):
     """A decoded image (3, S, S) that waits to be classified, and the future of its prediction."""
@@ -92,12 +94,21 @@ class Batcher:
     async def _work(self) -> None:
         """Computes batches until no image waits."""
         while self._jobs:
-            count = min(len(self._jobs), self._limits.batch_size)
-            batch = [self._jobs.popleft() for _ in range(count)]
-            batch = [job for job in batch if not job.prediction.done()]  # the others have timed out
+            batch = [job for job in self._take() if not job.prediction.done()]  # the others have timed out
             if batch:
                 self._observe(len(batch))
                 await self._compute(batch)
+
+    def _take(self) -> list[_Request]:
+        """The images of the next batch: at most `batch_size`, and `_BATCH_PIXELS` in all unless one image has more."""
+        batch: list[_Request] = []
+        pixels = 0
+        while self._jobs and len(batch) < self._limits.batch_size:
+            pixels += self._jobs[0].pixels[0].numel()
+            if batch and pixels > _BATCH_PIXELS:
+                break
+            batch.append(self._jobs.popleft())
+        return batch
 
     async def _compute(self, batch: list[_Request]) -> None:
         """Answers a batch. If it fails, each task is tried alone, so that only the requests of bad tasks fail."""
