@@ -66,7 +66,10 @@ REFUSED = {
     "SparseAdam": (["--model.optimizer", a_class("torch.optim.SparseAdam")], "--model.optimizer torch.optim.AdamW"),
     "unknown metric": (callback("EarlyStopping", monitor="val_loss"), "`val/loss`"),
     "unknown metric of checkpoints": (callback("ModelCheckpoint", monitor="val_loss"), "'val/loss'"),
-    "missing metric": (callback("EarlyStopping"), "monitor"),
+    "missing metric": (
+        callback("EarlyStopping"),
+        "error: lightning.pytorch.callbacks.EarlyStopping: the following arguments are required: monitor",
+    ),
     "rate finder": (callback("LearningRateFinder"), "compare rates with 'sweep'"),
     "batch size finder": (callback("BatchSizeFinder"), "set --data.batch_size"),
     "pruning": (callback("ModelPruning", pruning_fn="l1_unstructured"), "leave it out"),

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible, is_main_process
+from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
 from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
@@ -90,10 +91,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
 
 @contextmanager
 def _explained_failures() -> Iterator[None]:
-    """A context in which a class that refuses its arguments is an error of one line.
-
-    jsonargparse lists every type that an option may have, and why each one fails; the last failure counts.
-    """
+    """A context in which a class that refuses its arguments is an error of one line."""
     try:
         yield
     except ValueError as error:
@@ -103,9 +101,7 @@ def _explained_failures() -> Iterator[None]:
             raise RunError(
                 f"config.yaml cannot hold {unwritable[1]}; give that argument as text or a number"
             ) from error
-        failures = re.findall(r"Problem with given class_path '([^']+)':\s*(.+?)(?=\n\s*- |\Z)", str(error), re.DOTALL)
-        reason = ": ".join(failures[-1]) if failures else str(error)
-        raise RunError(f"the options cannot be used: {reason}") from error
+        raise RunError(f"the options cannot be used: {short_reason(str(error))}") from error
 
 
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -38,10 +39,26 @@ def run(argv: Sequence[str]) -> int:
         remedies = [remedy for class_name, remedy in _REMEDIES.items() if class_name in str(error)]
         if remedies:
             raise RunError(remedies[0]) from error
-        raise
+        raise RunError(short_reason(str(error))) from error
 
     status: int = _command(name).run(parser, config)
     return status
+
+
+def short_reason(message: str) -> str:
+    """The part of jsonargparse's message that helps: it lists every type an option may have, and why each one fails.
+
+    Args:
+        message: The message, of many lines.
+
+    Returns:
+        The option and the last class that was given with wrong arguments, or else the message as it is.
+    """
+    failures = re.findall(r"Problem with given class_path '([^']+)':\s*(.+?)(?=\n\s*- |\Z)", message, re.DOTALL)
+    if not failures:
+        return message
+    option = re.match(r'Parser key "[^"]+": ', message)
+    return (option[0] if option else "") + ": ".join(failures[-1])
 
 
 def command_parser(name: str) -> LightningArgumentParser:
