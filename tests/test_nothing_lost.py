@@ -20,6 +20,7 @@ from recast_pl.cli import main
 from recast_pl.errors import StorageError
 from recast_pl.files import is_whole_checkpoint
 from recast_pl.learning.trainer import AtomicCheckpoints
+from recast_pl.runs.folder import RunFolder
 
 
 def resuming(run, words):
@@ -29,9 +30,11 @@ def resuming(run, words):
 
 
 def everything(run):
-    """The final content of a run except times and TensorBoard events; a config may be spelled in several ways."""
+    """The final content of a run except times, places and TensorBoard events; a config may have several spellings."""
     files = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
-    timed = {"config.yaml"} | {name for name in files if name.startswith("tasks/")}  # the summary holds all of a record
+    timed = {"config.yaml", "start.json"} | {
+        name for name in files if name.startswith("tasks/")
+    }  # the summary holds all of a record
     content = {name: None if name in timed else path.read_bytes() for name, path in files.items()}
     return content | {"summary.json": without_times(read_summary(run))}
 
@@ -96,7 +99,7 @@ def test_two_processes_that_are_ended_at_random_moments_end_like_uninterrupted_o
     for number in (signal.SIGTERM, signal.SIGKILL):
         since = time.time_ns()
         process = started(resuming(ended, words), log)
-        wait_until(is_written, ended / "config.yaml", since)
+        wait_until(is_written, ended / RunFolder.LOCK, since)
         time.sleep(generator.uniform(0.4 * seconds, seconds))  # starting the second process takes half of the time
         (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
         assert process.wait(600) in (0, -number, 128 + number), log.read_text()

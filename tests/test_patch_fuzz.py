@@ -34,7 +34,7 @@ from recast_pl.runs.patch_tools import average_patches, compare_patches, quantiz
 from recast_pl.terminal import open_console
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-MANY = settings(FEW, max_examples=2_000)
+MANY = settings(FEW, max_examples=200)
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
 METHODS = {
