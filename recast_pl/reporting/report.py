@@ -41,7 +41,7 @@ def compose(collections: Sequence[Collection], folders: Sequence[Path], output: 
     """
     count = sum(len(runs) for collection in collections for runs in collection.runs.values())
     facts = (
-        f"{count} finished runs. Accuracies are measured on the test images after the last task, in percent: the mean "
+        f"{count} finished {'run' if count == 1 else 'runs'}. Accuracies are measured on the test images after the last task, in percent: the mean "
         "and, for several seeds, the sample standard deviation. Each row links to its runs."
     )
     now = origin()
