@@ -41,8 +41,9 @@ def compose(collections: Sequence[Collection], folders: Sequence[Path], output: 
     """
     count = sum(len(runs) for collection in collections for runs in collection.runs.values())
     facts = (
-        f"{count} finished {'run' if count == 1 else 'runs'}. Accuracies are measured on the test images after the last task, in percent: the mean "
-        "and, for several seeds, the sample standard deviation. Each row links to its runs."
+        f"{count} finished {'run' if count == 1 else 'runs'}. Accuracies are measured on the test images after the "
+        "last task, in percent: the mean and, for several seeds, the sample standard deviation. "
+        "Each row links to its runs."
     )
     now = origin()
     written = f"Written on {_date(now)} with {_versions(now)}, on {now['machine']}."
