@@ -80,7 +80,7 @@ def _find_stream(path: Path) -> TextIO | None:
     if str(path) == STANDARD_OUTPUT:
         return sys.stdout
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # such as those of notebooks, which are no files
+        with suppress(OSError, ValueError, AttributeError):  # such as a notebook's stream, which is not a file
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 return stream
     return None

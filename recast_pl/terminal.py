@@ -4,7 +4,7 @@ from rich.console import Console
 
 
 def open_console(stderr: bool = False) -> Console:
-    """A console that prints names as they are: `[bold]` is no markup, `:cat:` no emoji, and numbers are not coloured.
+    """A console that prints names as they are: it does not read `[bold]` as markup, or `:cat:` as an emoji.
 
     Args:
         stderr: Whether it prints on standard error rather than on standard output.

@@ -111,9 +111,9 @@ def test_nothing_to_classify_is_an_error(predict, tmp_path, photos):
     output = tmp_path / "labels.csv"
     for words, message in (
         ([], "no image is named; add --images"),
-        (["--images", tmp_path / "empty"], "there is no image in"),
-        (["--images", photos, tmp_path / "empty"], "there is no image in"),
-        (["--images", tmp_path / "*.tif"], "there is no image in"),
+        (["--images", tmp_path / "empty"], "no image found in"),
+        (["--images", photos, tmp_path / "empty"], "no image found in"),
+        (["--images", tmp_path / "*.tif"], "no image found in"),
         (["--list", tmp_path / "empty.txt"], "is empty; write one image file"),
         (["--list", tmp_path / "nowhere.txt"], "cannot read the list"),
         (["--images", tmp_path / "bad.png"], "none of the 1 images can be read"),

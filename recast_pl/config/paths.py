@@ -80,7 +80,7 @@ def check_weights(model: Any, config: Path, folders: Sequence[Path]) -> None:
         if isinstance(weights, str) and weights not in _NO_FILES and not Path(weights).expanduser().is_file():
             where = " or in ".join(["the working folder", *dict.fromkeys(map(str, folders))])
             raise RunError(
-                f"{config} needs the weights {weights!r}, which is no file in {where}; put it there, or correct "
+                f"{config} needs the weights {weights!r}, not found in {where}; put them there, or correct "
                 f"model.init_args.backbone.weights in {config}"
             )
         for entry in model.values():

@@ -111,7 +111,7 @@ def _check_leaves(root: Path, images: Iterable[_File]) -> None:
             if folders[:level] in holders:
                 raise DataError(
                     f"folder {str(root.joinpath(*folders[:level]))!r} has images beside folders of images such as "
-                    f"{folders[level]!r}, so that it is no innermost folder; move these images, or set the task's "
+                    f"{folders[level]!r}, so it is not an innermost folder; move these images, or set the task's "
                     "classes to top"
                 )
 

@@ -91,7 +91,7 @@ def _files_of(name: str) -> tuple[list[Path], int]:
     found = [_files_below(match) if _is(Path.is_dir, match) else ([match], 0) for match in matches]
     files, others = [file for inside, _ in found for file in inside], sum(count for _, count in found)
     if not files:
-        raise DataError(f"there is no image in {name!r}; name image files, folders or patterns that have some")
+        raise DataError(f"no image found in {name!r}; name image files, folders or patterns that match some")
     return files, others
 
 

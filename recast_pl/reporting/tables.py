@@ -162,7 +162,7 @@ def table_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def markdown_table(cells: Cells, text_columns: int = 1) -> str:
-    """Writes a table as Markdown; a `|` in a cell is no border.
+    """Writes a table as Markdown; escapes `|` in cells.
 
     Args:
         cells: Header and rows.
