@@ -71,8 +71,8 @@ class MimicryModule(LightningModule):
             clipped, or if they are as small as RMSprop's `eps`.
         noise_std: σ of the Gaussian noise added to the coefficients in training only; 0 for none.
         gradient_clip: Largest norm of the gradient of a group; 0 for no limit.
-        start: Initial values of free coefficients. `across_layers`: the L×n matrix of a group has orthonormal columns, the same for
-            all K sets. `per_layer`: the K×n matrix of each layer is orthogonal, as in the paper.
+        start: Initial values of free coefficients. `across_layers`: the L×n matrix of a group has orthonormal columns,
+            the same for all K sets. `per_layer`: the K×n matrix of each layer is orthogonal, as in the paper.
         weight_scale: Root mean square that the weights of a group are scaled to for the fit, so that one learning rate
             suits weights of any size; 0.015 is that of a ViT-S. None to fit them as they are, as in the paper.
         coefficient_rate: Learning rate of the coefficients, in learning rates of the templates; 1 in the paper.

@@ -119,14 +119,12 @@ def _weights_sheet(analysis: Analysis, names: dict[str, str]) -> Sheet:
 
 def _features_sheet(analysis: Analysis) -> Sheet:
     rows = [[f.name, f"{f.mean:.6f}", f"{f.lowest:.6f}"] for f in analysis.features if f.kind != "layer"]
+    note = "Cosine of the flattened output: mean and lowest over images. analysis.json also has every layer. "
     return Sheet(
         "Features of the decomposed network compared with the dense one",
         ["output of", "feature similarity", "lowest"],
         rows,
-        [
-            "Cosine of the flattened output: mean and lowest over images. analysis.json also has every layer. "
-            f"Mean over blocks: feature similarity {analysis.feature_similarity:.6f}."
-        ],
+        [f"{note}Mean over blocks: feature similarity {analysis.feature_similarity:.6f}."],
     )
 
 
