@@ -15,13 +15,28 @@ from recast_pl.runs.class_results import ClassResults
 from recast_pl.runs.origin import Origin
 
 
-class TaskResult(TypedDict):
-    """What a run reports about one trained task; accuracies are in percent."""
+class ProbeAccuracies(TypedDict):
+    """Test accuracies in percent of heads on the features that a task starts from.
+
+    `probe_accuracy` is that of converged logistic regression. `sgd_probe_accuracy` is that of a head trained with the
+    optimizer and epochs of the task, which is there if the task has an `sgd` head. Before heads could be solved,
+    `probe_accuracy` was the latter.
+    """
+
+    probe_accuracy: float
+    sgd_probe_accuracy: NotRequired[float]
+
+
+class TaskResult(ProbeAccuracies):
+    """What a run reports about one trained task; accuracies are in percent.
+
+    `balanced_accuracy` is the mean over classes of the share of test images that are recognised; older runs lack it.
+    """
 
     name: str
     classes: int
     accuracy: float
-    probe_accuracy: float
+    balanced_accuracy: NotRequired[float]
     task_parameters: int
     head_parameters: int
     patch_bytes: int

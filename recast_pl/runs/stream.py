@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Protocol, cast
 
 from lightning import seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -30,9 +30,9 @@ from recast_pl.learning.trainer import (
     TrainerFactory,
     TrainingTime,
 )
-from recast_pl.runs.class_results import class_results
+from recast_pl.runs.class_results import balanced_accuracy, class_results
 from recast_pl.runs.evaluation import measure, rounded
-from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, config_name
+from recast_pl.runs.folder import ProbeAccuracies, Record, RunFolder, Summary, TaskFiles, TaskResult, config_name
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
     accuracy_matrix,
@@ -273,11 +273,11 @@ class Stream:
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
-        probe, trained = rounded(100 * self.module.probe_accuracy), self.module.task_parameters
-        patch = self.module.patch({"probe_accuracy": probe})
+        probes, trained = self._probe_accuracies(), self.module.task_parameters
+        patch = self.module.patch(probes)
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
         accuracies = {p.task: measure(self.module, self.data, i, p, self.evaluator) for i, p in seen.items()}
-        patch = replace(patch, metrics={"accuracy": accuracies[patch.task], "probe_accuracy": probe})
+        patch = replace(patch, metrics={"accuracy": accuracies[patch.task], **probes})
         classes = class_results(patch.classes, self.module.test_pairs.numpy())  # of this task, which was tested last
         self.data.select(index)
         content, sizes = patch.to_bytes(), self.data.sizes
@@ -285,7 +285,8 @@ class Stream:
             name=patch.task,
             classes=len(patch.classes),
             accuracy=accuracies[patch.task],
-            probe_accuracy=probe,
+            balanced_accuracy=rounded(balanced_accuracy(classes)),
+            **cast(ProbeAccuracies, probes),
             task_parameters=trained,
             head_parameters=sum(tensor.numel() for tensor in patch.head.values()),
             patch_bytes=len(content),
@@ -362,6 +363,12 @@ class Stream:
             shared_bytes=records[-1]["shared_bytes"],
             wall_seconds=round(sum(record["wall_seconds"] for record in records), 2),
         )
+
+    def _probe_accuracies(self) -> dict[str, float]:
+        """Test accuracies in percent of the probes of the current task."""
+        probes = self.module.probes
+        found = {"probe_accuracy": probes.converged, "sgd_probe_accuracy": probes.budgeted}
+        return {name: rounded(100 * accuracy) for name, accuracy in found.items() if accuracy is not None}
 
     def _files(self, index: int) -> TaskFiles:
         return self.folder.files(index, self._names[index])
