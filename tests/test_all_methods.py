@@ -34,7 +34,7 @@ RESNET_CONV = BankLayout([r"conv\d\.weight"])
 
 
 def recast(layout=VIT_MLP):
-    return rp.Recast(layout, learning_rate=2e-2)
+    return rp.Recast(layout, learning_rate=2.5e-3)
 
 
 ON_BOTH = {
