@@ -28,7 +28,7 @@ HEAD = """# Configuration
 
 A run is described by one YAML file, or by several laid over one another: `fit --config vit.yaml --config
 methods/recast_vit.yaml`. Every entry is also an option of the command line: `--data.batch_size 64`,
-`--model.warm_start true`. `--print_config` prints the result. `model`, `data` and each piece take the arguments of the
+`--model.head lda`. `--print_config` prints the result. `model`, `data` and each piece take the arguments of the
 classes listed here; `trainer` takes [Lightning's](https://lightning.ai/docs/pytorch/stable/common/trainer.html).
 """
 
