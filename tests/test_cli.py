@@ -20,7 +20,7 @@ from recast_pl.cli import main
 from recast_pl.cli.interruption import is_main_process
 from recast_pl.data.download import extract
 
-CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - {"imagenet.yaml"})  # not for fit
+CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")})
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 ON_RESNET = ("recast_clr", "recast_piggyback")
 

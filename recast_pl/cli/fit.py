@@ -115,8 +115,8 @@ def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) 
     if is_main_process():
         console.print(fitted.table())
         mean, name = statistics.mean(cosines.values()), min(cosines, key=lambda weight: cosines[weight])
-        quality = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {cosines[name]:.4f} ({name})"
-        remedy = "; such weights harm the tasks: fit with mimicry/vae_mse.yaml, or use the closed form"
+        quality = f"weight cosine with the pretrained network: mean {mean:.4f}, lowest {cosines[name]:.4f} ({name})"
+        remedy = "; such weights harm the tasks: use the rates and epochs of mimicry_vit.yaml, or use the closed form"
         console.print(quality + (remedy if cosines[name] < _GOOD_COSINE else ""), soft_wrap=True)
 
 

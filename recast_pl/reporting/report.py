@@ -251,9 +251,21 @@ def _reconstructions(folders: Sequence[Path], output: Path) -> list[Block]:
     return [Heading("Reconstruction"), *blocks] if blocks else []
 
 
-def _number(key: str, digits: int, factor: float = 1) -> Callable[[Mapping[str, Any]], str]:
-    """Returns a formatter of one entry, which shows a dash if the entry was not measured."""
-    return lambda facts: "–" if facts.get(key) is None else f"{factor * facts[key]:,.{digits}f}"
+def _number(key: str, digits: int, factor: float = 1, older: str = "") -> Callable[[Mapping[str, Any]], str]:
+    """Returns a formatter of one entry, which shows a dash if the entry was not measured.
+
+    Args:
+        key: Name of the entry.
+        digits: Decimals.
+        factor: What to multiply the number by.
+        older: Name of the entry in files of earlier versions.
+    """
+
+    def show(facts: Mapping[str, Any]) -> str:
+        value = facts.get(key, facts.get(older))
+        return "–" if value is None else f"{factor * value:,.{digits}f}"
+
+    return show
 
 
 _FIT_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -264,7 +276,7 @@ _FIT_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ms per epoch": lambda facts: f"{1000 * facts['seconds'] / max(1, facts['epochs']):,.1f}",
     "epochs": _number("epochs", 0),
     "seconds": _number("seconds", 1),
-    "similarity (%)": _number("similarity", 2, 100),
+    "weight cosine (%)": _number("weight_cosine", 2, 100, older="similarity"),
 }
 
 _IMAGENET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -273,7 +285,8 @@ _IMAGENET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "dense top-1 (%)": _number("dense_accuracy", 2),
     "decomposed top-1 (%)": _number("decomposed_accuracy", 2),
     "equal predictions (%)": _number("agreement", 2),
-    "similarity (%)": _number("similarity", 2, 100),
+    "weight cosine (%)": _number("weight_cosine", 2, 100),
+    "feature similarity (%)": _number("feature_similarity", 2, 100),
 }
 
 
