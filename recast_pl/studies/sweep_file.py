@@ -18,8 +18,7 @@ notes: [A sentence below the tables.]
 ```
 
 A listed point may have `published: {average: 85.0, spread: 0.1, TASK: 98.6}`, accuracies that others report. In
-`config`, `${folder}` is the folder of the sweep, which has a folder for each fit. A file with `fits` or `after` needs no
-points.
+`config`, `${folder}` is the folder of the sweep. A file with `fits` or `after` needs no points.
 """
 
 import itertools
