@@ -316,7 +316,17 @@ def test_a_folder_without_runs_is_refused(place, tmp_path, capsys):
 
 def test_the_report_reads_what_the_commands_write(tiny_fit, tmp_path):
     options = shlex.join(tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")[5:])
-    words = ["compare", "--base", "vit.yaml", "--configs", "methods/recast.yaml", "--seeds", "1", "--options", options]
+    words = [
+        "compare",
+        "--base",
+        "vit.yaml",
+        "--configs",
+        "methods/recast_vit.yaml",
+        "--seeds",
+        "1",
+        "--options",
+        options,
+    ]
     assert main([*words, "--output", str(tmp_path / "in" / "compared")]) == 0
     fit = ["fit", "--config", "mimicry_resnet34.yaml", "--run_dir", str(tmp_path / "in" / "fitted")]
     fit += ["--model.backbone.name", "torchvision/resnet18", "--model.backbone.weights", "random"]

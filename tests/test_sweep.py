@@ -132,7 +132,10 @@ def test_malformed_files_are_refused(content, sweep, capsys):
 def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, tiny_fit, tmp_path, capsys):
     content = {
         "base": ["vit.yaml"],
-        "grid": {"method": ["methods/recast.yaml", "methods/finetune.yaml"], "data.order_seed": {"a": None, "b": 3}},
+        "grid": {
+            "method": ["methods/recast_vit.yaml", "methods/finetune.yaml"],
+            "data.order_seed": {"a": None, "b": 3},
+        },
         "over": "data.order_seed",
         "x": "method",
     }
@@ -151,7 +154,7 @@ def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, t
     assert shared["range"] == f"{max(means) - min(means):.2f}"
     assert shared["largest change of a task"] == f"{max(abs(final[0][t] - final[1][t]) for t in final[0]):.2f}"
     assert "over data.order_seed" in capsys.readouterr().out
-    words = ("--config", "methods/recast.yaml", "--data.order_seed", "3", "--trainer.max_epochs", "1")
+    words = ("--config", "methods/recast_vit.yaml", "--data.order_seed", "3", "--trainer.max_epochs", "1")
     assert main(tiny_fit(*words, "--seed_everything", "1")) == 0  # `fit` with the options of a point
     ours, theirs = (sorted((run / "patches").iterdir()) for run in (out / "recast_b" / "1", tmp_path / "run"))
     assert [path.name for path in ours] == ["00_second.safetensors", "01_first.safetensors"]
