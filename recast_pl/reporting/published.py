@@ -1,6 +1,7 @@
 """Accuracies of runs beside those that others report, such as the tables of the paper."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Literal
 
 from recast_pl.reporting.measures import task_mean
@@ -25,7 +26,7 @@ def published_tables(points: Points, finished: Mapping[str, Sequence[Summary]], 
     Args:
         points: The rows.
         finished: Summaries of finished runs, by name of the point.
-        seeds: Number of seeds that each point is meant to have; a row with another number says so.
+        seeds: Number of seeds that each point is meant to have; a row with fewer says so.
 
     Returns:
         `published`, the averages over tasks, and `tasks`, each only if something of the kind is reported.
@@ -33,7 +34,7 @@ def published_tables(points: Points, finished: Mapping[str, Sequence[Summary]], 
     tasks = list(dict.fromkeys(key for _, reported in points.values() for key in reported if key not in _OVERALL))
     tables = {}
     if any(reported for _, reported in points.values()):
-        tables["published"] = _average_cells(points, finished, seeds)
+        tables["published"] = _average_cells(points, finished, seeds, set(tasks))
     if tasks:
         tables["tasks"] = _task_cells(points, finished, tasks)
     return tables
@@ -42,15 +43,19 @@ def published_tables(points: Points, finished: Mapping[str, Sequence[Summary]], 
 _OVERALL = ("average", "spread")
 
 
-def _average_cells(points: Points, finished: Mapping[str, Sequence[Summary]], seeds: int) -> Cells:
+def _average_cells(
+    points: Points, finished: Mapping[str, Sequence[Summary]], seeds: int, tasks: AbstractSet[str]
+) -> Cells:
+    """The averages; there is no difference to runs that lack some of the tasks, whose averages mean something else."""
     rows = []
     for name, title in _titles(points).items():
         published, runs = points[name][1], finished.get(name, ())
         theirs = Spread(published["average"], published.get("spread")) if "average" in published else None
         ours = spread([run["average_accuracy"] for run in runs]) if runs else None
         sizes = [f"{task_mean(runs, key):,.0f}" if runs else "" for key in _SIZES]
-        count = str(seeds) if len(runs) == seeds else f"{len(runs)} of {seeds}"
-        difference = f"{ours.mean - theirs.mean:+.2f}" if ours and theirs else ""
+        count = f"{len(runs)} of {seeds}" if len(runs) < seeds else str(len(runs))
+        comparable = all(tasks <= {task["name"] for task in run["tasks"]} for run in runs)
+        difference = f"{ours.mean - theirs.mean:+.2f}" if ours and theirs and comparable else ""
         rows.append([title, str(ours or MISSING), str(theirs or ""), difference, *sizes, count])
     return ["method", "ours %", "paper %", "difference", "numbers per task", "bytes per task", "seeds"], rows
 
