@@ -141,7 +141,7 @@ def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, t
     assert main(sweep(content, "--seeds", "1")) == 0
     out = tmp_path / "out"
     isolated, shared = rows(out / "sweep_over_order_seed.csv")
-    assert (isolated["method"], isolated["values of data.order_seed"]) == ("recast", "2")
+    assert (isolated["method"], isolated["values of data.order_seed"]) == ("recast_vit", "2")
     assert (isolated["range"], isolated["largest change of a task"]) == ("0.00", "0.00")
     final = []
     for order, names in (("a", ["first", "second"]), ("b", ["second", "first"])):
@@ -155,7 +155,7 @@ def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, t
     assert "over data.order_seed" in capsys.readouterr().out
     words = ("--config", "methods/recast_vit.yaml", "--data.order_seed", "3", "--trainer.max_epochs", "1")
     assert main(tiny_fit(*words, "--seed_everything", "1")) == 0  # `fit` with the options of a point
-    ours, theirs = (sorted((run / "patches").iterdir()) for run in (out / "recast_b" / "1", tmp_path / "run"))
+    ours, theirs = (sorted((run / "patches").iterdir()) for run in (out / "recast_vit_b" / "1", tmp_path / "run"))
     assert [path.name for path in ours] == ["00_second.safetensors", "01_first.safetensors"]
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
