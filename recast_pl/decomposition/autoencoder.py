@@ -11,12 +11,11 @@ from recast_pl.decomposition.targets import check_least
 class TemplateAutoencoder(TemplateSource):
     """A variational autoencoder from the weights of a group to its templates. Experimental, and not in the paper.
 
-    What the paper calls a VAE is `CoefficientEncoder`. Here the weights are an image: rows
-    by columns (a convolution kernel is flattened), with one channel for each layer. Convolutions map each patch to the
-    mean and log-variance of latent variables, and these to the same patch of n templates. Encoder and decoder are a
-    hidden layer plus a linear map; without it, Adam takes several times as many epochs. Training samples the latent
-    variables, z = μ + σ·ε, and adds β·KL(N(μ, σ²) ‖ N(0, 1)) to the loss (Kingma and Welling, 2014). The final
-    templates are those of μ.
+    What the paper calls a VAE is `CoefficientEncoder`. Here the weights are an image: rows by columns (a convolution
+    kernel is flattened), with one channel for each layer. Convolutions map each patch to the mean and log-variance of
+    latent variables, and these to the same patch of n templates. Encoder and decoder are a hidden layer plus a linear
+    map; without it, Adam takes several times as many epochs. Training samples the latent variables, z = μ + σ·ε, and
+    adds β·KL(N(μ, σ²) ‖ N(0, 1)) to the loss (Kingma and Welling, 2014). The final templates are those of μ.
 
     Args:
         dense: The weights (L, *shape) of the group.
