@@ -4,10 +4,12 @@
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import TaskConfig
-from recast_pl.decomposition.autoencoder import FreeTemplates, TemplateAutoencoder
+from recast_pl.decomposition.autoencoder import TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
+from recast_pl.decomposition.encoder import CoefficientEncoder
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.parametrization import install
+from recast_pl.decomposition.sources import FreeCoefficients, FreeTemplates
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
 from recast_pl.inference.predictor import Prediction, Predictor, load

@@ -290,7 +290,13 @@ def test_a_gradient_fit_is_compared_with_its_teacher(tmp_path, images):
         ours, theirs = flat(decomposition.reconstruct()[entry["name"]]), flat(network.get_parameter(entry["name"]))
         assert entry["cosine"] == pytest.approx(1 - cosine(ours, theirs), abs=1e-9)
     check_features(found["features"], decomposition, batch_of([one]))
+    assert found["weight_cosine"] == pytest.approx(np.mean([entry["cosine"] for entry in found["targets"]]))
+    blocks = [entry["mean"] for entry in found["features"] if entry["name"] in {f"blocks.{i}" for i in range(4)}]
+    assert found["feature_similarity"] == pytest.approx(np.mean(blocks))  # as in the authors' release
     assert found["displacements"] == {}
+    table = (tmp_path / "run" / "analysis" / "analysis.md").read_text()
+    assert f"weight cosine {found['weight_cosine']:.6f}" in table
+    assert f"feature similarity {found['feature_similarity']:.6f}" in table
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -300,9 +306,11 @@ def test_an_exact_decomposition_keeps_the_features_of_its_backbone(tmp_path, ima
     backbone = {"name": VIT.name, "weights": str(tmp_path / "vit.pth"), "args": SMALL}
     network = ["--backbone", json.dumps(backbone), "--image_size", "32"]
     found = analysis_of(decomposition, tmp_path, *network, "--images", *sorted(images.rglob("*.png")))
+    assert [found["weight_cosine"], found["feature_similarity"]] == pytest.approx([1, 1])
     assert max(entry["relative_error"] for entry in found["targets"]) < 1e-6
     assert min(entry["lowest"] for entry in found["features"]) > 1 - 1e-9
-    assert analysis_of(decomposition, tmp_path, *network)["features"] == []  # nothing to compare without images
+    alone = analysis_of(decomposition, tmp_path, *network)  # without images, there is nothing to compare
+    assert (alone["features"], alone["feature_similarity"]) == ([], None)
 
 
 def test_the_output_projection_is_compared_at_the_output_of_attention():

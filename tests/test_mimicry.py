@@ -12,7 +12,7 @@ from conftest import TINY_VIT
 from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recast_pl import BackboneConfig, BankLayout, Decomposition, MimicryModule
+from recast_pl import BackboneConfig, BankLayout, CoefficientEncoder, Decomposition, MimicryModule
 from recast_pl.cli import main
 from recast_pl.decomposition import mimicry
 from recast_pl.errors import DecompositionError
@@ -84,6 +84,72 @@ def test_one_step_follows_the_gradient_of_equation_3(monkeypatch, name, block, l
     assert float(trainer.callback_metrics["mimicry/loss"]) == pytest.approx(wanted_loss, rel=1e-5)
 
 
+def encoder_of_the_release(dense, templates, layers, sets, loss):
+    """The loss of one group with its encoder and all K weights of every layer written out, in float64.
+
+    Args:
+        dense: The weights (L, out, in).
+        templates: (n, out, in).
+        layers: Weight and bias of each of the three layers, in turn.
+        sets: K.
+        loss: A mean over all entries of a group.
+    """
+    hidden = dense.flatten(1)
+    for weight, bias in (layers[:2], layers[2:4]):
+        hidden = hidden @ weight.T + bias
+        hidden = torch.where(hidden > 0, hidden, 0.01 * hidden)
+    coefficients = (hidden @ layers[4].T + layers[5]).view(len(dense), sets, len(templates))
+    weights = [torch.stack([(c.view(-1, 1, 1) * templates).sum(0) for c in one]).mean(0) for one in coefficients]
+    return loss(torch.stack(weights), dense), coefficients
+
+
+@pytest.mark.parametrize("name", ["smooth_l1", "mse"])
+def test_one_step_of_the_encoder_follows_autograd_through_the_formula_of_the_release(name):
+    module = started(coefficient_source=CoefficientEncoder, loss=name, loss_scale=0.5)
+    loss = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[name]
+    wanted_loss, wanted = 0.0, []
+    for index, dense in enumerate(module.teacher):
+        dense.data.mul_(100)  # so that both branches of the smooth loss are used
+        trained = [p.detach().double().requires_grad_() for p in module._trained(index)]
+        assert [tuple(p.shape) for p in trained[1:]] == [(8, dense[0].numel()), (8,), (8, 8), (8,), (4, 8), (4,)]
+        total, coefficients = encoder_of_the_release(dense.double(), trained[0], trained[1:], 2, loss)
+        torch.testing.assert_close(module.coefficients[index].double(), coefficients, rtol=1e-4, atol=1e-5)
+        wanted += torch.autograd.grad(total, trained)
+        wanted_loss += total.item()
+    before = [p.detach().clone() for index in range(4) for p in module._trained(index)]
+    trainer = fit(module)
+    after = [p.detach() for index in range(4) for p in module._trained(index)]
+    assert float(trainer.callback_metrics["mimicry/loss"]) == pytest.approx(wanted_loss, rel=1e-5)
+    for old, new, gradient in zip(before, after, wanted, strict=True):
+        assert gradient.abs().max() > 0
+        step = (old - new).double() / RATE
+        torch.testing.assert_close(step, gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()) + 1e-9)
+
+
+def test_the_loss_of_each_group_has_the_factor_of_its_pattern():
+    factors = {r"fc1\.weight": 3.5, r"fc2\.weight": 2.5}
+    (plain, _), (weighted, _) = steps(started(loss_scale=1.0)), steps(started(loss_scale=factors))
+    kinds = [group.kind for group in started().groups] * 2  # templates, then coefficients
+    assert [kind.count("fc1") for kind in kinds] == [1, 1, 0, 0] * 2
+    for kind, one, other in zip(kinds, plain, weighted, strict=True):
+        wanted = 3.5 if "fc1" in kind else 2.5
+        torch.testing.assert_close(wanted * one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("factors", "named"),
+    [
+        ({r"fc1\.weight": 3.5}, ["only 'fc1", "blocks.0.mlp.fc2.weight", "add one"]),
+        ({r"blocks\.0": 3.5, r"fc2": 2.5}, ["no pattern for all weights", "blocks.0.mlp.fc1.weight"]),
+        ({"fc[": 1.0}, ["loss_scale 'fc['", "regular expression"]),
+    ],
+)
+def test_a_group_without_a_factor_is_refused(factors, named):
+    with pytest.raises(DecompositionError) as error:
+        started(loss_scale=factors)
+    assert all(part in str(error.value) for part in named)
+
+
 def test_the_gradient_of_each_group_is_clipped_to_the_largest_norm():
     module = started(gradient_clip=1e-3)
     _, wanted = equation_3(module, F.smooth_l1_loss, 2.0)
@@ -146,7 +212,7 @@ def test_the_size_of_the_weights_changes_the_templates_in_proportion_and_nothing
         torch.manual_seed(0)
         module = MimicryModule(VIT, MLP, image_size=32, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 50))
         fit(module, 120)
-        assert min(module.similarities().values()) > 0.9999
+        assert min(module.weight_cosines().values()) > 0.9999
         found[size] = module.decomposition().reconstruct()
     for name, weight in found[1.0].items():
         torch.testing.assert_close(found[0.1][name], 0.1 * weight, rtol=1e-3, atol=1e-5)
@@ -172,18 +238,18 @@ def test_a_fit_reproduces_the_weights():
     for weight in module.teacher:
         weight.data.mul_(10)  # from the σ of 0.02 in timm to the initial scale of the templates
     start, _ = equation_3(module, F.smooth_l1_loss, 2.0)
-    assert max(module.similarities().values()) < 0.5
+    assert max(module.weight_cosines().values()) < 0.5
     trainer = fit(module, 200)
     end, _ = equation_3(module, F.smooth_l1_loss, 2.0)
     assert end < 1e-4 * start
-    assert min(module.similarities().values()) > 0.999
-    assert float(trainer.callback_metrics["mimicry/similarity"]) > 0.999
+    assert min(module.weight_cosines().values()) > 0.999
+    assert float(trainer.callback_metrics["mimicry/weight_cosine"]) > 0.999
 
 
 def test_similarities_are_cosines_of_reconstructed_weights():
     module = started()
     weights = module.decomposition().reconstruct()
-    for name, similarity in module.similarities().items():
+    for name, similarity in module.weight_cosines().items():
         ours, theirs = (w.detach().double().numpy().ravel() for w in (weights[name], dense_weights(module)[name]))
         cosine = ours @ theirs / math.sqrt((ours @ ours) * (theirs @ theirs))
         assert similarity == pytest.approx(cosine, abs=1e-5)
@@ -238,7 +304,7 @@ def test_the_command_line_writes_a_decomposition_that_recast_can_use(tmp_path, i
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "11"]
     words = ["fit", "--config", "mimicry_vit.yaml", *tiny, "--model.image_size", "32", "--run_dir", str(run_dir)]
     assert main([*words, *quiet]) == 0
-    mean = json.loads((run_dir / "mimicry.json").read_text())["similarity"]
+    mean = json.loads((run_dir / "mimicry.json").read_text())["weight_cosine"]
     printed = " ".join(capsys.readouterr().out.split())
     assert f"mean {mean:.4f}, lowest" in printed
     assert "or use the closed form" in printed  # after so few epochs
@@ -249,8 +315,8 @@ def test_the_command_line_writes_a_decomposition_that_recast_can_use(tmp_path, i
     (events,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*")}
     log = EventAccumulator(str(events)).Reload()
     tags = log.Tags()["scalars"]
-    layers = {f"similarity/blocks.{i}.mlp.fc{j}.weight" for i in range(12) for j in (1, 2)}
-    assert {"mimicry/loss", "mimicry/lr", "mimicry/similarity"} | layers <= set(tags)
+    layers = {f"weight_cosine/blocks.{i}.mlp.fc{j}.weight" for i in range(12) for j in (1, 2)}
+    assert {"mimicry/loss", "mimicry/lr", "mimicry/weight_cosine"} | layers <= set(tags)
     assert {event.step for event in log.Scalars(min(layers))} == {0, 10}
 
     asked = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
@@ -302,6 +368,6 @@ def test_the_shipped_settings_fit_every_convolution_of_resnet34(seed, tmp_path):
     words += ["--model.backbone.weights", "random", "--trainer.enable_progress_bar", "false"]
     assert main([*words, "--trainer.accelerator", "cpu"]) == 0
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
-    last = {t: events.Scalars(t)[-1].value for t in events.Tags()["scalars"] if t.startswith("similarity/")}
+    last = {t: events.Scalars(t)[-1].value for t in events.Tags()["scalars"] if t.startswith("weight_cosine/")}
     assert len(last) == 24
     assert min(last.values()) >= 0.9999

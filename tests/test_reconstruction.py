@@ -1,4 +1,4 @@
-"""The sources of templates in figure 5: bases of the closed form, and an autoencoder."""
+"""The reconstructions of figure 5: bases of the closed form, an encoder of coefficients, and an autoencoder."""
 
 import json
 import math
@@ -12,7 +12,15 @@ from conftest import ROOT, TINY_VIT
 from lightning import Trainer
 from torch import nn
 
-from recast_pl import BackboneConfig, BankLayout, Decomposition, MimicryModule, TemplateAutoencoder, decompose
+from recast_pl import (
+    BackboneConfig,
+    BankLayout,
+    CoefficientEncoder,
+    Decomposition,
+    MimicryModule,
+    TemplateAutoencoder,
+    decompose,
+)
 from recast_pl.cli import main
 from recast_pl.errors import DecompositionError
 
@@ -212,10 +220,10 @@ def test_gradients_of_the_encoder_match_autograd(loss):
 def test_a_fit_reproduces_the_weights_from_the_latent_means(tmp_path):
     fit = module()
     fit.configure_model()
-    start = min(fit.similarities().values())
+    start = min(fit.weight_cosines().values())
     Trainer(max_epochs=150, accelerator="cpu", **QUIET).fit(fit)
     assert start < 0.5
-    assert min(fit.similarities().values()) > 0.985  # the similarity in the paper
+    assert min(fit.weight_cosines().values()) > 0.985  # the similarity in the paper
     fit.decomposition().save(tmp_path / "d.safetensors")
     loaded = Decomposition.load(tmp_path / "d.safetensors")
     for bank, encoder, teacher in zip(loaded.banks, fit.sources, fit.teacher, strict=True):
@@ -225,7 +233,7 @@ def test_a_fit_reproduces_the_weights_from_the_latent_means(tmp_path):
     for name, weight in loaded.reconstruct().items():
         a, b = (t.detach().double().numpy().ravel() for t in (weight, dense[name]))
         cosine = a @ b / math.sqrt((a @ a) * (b @ b))
-        assert fit.similarities()[name] == pytest.approx(cosine, abs=1e-5)
+        assert fit.weight_cosines()[name] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_fewer_latent_variables_lose_a_part_of_the_weights():
@@ -233,7 +241,7 @@ def test_fewer_latent_variables_lose_a_part_of_the_weights():
     for latent in (None, 8):  # for the 2·4² weights of a patch
         fit = module(latent=latent)
         Trainer(max_epochs=30, accelerator="cpu", **QUIET).fit(fit)
-        similarities.append(sum(fit.similarities().values()) / len(fit.similarities()))
+        similarities.append(sum(fit.weight_cosines().values()) / len(fit.weight_cosines()))
     assert similarities[0] - similarities[1] > 0.2
 
 
@@ -262,10 +270,51 @@ def test_every_shipped_reconstruction_runs(name, tmp_path):
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["init_args"]
     assert settings["loss"] == ("mse" if "mse" in name else "smooth_l1")
     assert settings["noise_std"] == (1e-4 if name in ("noise", "published") else 0)
-    assert settings["optimizer"]["init_args"]["lr"] == {"vae": 3e-2, "published": 0.1}.get(name.split("_")[0], 0.02)
-    kind = "TemplateAutoencoder" if "vae" in name else "FreeTemplates"
-    assert settings["source"]["class_path"] == f"recast_pl.{kind}"
+    rates = {"vae": 2e-3, "autoencoder": 3e-2, "published": 0.1}
+    assert settings["optimizer"]["init_args"]["lr"] == rates.get(name.split("_")[0], 0.02)
+    templates = "TemplateAutoencoder" if "autoencoder" in name else "FreeTemplates"
+    assert settings["source"]["class_path"] == f"recast_pl.{templates}"
+    coefficients = "CoefficientEncoder" if "vae" in name else "FreeCoefficients"
+    assert settings["coefficient_source"]["class_path"] == f"recast_pl.{coefficients}"
     assert len(Decomposition.load(tmp_path / "decomposition.safetensors").banks) == 2
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_the_encoder_has_the_settings_of_the_release(loss, tmp_path):
+    assert main(overlaid(f"vae_{loss}", tmp_path)) == 0
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["init_args"]
+    assert settings["coefficient_source"]["init_args"] == {"hidden": 8}
+    assert settings["loss_scale"] == 0.5  # the mean over the two layers of a group
+    assert [settings[key] for key in ("weight_scale", "coefficient_rate", "gradient_clip")] == [None, 1, 0]
+    assert settings["optimizer"]["class_path"] == "torch.optim.RMSprop"
+    schedule = settings["lr_scheduler"]
+    assert schedule["class_path"].endswith("CosineAnnealingLR")
+    assert schedule["init_args"]["T_max"] == 2500
+    shipped = yaml.safe_load((ROOT / "configs" / "mimicry" / f"vae_{loss}.yaml").read_text())
+    assert shipped["trainer"]["max_epochs"] == 2500
+
+
+def test_only_the_coefficients_that_the_encoder_gives_are_kept(tmp_path):
+    torch.manual_seed(0)
+    fit = MimicryModule(
+        VIT,
+        BankLayout([MLP], coefficient_sets=2),
+        image_size=32,
+        coefficient_source=CoefficientEncoder,
+        noise_std=0.0,
+        coefficient_rate=1.0,
+        optimizer=lambda p: torch.optim.Adam(p, lr=1e-2),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 300),
+    )
+    Trainer(max_epochs=300, accelerator="cpu", **QUIET).fit(fit)
+    assert min(fit.weight_cosines().values()) > 0.985  # the lowest similarity in the paper
+    fit.decomposition().save(tmp_path / "d.safetensors")
+    loaded = Decomposition.load(tmp_path / "d.safetensors")
+    assert sum(bank.coefficients.numel() for bank in loaded.banks) == 4 * 2 * 2
+    parts = zip(loaded.banks, fit.coefficient_sources, fit.teacher, strict=True)
+    for bank, encoder, teacher in parts:
+        assert torch.equal(bank.coefficients, encoder(teacher))
+        assert not torch.allclose(bank.coefficients[0], bank.coefficients[1])  # each layer has its own
 
 
 def test_the_saved_config_of_a_fit_reproduces_its_bytes(tmp_path):
@@ -276,4 +325,5 @@ def test_the_saved_config_of_a_fit_reproduces_its_bytes(tmp_path):
 
 
 def test_the_reconstructions_of_figure_5_are_shipped():
-    assert OVERLAYS == ["mse", "noise", "published", "smooth_l1", "vae_mse", "vae_smooth_l1"]
+    pairs = {f"{source}_{loss}" for source in ("autoencoder", "vae") for loss in ("mse", "smooth_l1")}
+    assert set(OVERLAYS) == pairs | {"mse", "noise", "published", "smooth_l1"}

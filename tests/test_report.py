@@ -282,17 +282,29 @@ def test_backbones_sweeps_and_reconstructions_get_their_figures(tmp_path):
         groups = [{"name": f"blocks.*.fc1.weight:{g}", "frobenius": 1.0 + g, "entropy": None} for g in (0, 1)]
         (run / "analysis").mkdir()
         (run / "analysis" / "analysis.json").write_text(json.dumps({"groups": groups}))
-    facts = {"backbone": "vit_small", "weights": 14_155_776, "similarity": 0.98765, "epochs": 1000, "seconds": 36.2}
+    facts = {"backbone": "vit_small", "weights": 14_155_776, "weight_cosine": 0.98765, "epochs": 1000, "seconds": 36.2}
     (tmp_path / "in" / "mimicry").mkdir()
     more = {"cpu_percent": 3.71, "gpu_gigabytes": None}
     (tmp_path / "in" / "mimicry" / "mimicry.json").write_text(json.dumps({**facts, **more}))
+    older = {**facts, **more, "similarity": facts["weight_cosine"]}
+    del older["weight_cosine"]
+    (tmp_path / "in" / "older").mkdir()
+    (tmp_path / "in" / "older" / "mimicry.json").write_text(json.dumps(older))
+    (tmp_path / "in" / "imagenet").mkdir()
+    compared = {"backbone": "vit_small", "images": 50_000, "dense_accuracy": 74.6, "decomposed_accuracy": 73.0}
+    compared |= {"agreement": 97.5, "weight_cosine": 0.9785, "feature_similarity": 0.986}
+    (tmp_path / "in" / "imagenet" / "imagenet.json").write_text(json.dumps(compared))
     page = report(tmp_path / "in", output=tmp_path / "out")
     captions = [image["alt"] for image in page.images]
     numbers = [re.search(r"\(figure (\d+\w?) of the paper\)", caption) for caption in captions]
     assert {number[1] for number in numbers if number} == {"3", "4", "5", "6", "9a"}
     assert "figure7: average accuracy by groups; larger markers train more numbers" in captions
-    (row,) = page.tables["Cost of fitting templates (table 5 of the paper)"]
-    assert list(row.values()) == ["mimicry", "vit_small", "14,155,776", "–", "3.7", "36.2", "1,000", "36.2", "98.77"]
+    rows = page.tables["Cost of fitting templates (table 5 of the paper)"]
+    values = ["vit_small", "14,155,776", "–", "3.7", "36.2", "1,000", "36.2", "98.77"]
+    assert [list(row.values()) for row in rows] == [["mimicry", *values], ["older", *values]]
+    assert list(rows[0])[-1] == "weight cosine (%)"
+    (row,) = page.tables["The pretrained classifier, dense and decomposed (table 6 of the paper)"]
+    assert (row["weight cosine (%)"], row["feature similarity (%)"]) == ("97.85", "98.60")
 
 
 @pytest.mark.parametrize("place", ["empty", "nothing"])

@@ -42,7 +42,7 @@ def declare(parser: LightningArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
     parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
-    resume = "Continue the run in --run_dir."
+    resume = "Continue the run in --run_dir; a fit of templates that was interrupted starts over."
     parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Tasks to train now (default: all).")
     parser.add_argument("--engine", type=Engine | None, help="Where to train the tasks, each on one device.")
@@ -107,15 +107,16 @@ def _explained_failures() -> Iterator[None]:
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:
     if init.engine is not None or init.only:
         raise RunError("MimicryModule does not train tasks; leave out --engine and --only")
-    if init.resume:
-        raise RunError("a fit of MimicryModule cannot be resumed; leave out --resume, and name a new --run_dir")
+    if RunFolder(run_dir).mimicry.is_file():
+        console.print("the templates are fitted already")
+        return
     trainers = TrainerFactory(init.trainer)
     fitted, cosines = fit_mimicry(init.model, RunFolder(run_dir), trainers, init.seed_everything, text)
     if is_main_process():
         console.print(fitted.table())
         mean, name = statistics.mean(cosines.values()), min(cosines, key=lambda weight: cosines[weight])
-        quality = f"cosine with the pretrained weights: mean {mean:.4f}, lowest {cosines[name]:.4f} ({name})"
-        remedy = "; such weights harm the tasks: fit with mimicry/vae_mse.yaml, or use the closed form"
+        quality = f"weight cosine with the pretrained network: mean {mean:.4f}, lowest {cosines[name]:.4f} ({name})"
+        remedy = "; such weights harm the tasks: use the rates and epochs of mimicry_vit.yaml, or use the closed form"
         console.print(quality + (remedy if cosines[name] < _GOOD_COSINE else ""), soft_wrap=True)
 
 

@@ -5,6 +5,7 @@ own groups and banks, and every number describes one such group.
 """
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recast_pl.decomposition.bank import Bank, Decomposition, Scaling
-from recast_pl.decomposition.similarity import FeatureSimilarity, TargetSimilarity
+from recast_pl.decomposition.similarity import FeatureSimilarity, TargetSimilarity, mean_cosine, reported
 from recast_pl.decomposition.solve import gram
 from recast_pl.errors import DecompositionError
 
@@ -106,9 +107,21 @@ class Analysis:
     features: tuple[FeatureSimilarity, ...] = ()
     displacements: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def weight_cosine(self) -> float | None:
+        """The cosine of a generated with the pretrained weight, mean over weights; None without the backbone."""
+        return mean_cosine(self.targets) if self.targets else None
+
+    @property
+    def feature_similarity(self) -> float | None:
+        """The cosine of an output in both networks, mean over images and blocks; None without images."""
+        names = reported({feature.name: feature.kind for feature in self.features})
+        means = [feature.mean for feature in self.features if feature.name in names]
+        return statistics.mean(means) if means else None
+
     def content(self) -> dict[str, Any]:
-        """The content of `analysis.json`: with the savings S, and null for NaN and infinity."""
-        content = asdict(self)
+        """The content of `analysis.json`: with the means and the savings S, and null for NaN and infinity."""
+        content = {"weight_cosine": self.weight_cosine, "feature_similarity": self.feature_similarity, **asdict(self)}
         for entry, group in zip(content["groups"], self.groups, strict=True):
             entry["scaling"]["saved"] = group.scaling.saved
         content["scaling"]["saved"] = self.scaling.saved

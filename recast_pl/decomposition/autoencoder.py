@@ -1,76 +1,21 @@
-"""Sources of the templates of a gradient fit: free parameters, or an autoencoder of the weights."""
-
-from abc import ABC, abstractmethod
+"""A source of templates: an autoencoder of the weights."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recast_pl.decomposition.sources import TemplateSource
 from recast_pl.decomposition.targets import check_least
 
 
-class TemplateSource(nn.Module, ABC):
-    """A module that produces the templates of a group; a gradient fit trains it together with the coefficients.
-
-    After the fit, only the templates that `forward` returns are kept.
-    """
-
-    @abstractmethod
-    def forward(self, dense: Tensor) -> Tensor:
-        """The current templates (n, *shape), for the weights (L, *shape) of the group."""
-
-    @abstractmethod
-    def draw(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """The templates (n, *shape) for one training step, with noise, and the source's own term of the loss."""
-
-    def receive(self, templates: Tensor, term: Tensor, gradient: Tensor) -> None:
-        """Sets the gradients of the parameters.
-
-        Args:
-            templates: The templates (n, *shape) that `draw` returned.
-            term: The term of the loss that `draw` returned, a scalar.
-            gradient: Gradient (n, *shape) of the rest of the loss with respect to the templates.
-        """
-        torch.autograd.backward([templates, term], [gradient, None])
-
-
-class FreeTemplates(TemplateSource):
-    """Templates that are parameters, initialised by Kaiming's normal distribution: algorithm 2 of the paper.
-
-    Args:
-        dense: The weights (L, *shape) of the group.
-        count: n, the number of templates.
-    """
-
-    def __init__(self, dense: Tensor, count: int) -> None:
-        super().__init__()
-        templates = torch.empty(count, *dense.shape[1:])
-        for template in templates:
-            nn.init.kaiming_normal_(template)
-        self.templates = nn.Parameter(templates)
-
-    def forward(self, dense: Tensor) -> Tensor:
-        """The parameters themselves (n, *shape)."""
-        return self.templates
-
-    def draw(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameters themselves (n, *shape), and 0."""
-        return self.templates, self.templates.new_zeros(())
-
-    def receive(self, templates: Tensor, term: Tensor, gradient: Tensor) -> None:
-        """Uses the gradient (n, *shape) without a copy."""
-        self.templates.grad = gradient
-
-
 class TemplateAutoencoder(TemplateSource):
-    """A variational autoencoder from the weights of a group to its templates (figure 5). Experimental.
+    """A variational autoencoder from the weights of a group to its templates. Experimental, and not in the paper.
 
-    It is the worst of the sources in the paper, which does not say how it is built. Here the weights are an image: rows
-    by columns (a convolution kernel is flattened), with one channel for each layer. Convolutions map each patch to the
-    mean and log-variance of latent variables, and these to the same patch of n templates. Encoder and decoder are a
-    hidden layer plus a linear map; without it, Adam takes several times as many epochs. Training samples the latent
-    variables, z = μ + σ·ε, and adds β·KL(N(μ, σ²) ‖ N(0, 1)) to the loss (Kingma and Welling, 2014). The final
-    templates are those of μ.
+    What the paper calls a VAE is `CoefficientEncoder`. Here the weights are an image: rows by columns (a convolution
+    kernel is flattened), with one channel for each layer. Convolutions map each patch to the mean and log-variance of
+    latent variables, and these to the same patch of n templates. Encoder and decoder are a hidden layer plus a linear
+    map; without it, Adam takes several times as many epochs. Training samples the latent variables, z = μ + σ·ε, and
+    adds β·KL(N(μ, σ²) ‖ N(0, 1)) to the loss (Kingma and Welling, 2014). The final templates are those of μ.
 
     Args:
         dense: The weights (L, *shape) of the group.

@@ -14,14 +14,35 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torch.utils.data import DataLoader
 
 from recast_pl.backbones.backbone import BackboneConfig
-from recast_pl.decomposition.autoencoder import FreeTemplates, TemplateSource
 from recast_pl.decomposition.bank import Bank, Decomposition
-from recast_pl.decomposition.targets import BankLayout, Group, check_least, check_values, find_targets, group_targets
+from recast_pl.decomposition.sources import CoefficientSource, FreeCoefficients, FreeTemplates, TemplateSource
+from recast_pl.decomposition.targets import (
+    BankLayout,
+    Group,
+    check_least,
+    check_values,
+    compiled,
+    find_targets,
+    group_targets,
+)
 from recast_pl.errors import DecompositionError
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
 
 _BLOCK = 1 << 17  # columns to differentiate at a time, so that they stay in the processor's cache
+
+
+def _factor(scale: float | dict[str, float], group: Group) -> float:
+    """The factor of the loss of a group; raises DecompositionError if no pattern is found in all names."""
+    if isinstance(scale, float | int):
+        return scale
+    for pattern, factor in scale.items():
+        if all(map(compiled(pattern, "loss_scale").search, group.targets)):
+            return factor
+    raise DecompositionError(
+        f"loss_scale has no pattern for all weights of group {group.name} (such as {group.targets[0]}), only "
+        f"{', '.join(map(repr, scale)) or 'none'}; add one"
+    )
 
 
 class MimicryModule(LightningModule):
@@ -41,18 +62,23 @@ class MimicryModule(LightningModule):
         image_size: Height and width in pixels for which to build the teacher; the weights do not depend on it.
         source: Creates the source of a group's templates from its weights (L, *shape) and n: `FreeTemplates` or
             `TemplateAutoencoder`.
+        coefficient_source: Creates the source of a group's coefficients from its weights (L, *shape) and initial
+            coefficients (L, K, n): `FreeCoefficients` or `CoefficientEncoder`.
         loss: `smooth_l1` or `mse`. Weights are far below 1, where the first is half the second.
-        loss_scale: Factor of the loss, which is a mean over the entries of a weight, summed over layers.
+        loss_scale: Factor of the loss, which is a mean over the entries of a weight, summed over layers. One number, or
+            a number for each regular expression: a group takes that of the first one found in all names of its weights.
+            RMSprop divides a gradient by its size, so a factor matters only if it decides whether gradients are
+            clipped, or if they are as small as RMSprop's `eps`.
         noise_std: σ of the Gaussian noise added to the coefficients in training only; 0 for none.
         gradient_clip: Largest norm of the gradient of a group; 0 for no limit.
-        start: Initial coefficients. `across_layers`: the L×n matrix of a group has orthonormal columns, the same for
-            all K sets. `per_layer`: the K×n matrix of each layer is orthogonal, as in the paper.
+        start: Initial values of free coefficients. `across_layers`: the L×n matrix of a group has orthonormal columns,
+            the same for all K sets. `per_layer`: the K×n matrix of each layer is orthogonal, as in the paper.
         weight_scale: Root mean square that the weights of a group are scaled to for the fit, so that one learning rate
             suits weights of any size; 0.015 is that of a ViT-S. None to fit them as they are, as in the paper.
         coefficient_rate: Learning rate of the coefficients, in learning rates of the templates; 1 in the paper.
         optimizer: Creates an optimizer from parameter groups.
         lr_scheduler: Creates a schedule, stepped at every epoch, from an optimizer.
-        similarity_every: Log the similarities every so many epochs, and after the last.
+        similarity_every: Log the weight cosines every so many epochs, and after the last.
 
     Raises:
         DecompositionError: If a setting is out of range; when training starts, if the layout does not fit the teacher
@@ -65,8 +91,9 @@ class MimicryModule(LightningModule):
         layout: BankLayout,
         image_size: int = 224,
         source: Callable[[Tensor, int], TemplateSource] = FreeTemplates,
+        coefficient_source: Callable[[Tensor, Tensor], CoefficientSource] = FreeCoefficients,
         loss: Literal["smooth_l1", "mse"] = "smooth_l1",
-        loss_scale: float = 2.0,
+        loss_scale: float | dict[str, float] = 2.0,
         noise_std: float = 1e-4,
         gradient_clip: float = 1.0,
         start: Literal["across_layers", "per_layer"] = "across_layers",
@@ -86,8 +113,9 @@ class MimicryModule(LightningModule):
         check_least(0, noise_std=noise_std, gradient_clip=gradient_clip)
         check_least(1, similarity_every=similarity_every)
         self.backbone, self.layout, self.image_size = backbone, layout, image_size
-        self.source = source
+        self.source, self.coefficient_source = source, coefficient_source
         self.loss, self.loss_scale, self.noise_std = _LOSSES[loss], loss_scale, noise_std
+        self.loss_scales: list[float] = []  # of each group
         self.start, self.weight_scale, self.coefficient_rate = start, weight_scale, coefficient_rate
         self.gradient_clip, self.similarity_every = gradient_clip, similarity_every
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -95,11 +123,11 @@ class MimicryModule(LightningModule):
         self.groups: list[Group] = []
         self._scratch = torch.empty(0)  # memory for the gradient of the templates, one group at a time
         self.scales: list[float] = []  # of each group: what its weights are multiplied by
-        self.teacher, self.coefficients = nn.ParameterList(), nn.ParameterList()  # (L, *shape), (L, K, n) of each group
-        self.sources = nn.ModuleList()
+        self.teacher = nn.ParameterList()  # (L, *shape) of each group
+        self.sources, self.coefficient_sources = nn.ModuleList(), nn.ModuleList()
 
     def configure_model(self) -> None:
-        """Loads the teacher and initialises templates by their source, and coefficients by `start`."""
+        """Loads the teacher and creates the sources of templates and coefficients."""
         if self.groups:
             return
         if self.layout.basis != "svd":
@@ -109,6 +137,7 @@ class MimicryModule(LightningModule):
             )
         weights = find_targets(self.backbone.build(self.image_size).net, self.layout.targets)
         self.groups = group_targets({name: tuple(w.shape) for name, w in weights.items()}, self.layout)
+        self.loss_scales = [_factor(self.loss_scale, group) for group in self.groups]
         for group in self.groups:
             check_values({name: weights[name] for name in group.targets})
             dense = torch.stack([weights[name].detach() for name in group.targets])  # (L, *shape)
@@ -117,7 +146,7 @@ class MimicryModule(LightningModule):
             dense *= scale
             self.teacher.append(nn.Parameter(dense, requires_grad=False))
             self.sources.append(self.source(dense, group.templates))
-            self.coefficients.append(nn.Parameter(self._start_coefficients(group)))
+            self.coefficient_sources.append(self.coefficient_source(dense, self._start_coefficients(group)))
 
     def _start_coefficients(self, group: Group) -> Tensor:
         """Initial coefficients (L, K, n) of a group."""
@@ -135,7 +164,8 @@ class MimicryModule(LightningModule):
         return optimizers, [self.lr_scheduler(o) for o in optimizers]
 
     def _parameter_groups(self, index: int) -> list[dict[str, Any]]:
-        return [{"params": list(self.sources[index].parameters())}, {"params": [self.coefficients[index]]}]
+        sources = (self.sources[index], self.coefficient_sources[index])
+        return [{"params": list(source.parameters())} for source in sources]
 
     def train_dataloader(self) -> DataLoader[int]:
         """One dummy batch per epoch: the weights are the data."""
@@ -153,24 +183,29 @@ class MimicryModule(LightningModule):
         self.log("mimicry/loss", total, on_step=False, on_epoch=True, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
-        """Steps the schedules and logs the similarities when they are due."""
+        """Steps the schedules and logs the weight cosines when they are due."""
         schedulers = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()  # type: ignore[union-attr]
         self.log("mimicry/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.current_epoch % self.similarity_every and self.current_epoch + 1 != self.trainer.max_epochs:
             return
-        similarities = self.similarities()
-        self.log("mimicry/similarity", sum(similarities.values()) / len(similarities), prog_bar=True)
+        cosines = self.weight_cosines()
+        self.log("mimicry/weight_cosine", sum(cosines.values()) / len(cosines), prog_bar=True)
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                tagged = {f"similarity/{name}": value for name, value in similarities.items()}
+                tagged = {f"weight_cosine/{name}": value for name, value in cosines.items()}
                 logger.log_metrics(tagged, step=self.current_epoch)
 
     @property
     def templates(self) -> list[Tensor]:
         """The current templates (n, *shape) of each group."""
         return [source(dense) for source, dense in zip(self.sources, self.teacher, strict=True)]
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """The current coefficients (L, K, n) of each group."""
+        return [source(dense) for source, dense in zip(self.coefficient_sources, self.teacher, strict=True)]
 
     @torch.no_grad()
     def decomposition(self) -> Decomposition:
@@ -181,7 +216,7 @@ class MimicryModule(LightningModule):
         return Decomposition(tuple(Bank(g, t.detach().cpu() / s, c.detach().cpu()) for g, t, s, c in parts))
 
     @torch.no_grad()
-    def similarities(self) -> dict[str, float]:
+    def weight_cosines(self) -> dict[str, float]:
         """Cosine similarity of each generated weight to the teacher's, by the name of the weight."""
         result: dict[str, float] = {}
         parts = zip(self.groups, self.teacher, self.templates, self.coefficients, strict=True)
@@ -197,21 +232,23 @@ class MimicryModule(LightningModule):
         Returns:
             The group's term of equation 3 plus the source's own term of the loss, a scalar.
         """
-        source, coefficients, dense = self.sources[index], self.coefficients[index], self.teacher[index]
+        source, dense = self.sources[index], self.teacher[index]
         assert isinstance(source, TemplateSource)  # the type checker forgets this
+        coefficients = self.coefficient_sources[index](dense)  # (L, K, n)
         noise = self.noise_std * torch.randn_like(coefficients)
         mixed = (coefficients + noise).mean(1)  # (L, n): equation 2, with the noise of equation 3
         templates, term = source.draw(dense)  # (n, *shape)
         if self._scratch.numel() < templates.numel() or self._scratch.device != templates.device:
             self._scratch = torch.empty_like(templates).flatten()
         gradient = self._scratch[: templates.numel()].view_as(templates)
-        loss, mixed_gradient = self._differentiate(mixed.detach(), templates.detach(), dense, gradient)
+        factor = self.loss_scales[index]
+        loss, mixed_gradient = self._differentiate(mixed.detach(), templates.detach(), dense, gradient, factor)
         mixed.backward(mixed_gradient)
         source.receive(templates, term, gradient)
         return loss + term.detach()
 
     def _differentiate(
-        self, mixed: Tensor, templates: Tensor, dense: Tensor, gradient: Tensor
+        self, mixed: Tensor, templates: Tensor, dense: Tensor, gradient: Tensor, factor: float
     ) -> tuple[Tensor, Tensor]:
         """Computes the loss of a group and the gradient of its coefficients (L, n), block by block of columns.
 
@@ -222,7 +259,7 @@ class MimicryModule(LightningModule):
         for start in range(0, flat.shape[1], _BLOCK):
             columns = slice(start, start + _BLOCK)
             weights = (mixed @ flat[:, columns]).requires_grad_()  # (L, columns)
-            loss = self.loss(weights, teacher[:, columns], reduction="sum") * (self.loss_scale / flat.shape[1])
+            loss = self.loss(weights, teacher[:, columns], reduction="sum") * (factor / flat.shape[1])
             (slope,) = torch.autograd.grad(loss, weights)
             torch.mm(mixed.T, slope, out=flat_gradient[:, columns])
             mixed_gradient += slope @ flat[:, columns].T
@@ -237,4 +274,4 @@ class MimicryModule(LightningModule):
             clip_grads_with_norm_(trained, self.gradient_clip, norm)
 
     def _trained(self, index: int) -> list[nn.Parameter]:
-        return [*self.sources[index].parameters(), self.coefficients[index]]
+        return [*self.sources[index].parameters(), *self.coefficient_sources[index].parameters()]

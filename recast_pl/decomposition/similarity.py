@@ -1,7 +1,8 @@
 """How similar a decomposed network is to the dense one: in its weights, and in the outputs of its layers."""
 
 import re
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ def feature_similarity(
         f"net.{name}": weight.to(backbone.net.get_parameter(name))
         for name, weight in decomposition.reconstruct().items()
     }
-    kinds = _compared_modules(backbone.net, decomposition)
+    kinds = compared_modules(backbone.net, decomposition)
     found: dict[str, list[Tensor]] = {}
     for images in batches:
         dense, decomposed = (_outputs(backbone, kinds, weights, images) for weights in ({}, generated))
@@ -96,6 +97,36 @@ def feature_similarity(
     joined = {name: torch.cat(parts) for name, parts in found.items()}
     kinds["features"] = "features"
     return tuple(FeatureSimilarity(n, kinds[n], float(c.mean()), float(c.min())) for n, c in joined.items())
+
+
+def compared_modules(network: nn.Module, decomposition: Decomposition) -> dict[str, str]:
+    """The kinds, `layer` or `block`, of the modules whose outputs are compared, by name."""
+    modules = dict(network.named_modules())
+    lists = {path for path, module in modules.items() if isinstance(module, nn.Sequential | nn.ModuleList)}
+    kinds: dict[str, str] = {}
+    for bank in decomposition.banks:
+        for target in bank.group.targets:
+            layer = target.rpartition(".")[0]
+            parent = layer.rpartition(".")[0]
+            if isinstance(modules[parent], nn.MultiheadAttention):
+                layer = parent  # attention never calls its output projection, but reads the weight of it
+            kinds[layer] = "layer"
+            parts = [layer[: match.start()] for match in re.finditer(r"\.|$", layer)]
+            inside = (part for part in parts if part.rpartition(".")[0] in lists)  # the outermost first
+            kinds.setdefault(next(inside, layer), "block")
+    return kinds
+
+
+def reported(kinds: Mapping[str, str]) -> list[str]:
+    """The modules whose mean is reported as the feature similarity: blocks, or layers in a network without blocks.
+
+    The paper does not say which outputs table 6 compares; its released code compares those of blocks.
+
+    Args:
+        kinds: `layer` or `block` by name of the module, and `features`, as in `FeatureSimilarity`.
+    """
+    wanted = "block" if "block" in kinds.values() else "layer"
+    return [name for name, kind in kinds.items() if kind == wanted]
 
 
 @contextmanager
@@ -116,27 +147,14 @@ def recorded(network: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, T
         yield outputs
 
 
+def mean_cosine(targets: Sequence[TargetSimilarity]) -> float:
+    """The weight cosine of a decomposition: the mean over its weights."""
+    return statistics.mean(target.cosine for target in targets)
+
+
 def cosines(left: Tensor, right: Tensor) -> Tensor:
     """Cosine similarity (B,) in float64 of the flattened outputs for each image, (B, ...) and (B, ...)."""
     return F.cosine_similarity(left.flatten(1).double(), right.flatten(1).double(), dim=1)
-
-
-def _compared_modules(network: nn.Module, decomposition: Decomposition) -> dict[str, str]:
-    """The kinds, `layer` or `block`, of the modules whose outputs are compared, by name."""
-    modules = dict(network.named_modules())
-    lists = {path for path, module in modules.items() if isinstance(module, nn.Sequential | nn.ModuleList)}
-    kinds: dict[str, str] = {}
-    for bank in decomposition.banks:
-        for target in bank.group.targets:
-            layer = target.rpartition(".")[0]
-            parent = layer.rpartition(".")[0]
-            if isinstance(modules[parent], nn.MultiheadAttention):
-                layer = parent  # attention never calls its output projection, but reads the weight of it
-            kinds[layer] = "layer"
-            parts = [layer[: match.start()] for match in re.finditer(r"\.|$", layer)]
-            inside = (part for part in parts if part.rpartition(".")[0] in lists)  # the outermost first
-            kinds.setdefault(next(inside, layer), "block")
-    return kinds
 
 
 def _outputs(backbone: Backbone, names: Iterable[str], weights: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:

@@ -122,6 +122,14 @@ def check_least(least: float, **settings: float | None) -> None:
             raise DecompositionError(f"{name}={value} must be at least {least}")
 
 
+def compiled(pattern: str, role: str) -> re.Pattern[str]:
+    """A regular expression; raises DecompositionError, which calls it by its role, if the pattern is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as cause:
+        raise DecompositionError(f"{role} {pattern!r} is not a regular expression ({cause}); correct it") from cause
+
+
 def group_targets(shapes: Mapping[str, Shape], layout: BankLayout) -> list[Group]:
     """Divides weights into groups that share a bank.
 
@@ -151,10 +159,7 @@ def group_targets(shapes: Mapping[str, Shape], layout: BankLayout) -> list[Group
 
 def _search(pattern: str, candidates: Sequence[str], others: Sequence[str]) -> list[str]:
     """The candidates that match a pattern. If there are none, another match may help to correct the pattern."""
-    try:
-        search = re.compile(pattern).search
-    except re.error as cause:
-        raise DecompositionError(f"target {pattern!r} is not a regular expression ({cause}); correct it") from cause
+    search = compiled(pattern, "target").search
     found = [name for name in candidates if search(name)]
     if not found:
         examples = ", ".join(candidates[:3]) or "none"

@@ -107,7 +107,7 @@ def plot_feature_similarity(features: Sequence[FeatureSimilarity]) -> Figure:
     bottom = min(0.99, float(lowest.min()))
     axes.set_ylim(bottom - 0.05 * (1 - bottom), 1 + 0.05 * (1 - bottom))
     axes.set_xlabel("output of")
-    axes.set_ylabel("cosine, mean and lowest over images")
+    axes.set_ylabel("feature similarity, mean and lowest over images")
     axes.grid(alpha=0.3)
     return figure
 

@@ -66,13 +66,13 @@ def _templates_sheet(analysis: Analysis, names: dict[str, str], name_note: str) 
     single = any(1 in (group.templates, len(group.targets)) for group in analysis.groups)
     return Sheet(
         "Templates and coefficients of each group",
-        ["group", "shape", "L", "n", "Frobenius", "pair", "entropy", "% max", "cosine"],
+        ["group", "shape", "L", "n", "Frobenius", "pair", "entropy", "% max", "coefficients"],
         rows,
         [
             f"{name_note} A group holds one kind of weight; the paper's groups hold all weights of a layer.",
             "Frobenius: Σ ‖Ti − Tj‖ over pairs i<j, divided by n(n−1), as printed in the paper: half the mean over "
             "pairs. Entropy: of the singular values divided by their sum, in nats, averaged over templates; its "
-            "maximum is ln min(rows, columns). Cosine: between the coefficients of two layers, averaged over pairs."
+            "maximum is ln min(rows, columns). Coefficients: cosine between those of two layers, averaged over pairs."
             + (" –: one template, or one layer, has no pairs." if single else ""),
         ],
     )
@@ -109,22 +109,22 @@ def _weights_sheet(analysis: Analysis, names: dict[str, str]) -> Sheet:
         errors = [found[name].relative_error for name in group.targets]
         numbers = (statistics.mean(cosines), min(cosines), statistics.mean(errors), max(errors))
         rows.append([names[group.name], *(f"{number:.6g}" for number in numbers)])
-    mean = statistics.mean(target.cosine for target in analysis.targets)
     return Sheet(
         "Generated weights compared with the pretrained ones",
-        ["group", "cosine", "lowest", "relative error", "largest"],
+        ["group", "weight cosine", "lowest", "relative error", "largest"],
         rows,
-        [f"Mean over all {len(analysis.targets)} weights: cosine {mean:.6f}."],
+        [f"Mean over all {len(analysis.targets)} weights: weight cosine {analysis.weight_cosine:.6f}."],
     )
 
 
 def _features_sheet(analysis: Analysis) -> Sheet:
     rows = [[f.name, f"{f.mean:.6f}", f"{f.lowest:.6f}"] for f in analysis.features if f.kind != "layer"]
+    note = "Cosine of the flattened output: mean and lowest over images. analysis.json also has every layer. "
     return Sheet(
         "Features of the decomposed network compared with the dense one",
-        ["output of", "cosine", "lowest"],
+        ["output of", "feature similarity", "lowest"],
         rows,
-        ["Cosine of the flattened output: mean and lowest over images. analysis.json also has every layer."],
+        [f"{note}Mean over blocks: feature similarity {analysis.feature_similarity:.6f}."],
     )
 
 

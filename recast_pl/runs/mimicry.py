@@ -35,15 +35,15 @@ def fit_mimicry(
     trainer = trainers.without_checkpoints().for_training(folder.path, "mimicry", [resources])
     with lightning_errors():
         trainer.fit(module)
-    decomposition, similarities = module.decomposition(), module.similarities()
+    decomposition, cosines = module.decomposition(), module.weight_cosines()
     if trainer.is_global_zero and trainers.keeps:
         facts = {
             "backbone": module.backbone.name,
             "weights": sum(weight.numel() for weight in decomposition.reconstruct().values()),
-            "similarity": sum(similarities.values()) / len(similarities),
+            "weight_cosine": sum(cosines.values()) / len(cosines),
             "epochs": trainer.current_epoch,
             **resources.used(),
         }
         decomposition.save(folder.decomposition)
         write_atomic(folder.mimicry, json_text(facts))
-    return decomposition, similarities
+    return decomposition, cosines

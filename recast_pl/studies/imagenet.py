@@ -14,7 +14,14 @@ from recast_pl.backbones.builders import Classifier
 from recast_pl.data.images import images_below, open_image
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.decomposition.parametrization import install
-from recast_pl.decomposition.similarity import cosines, recorded
+from recast_pl.decomposition.similarity import (
+    compared_modules,
+    cosines,
+    mean_cosine,
+    recorded,
+    reported,
+    weight_similarity,
+)
 from recast_pl.errors import DataError
 from recast_pl.learning.device import find_device
 
@@ -67,8 +74,9 @@ def compare_classifiers(
 
     Returns:
         `images`: count of images; `dense_accuracy` and `decomposed_accuracy` in percent, None for other classes than
-        the network's; `agreement`: percentage of equal predictions; `similarity`: cosine between the outputs of a
-        decomposed layer in both networks, averaged over images and layers.
+        the network's; `agreement`: percentage of equal predictions, None for a network without a classifier;
+        `weight_cosine`: cosine of a generated with the pretrained weight, averaged over weights; `feature_similarity`:
+        cosine of the output of a block in both networks, averaged over images and blocks.
 
     Raises:
         DataError: If the folder holds no images, or one cannot be read.
@@ -79,30 +87,33 @@ def compare_classifiers(
     dense, decomposed = classifier.net.to(device), copy.deepcopy(classifier.net)
     install(decomposed, decomposition)
     decomposed.to(device)
-    layers = [name.rpartition(".")[0] for bank in decomposition.banks for name in bank.group.targets]
+    weight_cosine = mean_cosine(weight_similarity(decomposition, dense))
+    blocks = reported(compared_modules(dense, decomposition))
     sums = torch.zeros(4, dtype=torch.float64)
     for images, labels in DataLoader(data, batch_size, num_workers=num_workers):
-        batch, classes = _compare_batch(dense, decomposed, layers, images.to(device), labels.to(device))
+        batch, classes = _compare_batch(dense, decomposed, blocks, images.to(device), labels.to(device))
         sums += batch.cpu()
     dense_right, decomposed_right, equal, similarity = sums.tolist()
-    labelled = len(data.classes) == classes
+    classifies = getattr(classifier.net, "num_classes", None) != 0  # timm's sign of a network that returns features
+    labelled = classifies and len(data.classes) == classes
     return {
         "images": len(data),
         "dense_accuracy": 100 * dense_right / len(data) if labelled else None,
         "decomposed_accuracy": 100 * decomposed_right / len(data) if labelled else None,
-        "agreement": 100 * equal / len(data),
-        "similarity": similarity / len(data),
+        "agreement": 100 * equal / len(data) if classifies else None,
+        "weight_cosine": weight_cosine,
+        "feature_similarity": similarity / len(data),
     }
 
 
 @torch.inference_mode()
 def _compare_batch(
-    dense: nn.Module, decomposed: nn.Module, layers: Sequence[str], images: Tensor, labels: Tensor
+    dense: nn.Module, decomposed: nn.Module, blocks: Sequence[str], images: Tensor, labels: Tensor
 ) -> tuple[Tensor, int]:
     """Counts correct predictions of each network and equal ones, sums similarities (4,), and counts the classes."""
-    with recorded(dense, layers) as theirs, recorded(decomposed, layers) as ours:
+    with recorded(dense, blocks) as theirs, recorded(decomposed, blocks) as ours:
         expected, logits = dense(images), decomposed(images)  # (B, classes)
     first, second = expected.argmax(1), logits.argmax(1)
-    similar = torch.stack([cosines(theirs[layer], ours[layer]) for layer in theirs]).mean(0)  # (B,)
+    similar = torch.stack([cosines(theirs[block], ours[block]) for block in theirs]).mean(0)  # (B,)
     facts = (first == labels, second == labels, first == second, similar)
     return torch.stack([fact.float().sum() for fact in facts]), expected.shape[1]
