@@ -69,7 +69,7 @@ def own_table(image_folder, overlay, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lost.yaml").write_text(yaml.safe_dump(lost))
     (tmp_path / "configs" / "paper").mkdir(parents=True)
-    (tmp_path / "configs" / "paper" / "data.yaml").write_text("data: {}")
+    (tmp_path / "configs" / "paper" / "protocol.yaml").write_text("data: {}")
     content = {"base": ["vit.yaml"], "seeds": [1, 2], "points": points, "x": "method", "notes": ["A note."]}
     (tmp_path / "configs" / "paper" / "table1.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return ["reproduce", "--table", "1", "--base", overlay(TINY, tasks=tasks, image_size=32)]
@@ -153,7 +153,7 @@ def test_the_data_are_those_of_the_paper():
     data = SequentialTaskDataModule(
         tuple(
             TaskConfig(task["name"], images=task.get("images"))
-            for task in yaml.safe_load((FOLDER / "data.yaml").read_text())["data"]["tasks"]
+            for task in yaml.safe_load((FOLDER / "protocol.yaml").read_text())["data"]["tasks"]
         )
     )
     assert [task.name for task in data.tasks] == list(PAPER)
@@ -207,7 +207,8 @@ def test_table_2_is_killed_and_resumed_with_the_same_bytes(six, overlay, tmp_pat
     assert table["RECAST"]["numbers per task"] == "96"
     assert table["RECAST"]["paper %"] == "85.00 ± 0.10"
     assert table["RECAST + DoRA"]["paper %"] == table["RECAST + DoRA"]["difference"] == ""
-    configs = itertools.chain(*(("--config", c) for c in ("vit.yaml", "paper/data.yaml", small, "methods/melo.yaml")))
+    names = ("vit.yaml", "paper/protocol.yaml", small, "methods/melo.yaml")
+    configs = itertools.chain(*(("--config", name) for name in names))
     whole = ["--seed_everything", "1", "--data.root", str(six), "--run_dir", str(tmp_path / "whole")]
     assert main(["fit", *configs, *ONE_EPOCH, *whole]) == 0
     assert patches(tmp_path / "whole") == patches(out / "melo" / "1")

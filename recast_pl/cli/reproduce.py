@@ -31,7 +31,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 def _find_item(table: int | None, figure: int | None) -> Path:
     """Finds the file of a table or figure; raises RunError if none or both are given, or there is no such file."""
-    folder = Path(find_config("paper/data.yaml")).parent
+    folder = Path(find_config("paper/protocol.yaml")).parent
     names = sorted(path.stem for kind in ("table", "figure") for path in folder.glob(f"{kind}*.yaml"))
     wanted = [f"{kind}{number}" for kind, number in (("table", table), ("figure", figure)) if number is not None]
     if len(wanted) != 1 or wanted[0] not in names:
