@@ -19,7 +19,7 @@ from recast_pl.errors import RunError, one_line
 from recast_pl.learning.acceleration import EvaluateMerged
 from recast_pl.learning.checkpoint import change_rates, trainable_state
 from recast_pl.learning.metrics import Percent, Predictions
-from recast_pl.learning.probe import extract_features, fit_probe
+from recast_pl.learning.probe import Features, extract_features, fit_probe
 from recast_pl.learning.schedule import followed_metric, step_schedule
 from recast_pl.learning.task_network import TaskNetwork
 from recast_pl.methods.piece import Piece, Step
@@ -171,6 +171,14 @@ class TILModule(TaskNetwork, LightningModule):
             self.old_heads.append(self.current()[1])
             self.old_tasks.append(self.task_name)
         self.cpu()
+
+    def features(self, split: str) -> Features:
+        """Features of all images of a split by the current task, on the device. Call after `Trainer.fit`."""
+        self.to(self.trainer.strategy.root_device)
+        with self.merged():
+            found = extract_features(self.current()[0], self.batches(split), self.trainer.precision_plugin)
+        self.cpu()
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the task trains, without the frozen network."""
