@@ -132,10 +132,14 @@ def _unpack(content: bytes) -> Content:
     named = all(isinstance(name, str) for piece in pieces for name in piece)
     if not named or any(len(piece) != len(state) for piece, state in zip(pieces, states, strict=True)):
         raise ValueError("a tensor has no name, or that of another")
-    return facts, RoundedHead(bits, unpack_codes(codes, features, bits), steps, bias), [
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in piece.items()}
-        for piece in pieces
-    ]
+    return (
+        facts,
+        RoundedHead(bits, unpack_codes(codes, features, bits), steps, bias),
+        [
+            {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in piece.items()}
+            for piece in pieces
+        ],
+    )
 
 
 def _read(content: bytes, kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:

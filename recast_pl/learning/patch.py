@@ -100,10 +100,12 @@ class TaskPatch:
             bits: For each weight of the head: 8 or 4.
             moments: Of the features of training images, to choose codes and bias by; None to round to the nearest.
         """
+        if self.rounded is not None and self.rounded.bits == bits and moments is None:
+            return self
         head = round_head(self.head["weight"], self.head["bias"], bits, moments)
         pieces = [{name: _as_read(tensor) for name, tensor in state.items()} for state in self.pieces]
-        colours = {name: torch.tensor(getattr(self, name)).tolist() for name in ("mean", "std")}
-        return replace(self, head=head.state, pieces=pieces, rounded=head, **colours)
+        mean, std = torch.tensor(self.mean).tolist(), torch.tensor(self.std).tolist()
+        return replace(self, head=head.state, pieces=pieces, mean=mean, std=std, rounded=head)
 
     def widened(self) -> "TaskPatch":
         """A copy in single precision, in which networks compute."""

@@ -4,12 +4,14 @@ Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantizat
 Transformers", ICLR 2023 (algorithm 1); the idea is that of Hassibi and Stork, "Second Order Derivatives for Network
 Pruning: Optimal Brain Surgeon", NIPS 1992.
 
-    w ≈ s·q for the weights w of a class, where q are whole numbers of at most 2^(bits − 1) − 1 and s is a step
+    w ≈ s·q for the weights w of a class less the mean over classes, which softmax does not see; q are whole numbers of
+    at most 2^(bits − 1) − 1 and s is a step
     s minimises ‖w − s·q‖²; q are chosen one after another, and those still to come make up for the error so far:
     δ_later = −(w_j − s·q_j) / U_jj · U_j,later, where UᵀU is the inverse of H, the second moment of features
-    b' = b + (w − s·q)ᵀ·mean(features)
+    b' = b + (w − s·q)ᵀ·mean(features), with b less its mean over classes
 
-Deviations: H is centred, because the bias makes up for the mean, and entries are taken in order of decreasing H_jj.
+Deviations: H is centred, because the bias makes up for the mean; entries are taken in order of decreasing H_jj; and the
+damping is ten times the authors', because a task may have fewer images than features.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_DAMPING = 0.01  # of the mean of the diagonal, added to H, as the authors do
+_DAMPING = 0.1  # of the mean of the diagonal, added to the diagonal of H
+
+_TINY = 1e-12  # added besides, for features that never change
 
 _SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
 """Steps to try, as fractions of the one that reaches the largest weight of a row."""
@@ -99,16 +103,16 @@ def round_head(weight: Tensor, bias: Tensor, bits: int, moments: Moments | None)
         bits: Of each weight: 8 or 4.
         moments: Of the features of training images; None to round each weight to the nearest code.
     """
-    rows, limit = weight.double(), largest_code(bits)
+    limit, rows, offsets = largest_code(bits), weight.double(), bias.double()
+    rows, offsets = rows - rows.mean(0), offsets - offsets.mean()
     steps = _choose_steps(rows, limit)
     wide = steps.double()[:, None]
     if moments is None:
         codes = _nearest(rows, wide, limit)
-        shift = torch.zeros(len(rows), dtype=torch.float64)
     else:
         codes = _compensated(rows, wide, limit, moments.covariance)
-        shift = (rows - codes * wide) @ moments.mean
-    return RoundedHead(bits, codes.to(torch.int8), steps, (bias.double() + shift).float())
+        offsets += (rows - codes * wide) @ moments.mean
+    return RoundedHead(bits, codes.to(torch.int8), steps, offsets.float())
 
 
 def _nearest(rows: Tensor, steps: Tensor, limit: int) -> Tensor:
@@ -131,7 +135,7 @@ def _choose_steps(rows: Tensor, limit: int) -> Tensor:
 def _compensated(rows: Tensor, steps: Tensor, limit: int, covariance: Tensor) -> Tensor:
     """Codes (classes, D) that nearly minimise Σ (w − s·q)ᵀ H (w − s·q)."""
     order = covariance.diagonal().argsort(descending=True, stable=True)
-    damped = covariance + (_DAMPING * covariance.diagonal().mean() + 1e-12) * torch.eye(len(order))
+    damped = covariance + (_DAMPING * covariance.diagonal().mean() + _TINY) * torch.eye(len(order), dtype=torch.float64)
     upper = torch.linalg.cholesky(damped[order][:, order].inverse(), upper=True)
     left, codes = rows[:, order].clone(), torch.empty_like(rows)
     for j in range(len(order)):

@@ -76,9 +76,9 @@ _PATCHES = (".safetensors", ".recast")  # as all their tensors are, and compact
 class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
-    The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared` holds what all tasks share, as it was after this one, and is
-    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained; `configs`
-    in it names the configurations so far.
+    The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared`
+    holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `checkpoints`
+    is a folder that exists while the task is trained; `configs` in it names the configurations so far.
 
     Args:
         run: The run folder.

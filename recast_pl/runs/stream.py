@@ -321,6 +321,7 @@ class Stream:
         bits = BITS.get(self.precision)
         if bits is None:
             return patch
+        self.module.check_patch(patch)
         self.module.activate(patch.compacted(bits))  # so that features are those of the stored states
         moments = Moments.of(self.module.features("train").features)
         return self.evaluator.strategy.broadcast(patch.compacted(bits, moments))
