@@ -303,6 +303,7 @@ def test_a_run_is_not_resumed_with_another_precision(tiny_fit, tmp_path, capsys)
     assert list(patches(tmp_path / "run")) == ["00_first.recast", "01_second.recast"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(run, tiny_fit, tmp_path):
     killed = tmp_path / "killed"
     callback = {"class_path": "crash_callbacks.KillAt"}
@@ -314,6 +315,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(run, tiny_fit, tmp_path):
     assert without_times(read_summary(killed)) == without_times(read_summary(run))
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_patch_that_one_of_them_writes(tiny_fit, tmp_path):
     words = tiny_fit("--patch_precision", "int4", "--trainer.devices", "2", "--trainer.strategy", "ddp")
     process = subprocess.run([sys.executable, "-m", "recast_pl", *words], cwd=ROOT, capture_output=True, timeout=600)
