@@ -104,7 +104,7 @@ def main() -> None:
                 same = 100 * float((predicted == exact).double().mean())
                 results.setdefault((bits, way), []).append((change, same))
     print(f"single precision: {np.mean(accuracies):.2f} % over {len(found)} tasks and seeds\n")
-    print("| bits | rounding | points | 95 % interval | same predictions % | bytes |\n|---:|---|---:|---:|---:|---:|")
+    print("| bits | rounding | points | 95 % interval | same % | bytes |\n|---:|---|---:|---:|---:|---:|")
     for (bits, way), pairs in results.items():
         change, same = np.mean(pairs, axis=0)
         wide = 1.96 * np.std([pair[0] for pair in pairs], ddof=1) / len(pairs) ** 0.5
