@@ -12,7 +12,7 @@ from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
 from recast_pl.inference.predictor import Prediction, Predictor, load
 from recast_pl.learning.patch import SharedState, TaskPatch
-from recast_pl.learning.schedule import WarmUp
+from recast_pl.learning.schedule import QuarterCosine, WarmUp
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.adaptformer import AdaptFormer
 from recast_pl.methods.clr import CLR

@@ -34,18 +34,22 @@ RESNET_CONV = BankLayout([r"conv\d\.weight"])
 
 
 def recast(layout=VIT_MLP):
-    return rp.Recast(layout, learning_rate=2e-2)
+    return rp.Recast(layout, learning_rate=2.5e-3)
 
 
 ON_BOTH = {
     "probe": lambda: [rp.LinearProbe()],
     "melo": lambda: [rp.LoRA()],
     "lora-r2": lambda: [rp.LoRA(rank=2, alpha=3, targets=[MLP, ATTENTION, CONVOLUTIONS], parts=["q", "k"])],
+    "lora-shared": lambda: [rp.LoRA(targets=[MLP, ATTENTION, CONVOLUTIONS], shared=True)],
     "dora": lambda: [rp.DoRA()],
+    "dora-norms": lambda: [rp.DoRA(train_magnitude=False)],
     "rosa": lambda: [rp.LoRA(parts="qkv"), rp.RoSA(0.003, 2, [ATTENTION, CONVOLUTIONS])],
     "rosa-sparse": lambda: [rp.RoSA(0.001, warm_up=2)],
+    "rosa-relative": lambda: [rp.RoSA(0.1, warm_up=2, relative=True)],
     "piggyback": lambda: [rp.Piggyback(learning_rate=1e-2)],
-    "adaptformer": lambda: [rp.AdaptFormer(rank=4)],  # the ReLU of a single unit may be dead
+    "adaptformer": lambda: [rp.AdaptFormer(rank=4, dropout=0)],  # the ReLU of a single unit may be dead
+    "dropout": lambda: [rp.AdaptFormer(rank=4, dropout=0.5)],
     "clr": lambda: [rp.CLR()],
     "finetune": lambda: [rp.FullFineTune()],
     "scale": lambda: [rp.Scale(learning_rate=2e-2)],
@@ -61,10 +65,12 @@ ON_BOTH = {
 ON_VIT = {
     "recast": lambda: [recast()],
     "two-recasts": lambda: [recast(), recast(VIT_ATTENTION)],
-    "recast+adaptformer": lambda: [recast(), rp.AdaptFormer()],
+    "recast+adaptformer": lambda: [recast(), rp.AdaptFormer(dropout=0)],
     "recast+melo": lambda: [recast(), rp.LoRA()],
     "recast+dora-mlp": lambda: [recast(), rp.DoRA(targets=[MLP])],
+    "recast+dora-norms": lambda: [recast(), rp.DoRA(targets=[MLP], train_magnitude=False)],
     "recast+rosa": lambda: [recast(), rp.LoRA(targets=[MLP]), rp.RoSA(0.003, 2)],
+    "recast+rosa-relative": lambda: [recast(), rp.RoSA(0.003, 2, relative=True), rp.LoRA(targets=[MLP])],
     "recast+rosa-sparse": lambda: [recast(), rp.RoSA(0.001, 2)],
     "recast+spectral": lambda: [recast(), rp.Spectral(learning_rate=2e-2)],
     "recast+growth": lambda: [recast(), rp.Growth(learning_rate=2e-2)],
@@ -247,7 +253,8 @@ class Change(L.Callback):
 
 QUICK = ("recast-vit", "clr-resnet")
 # methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks
-STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ISOLATED]
+EXACT = [name for name in ISOLATED if not name.startswith("dropout")]  # which drops others in each batch
+STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXACT]
 
 
 def change_in_an_epoch(name, folder, batch_size, **settings):

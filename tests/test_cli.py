@@ -22,7 +22,13 @@ from recast_pl.data.download import extract
 
 CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - {"imagenet.yaml"})  # not for fit
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
-ON_RESNET = ("recast_clr", "recast_piggyback")
+ON_RESNET = ("recast_resnet34", "recast_clr", "recast_piggyback")
+# optimizer, rate, epochs and clipping where the authors of a method have their own
+PROTOCOLS = {
+    "inflora": ("torch.optim.Adam", 5e-4, 10, None),
+    "l2p": ("torch.optim.Adam", 0.03, 100, None),
+    "hat": ("torch.optim.SGD", 0.05, 100, 10_000),
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -36,18 +42,22 @@ def test_every_shipped_config_parses_and_prints_itself(config, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_config_changes_only_the_method(method, capsys):
+def test_every_method_config_changes_only_the_method_and_its_protocol(method, capsys):
     base = "resnet34.yaml" if method in ON_RESNET else "vit.yaml"
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", base, "--config", f"methods/{method}.yaml", "--print_config"])
     assert stop.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    config = yaml.safe_load(capsys.readouterr().out)
+    printed, trainer = config["model"]["init_args"], config["trainer"]
     shipped = yaml.safe_load((ROOT / "configs" / "methods" / f"{method}.yaml").read_text())["model"]["init_args"]
     classes = [[piece["class_path"] for piece in settings["pieces"]] for settings in (printed, shipped)]
     assert classes[0] == classes[1]
     plain = yaml.safe_load((ROOT / "configs" / base).read_text())["model"]["init_args"]
     assert printed["backbone"]["name"] == plain["backbone"]["name"]
-    assert printed["optimizer"]["init_args"]["weight_decay"] == plain["optimizer"]["init_args"]["weight_decay"]
+    optimizer = printed["optimizer"]["init_args"]
+    assert optimizer["weight_decay"] == (0 if method in PROTOCOLS else plain["optimizer"]["init_args"]["weight_decay"])
+    found = (printed["optimizer"]["class_path"], optimizer["lr"], trainer["max_epochs"], trainer["gradient_clip_val"])
+    assert found == PROTOCOLS.get(method, ("torch.optim.AdamW", 2e-3, 100, 1))
 
 
 @pytest.mark.slow

@@ -8,10 +8,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
+from conftest import ROOT
 from torch import nn
 from torch.nn.utils import parametrize
 
-from recast_pl import CLR, AdaptFormer, DoRA, FullFineTune, LoRA, LoRAXS, Piggyback, RoSA, Scale, Spectral
+import recast_pl
+from recast_pl import CLR, AdaptFormer, BankLayout, DoRA, FullFineTune, LoRA, LoRAXS, Piggyback, RoSA, Scale, Spectral
 from recast_pl.errors import MethodError
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
@@ -122,11 +125,77 @@ def test_the_norm_of_dora_is_a_constant_in_the_gradient():
     assert not torch.allclose(ours[1], gradients(with_norm, upstream, (a, b, m))[1])
 
 
-def test_a_row_of_zeros_does_not_become_nan():
+class Scaled(nn.Module):
+    """A generated weight: a trained factor times the pretrained one."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, weight):
+        return self.factor * weight
+
+
+def generated():
+    """A network whose weight is generated, with the trained factor and the pretrained weight."""
+    network = Small().double().requires_grad_(False)
+    scaled, base = Scaled(), network.layer.weight.detach().clone()
+    parametrize.register_parametrization(network.layer, "weight", scaled)
+    return network, scaled.factor, base
+
+
+def test_dora_without_trained_magnitudes_is_equation_9():
+    torch.manual_seed(1)
+    network, factor, base = generated()
+    piece = DoRA(rank=2, targets=[r"layer\.weight"], train_magnitude=False)
+    piece.attach(network)
+    assert torch.equal(network.layer.weight, factor * base)
+    randomise(piece)
+    a, b = piece.parameters.values()
+    w = factor * base
+    v = w + b[0] @ a[0]
+    by_hand = w.norm(dim=1, keepdim=True) * v / v.norm(dim=1, keepdim=True)
+    assert torch.allclose(network.layer.weight, by_hand, atol=1e-12)
+    upstream = torch.randn(8, 6, dtype=torch.float64)
+    ours = gradients(network.layer.weight, upstream, (factor, a, b))
+    for x, y in zip(ours, gradients(by_hand, upstream, (factor, a, b)), strict=True):
+        assert torch.allclose(x, y, atol=1e-12)
+
+
+def test_rosa_with_relative_entries_before_lora_is_equation_10():
+    torch.manual_seed(1)
+    network, factor, base = generated()
+    lora, rosa = LoRA(rank=2, targets=[r"layer\.weight"]), RoSA(0.1, 2, [r"layer\.weight"], relative=True)
+    rosa.attach(network)
+    lora.attach(network)
+    x, squares = torch.randn(5, 6, dtype=torch.float64), torch.zeros(8, 6, dtype=torch.float64)
+    for step in range(3):
+        rosa.begin_step(0.0)
+        y = network(x)
+        if step < 2:  # d/dS = d/dW ⊙ W
+            squares += (2 * y.detach().T @ x * factor.detach() * base) ** 2
+        y.square().sum().backward()
+    mask = torch.zeros(48, dtype=torch.float64)
+    mask[squares.flatten().topk(4).indices] = 1
+    randomise(lora)
+    randomise(rosa)
+    (a, b), (s,) = lora.parameters.values(), rosa.parameters.values()
+    assert set(rosa.task_state()["indices"].tolist()) == set(mask.nonzero().flatten().tolist())
+    w = factor * base
+    by_hand = w + torch.zeros(48, dtype=s.dtype).masked_scatter(mask.bool(), s).view(8, 6) * w + b[0] @ a[0]
+    assert torch.allclose(network.layer.weight, by_hand, atol=1e-12)
+    upstream = torch.randn(8, 6, dtype=torch.float64)
+    ours = gradients(network.layer.weight, upstream, (factor, s, a, b))
+    for x, y in zip(ours, gradients(by_hand, upstream, (factor, s, a, b)), strict=True):
+        assert torch.allclose(x, y, atol=1e-12)
+
+
+@pytest.mark.parametrize("train_magnitude", [True, False])
+def test_a_row_of_zeros_does_not_become_nan(train_magnitude):
     network = Small()
     with torch.no_grad():
         network.layer.weight[3] = 0
-    piece = attached(DoRA(targets=["layer"]), network)
+    piece = attached(DoRA(targets=["layer"], train_magnitude=train_magnitude), network)
     assert (network.layer.weight[3] == 0).all()
     network.layer.weight.sum().backward()
     assert all(p.grad.isfinite().all() for p in piece.parameters.values())
@@ -302,6 +371,32 @@ def test_adaptformer_reads_what_the_mlp_reads_before_its_normalisation():
     assert torch.allclose(block(x), by_hand, atol=1e-5)
 
 
+def test_adaptformer_drops_hidden_entries_in_a_step_of_training_and_at_no_other_time():
+    torch.manual_seed(5)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=1, num_classes=0)
+    block = network.eval().blocks[0]
+    x = torch.randn(40, 5, 12)
+    plain, middle = block(x), x + block.attn(block.norm1(x))
+    piece = attached(AdaptFormer(rank=30, scale=0.7), network)
+    randomise(piece)
+    down, down_bias, up, up_bias = (
+        piece.parameters[f"blocks.0:{key}"] for key in ("down.weight", "down.bias", "up.weight", "up.bias")
+    )
+    hidden = (middle @ down.T + down_bias).clamp(min=0)
+    evaluated = block(x)
+    assert torch.allclose(evaluated, plain + 0.7 * (hidden @ up.T + up_bias), atol=1e-4)
+    piece.begin_step(0.0)
+    torch.manual_seed(8)
+    trained = block(x)
+    piece.end_step()
+    assert torch.equal(block(x), evaluated)
+    torch.manual_seed(8)
+    factors = F.dropout(torch.ones_like(hidden), 0.1)  # the same draw as in the authors' code
+    assert factors.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert 0.05 < float((factors == 0).float().mean()) < 0.15
+    assert torch.allclose(trained, plain + 0.7 * (hidden * factors @ up.T + up_bias), atol=1e-4)
+
+
 # counts
 
 
@@ -326,6 +421,10 @@ def resnet34():
         (Spectral, 48),
         (LoRAXS, 96),
         (lambda: RoSA(density=0.003, targets=[ATTENTION]), 12 * int(0.003 * 384 * 1152)),
+        (lambda: LoRA(parts=["q"], shared=True), 768),
+        (lambda: LoRA(shared=True), 1_536),
+        (lambda: LoRA(targets=[MLP], shared=True), 2 * (384 + 1536)),
+        (lambda: DoRA(train_magnitude=False), 27_648),
     ],
 )
 def test_counts_on_vit_small(vit_small, piece, count):
@@ -339,6 +438,69 @@ def test_counts_on_vit_small(vit_small, piece, count):
 def test_counts_on_resnet34(resnet34, piece, count):
     piece = attached(piece(), copy.deepcopy(resnet34))
     assert sum(p.numel() for p in piece.parameters.values()) == count
+
+
+def of_file(name):
+    """The pieces of a file in `configs/methods`."""
+    pieces = []
+    config = yaml.safe_load((ROOT / "configs" / "methods" / f"{name}.yaml").read_text())
+    for piece in config["model"]["init_args"]["pieces"]:
+        arguments = piece.get("init_args", {})
+        if "layout" in arguments:
+            arguments["layout"] = BankLayout(**arguments["layout"])
+        pieces.append(getattr(recast_pl, piece["class_path"].removeprefix("recast_pl."))(**arguments))
+    return pieces
+
+
+# MLP: 12 blocks · 2 weights · n 2 · K 2; attention: 12 weights; ResNet-34: 2·(2 + 3 + 5 + 2) blocks' weights with n of
+# the 2, 3, 5 and 2 layers in a stage and K 2
+@pytest.mark.parametrize(
+    ("name", "count", "share"),
+    [
+        ("recast_vit", 96, None),
+        ("adaptformer", 13_836, 6e-4),
+        ("dora", 41_472, 1.9e-3),
+        ("rosa", 27_648 + 12 * int(0.024 * 384 * 1152), 7e-3),
+        ("rosa_sparse", 120, 6e-6),
+        ("recast_adaptformer", 48 + 13_836, 6e-4),
+        ("recast_melo", 96 + 18_432, None),  # 8.5e-4; printed as 8e-4
+        ("recast_dora", 48 + 27_648, None),
+        ("recast_rosa", 48 + 27_648 + 127_392, 7e-3),
+        ("recast_rosa_sparse", 96 + 120, None),  # the printed 6e-6 is that of the sparse part alone
+        ("recast_resnet34", 2 * 2 * (2**2 + 3**2 + 5**2 + 2**2), None),
+        ("recast_clr", 168 + 76_608, 4e-3),
+    ],
+)
+def test_files_of_methods_have_the_counts_of_the_papers_tables(vit_small, resnet34, name, count, share):
+    plain = resnet34 if name in ("recast_resnet34", "recast_clr") else vit_small
+    network, pieces = copy.deepcopy(plain).requires_grad_(False), of_file(name)
+    for piece in pieces:
+        piece.attach(network)
+    assert sum(p.numel() for piece in pieces for p in piece.parameters.values()) == count
+    if share:
+        digits = 1 if f"{share:.1e}"[2] != "0" else 0
+        assert f"{count / sum(p.numel() for p in plain.parameters()):.{digits}e}" == f"{share:.{digits}e}"
+
+
+def test_shared_factors_appear_once_and_change_every_weight():
+    torch.manual_seed(7)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=3, num_classes=0)
+    before = [block.attn.qkv.weight.detach().clone() for block in network.blocks]
+    piece = attached(LoRA(parts=["q", "v"], shared=True), network)
+    randomise(piece)
+    (a, b), state = piece.parameters.values(), piece.task_state()
+    assert [list(tensor.shape) for tensor in state.values()] == [[2, 1, 12], [2, 12, 1]]
+    assert len([p for p in network.parameters() if p.requires_grad]) == 2
+    for block, weight in zip(network.blocks, before, strict=True):
+        for part, third in ((0, 0), (1, 2)):
+            rows = slice(12 * third, 12 * third + 12)
+            assert torch.allclose(block.attn.qkv.weight[rows], weight[rows] + b[part] @ a[part], atol=1e-6)
+        assert torch.equal(block.attn.qkv.weight[12:24], weight[12:24])
+    upstream = [torch.randn(36, 12) for _ in before]
+    total = sum((block.attn.qkv.weight * u).sum() for block, u in zip(network.blocks, upstream, strict=True))
+    (gradient,) = torch.autograd.grad(total, [b])
+    summed = sum(upstream).view(3, 12, 12)[[0, 2]]  # of q and v
+    assert torch.allclose(gradient, summed @ a.detach().mT, atol=1e-5)
 
 
 def test_counts_on_vit_base():
@@ -371,6 +533,7 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: LoRA(parts=()), "parts"),
         (lambda: Spectral(rank=6, targets=["layer"]), "Spectral: rank=6 must be from 1 to 5"),
         (lambda: LoRAXS(rank=0, targets=["layer"]), "LoRAXS: rank=0"),
+        (lambda: AdaptFormer(dropout=1), "AdaptFormer: dropout=1"),
         (AdaptFormer, "AdaptFormer: targets .* match none"),
         (lambda: AdaptFormer(targets=["layer"]), "AdaptFormer fits none of the 1 modules"),
         (lambda: CLR(targets=["layer"]), "CLR fits none of the 1 modules"),

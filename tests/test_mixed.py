@@ -15,8 +15,11 @@ from recast_pl import BackboneConfig, BankLayout, Piece, Predictor, Recast, RoSA
 from recast_pl.inference.mixed_batch import MixedBatch
 
 COUNTS = [2, 1, 3]
-APART = {"piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"}
-"""Methods whose tasks need too much memory, or more than new values of parameters, for a common pass."""
+APART = {
+    *("piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"),
+    *("lora-shared-vit", "lora-shared-resnet"),
+}
+"""Methods whose tasks need too much memory, more than new values of parameters, or share these between layers."""
 
 
 class TokenOffset(Piece):
@@ -78,7 +81,9 @@ QUICK = {
 }
 NO_PRODUCTS = {  # at any layer
     *("probe-vit", "probe-resnet", "dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
-    *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet"),
+    *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet", "dropout-vit", "dropout-resnet"),
+    *("dora-norms-vit", "dora-norms-resnet", "recast+dora-norms-vit"),
+    *("rosa-relative-vit", "rosa-relative-resnet", "recast+rosa-relative-vit"),
 }
 
 

@@ -304,7 +304,8 @@ def test_a_folder_without_runs_is_refused(place, tmp_path, capsys):
 
 def test_the_report_reads_what_the_commands_write(tiny_fit, tmp_path):
     options = shlex.join(tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")[5:])
-    words = ["compare", "--base", "vit.yaml", "--configs", "methods/recast.yaml", "--seeds", "1", "--options", options]
+    words = ["compare", "--base", "vit.yaml", "--configs", "methods/recast_vit.yaml", "--seeds", "1"]
+    words += ["--options", options]
     assert main([*words, "--output", str(tmp_path / "in" / "compared")]) == 0
     fit = ["fit", "--config", "mimicry_resnet34.yaml", "--run_dir", str(tmp_path / "in" / "fitted")]
     fit += ["--model.backbone.name", "torchvision/resnet18", "--model.backbone.weights", "random"]
@@ -314,7 +315,7 @@ def test_the_report_reads_what_the_commands_write(tiny_fit, tmp_path):
     (row,) = page.tables[
         "compared on vit_tiny_patch16_224: accuracy and size of each run (tables 1 and 2 of the paper)"
     ]
-    summary = json.loads((tmp_path / "in" / "compared" / "recast" / "1" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "in" / "compared" / "recast_vit" / "1" / "summary.json").read_text())
     assert summary["unlearnt"] == []
     assert row["average accuracy %"] == f"{summary['average_accuracy']:.2f}"
     (row,) = page.tables["Cost of fitting templates (table 5 of the paper)"]

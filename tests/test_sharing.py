@@ -570,30 +570,96 @@ def covariance(dimensions, rank, seed, scale=1.0):
     return torch.from_numpy(scale * rows.T @ rows)
 
 
+def dual_gpm(space, matrix, threshold):
+    """A step of the authors' `update_DualGPM`: (basis, "remove" or "retain") in NumPy, None before the first task."""
+    d = len(matrix)
+    if space is None:
+        u, s, _ = np.linalg.svd(matrix)
+        r = max(int(np.sum(np.cumsum(s**2) / (s**2).sum() < threshold)), 1)
+        basis, kind = u[:, :r], "remove"
+    else:
+        basis, kind = space
+        inside = basis @ basis.T @ matrix
+        rest = matrix - inside if kind == "remove" else inside
+        u, s, _ = np.linalg.svd(rest)
+        total, r = (np.linalg.svd(matrix)[1] ** 2).sum(), 0
+        if kind == "remove":
+            held = (total - (s**2).sum()) / total
+            while r < d and held < threshold:
+                held, r = held + s[r] ** 2 / total, r + 1
+            basis = np.hstack([basis, u[:, :r]])
+        else:
+            left = (s**2).sum() / total
+            while r < d and left >= 1 - threshold:
+                left, r = left - s[r] ** 2 / total, r + 1
+            kept = basis - u[:, :r] @ u[:, :r].T @ basis
+            basis = np.linalg.svd(kept)[0][:, : basis.shape[1] - r]
+    if kind == "remove" and basis.shape[1] > d / 2:
+        basis, kind = np.linalg.svd(basis)[0][:, basis.shape[1] :], "retain"
+    return basis, kind
+
+
+def authors_a(space, matrix, rank):
+    """The rows of A that the authors' `_train` makes for a task, in NumPy."""
+    if space is not None:
+        inside = space[0] @ space[0].T @ matrix
+        matrix = matrix - inside if space[1] == "remove" else inside
+    return np.linalg.svd(matrix)[0][:, :rank].T / math.sqrt(3)
+
+
+def decaying(seed, decay, d=24):
+    """Σ x·xᵀ of inputs whose k-th direction has the variance decay^k."""
+    q = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+    return (q * decay ** np.arange(d)) @ q.T
+
+
+# the factor between variances, and the dimensions that the authors' formula keeps after each of five tasks
+@pytest.mark.parametrize(
+    ("decay", "sizes", "kinds"),
+    [
+        (0.4, [1, 3, 5, 8, 11], ["remove"] * 5),
+        (0.75, [5, 10, 9, 5, 2], ["remove", "remove", "retain", "retain", "retain"]),
+    ],
+)
+def test_the_space_and_a_are_those_of_the_authors_code(decay, sizes, kinds):
+    ours, theirs, found = Subspace(torch.empty(24, 0, dtype=torch.float64), False), None, []
+    eye = torch.eye(24, dtype=torch.float64)
+    for task in range(5):
+        matrix = decaying(task, decay)
+        a = design(torch.from_numpy(matrix), ours if task else None, 2).numpy()
+        expected = authors_a(theirs, matrix, 2)
+        assert np.allclose(a.T @ a, expected.T @ expected, atol=1e-8)  # singular vectors have no sign
+        threshold = 0.95 + (1 - 0.95) * task / 5
+        ours, theirs = ours.grow(torch.from_numpy(matrix), threshold), dual_gpm(theirs, matrix, threshold)
+        onto_rest = eye.numpy() - theirs[0] @ theirs[0].T if theirs[1] == "remove" else theirs[0] @ theirs[0].T
+        assert ours.basis.shape == theirs[0].shape
+        assert ours.complement == (theirs[1] == "retain")
+        assert np.allclose(ours.outside(eye).numpy(), onto_rest, atol=1e-8)
+        found.append((ours.basis.shape[1], theirs[1]))
+    assert found == list(zip(sizes, kinds, strict=True))
+
+
 def test_a_is_orthogonal_to_the_inputs_of_old_tasks():
     space = Subspace(torch.empty(20, 0, dtype=torch.float64), False)
     for seed in range(4):
         current = covariance(20, 6, seed)
         directions = design(current, space, 4)
-        projector = space.outside(torch.eye(20, dtype=torch.float64))
-        stored = torch.eye(20, dtype=torch.float64) - projector  # onto what is guarded
+        stored = torch.eye(20, dtype=torch.float64) - space.outside(torch.eye(20, dtype=torch.float64))
         assert float((directions @ stored).abs().max()) < 1e-5
         assert torch.allclose(3 * directions @ directions.T, torch.eye(4, dtype=torch.float64), atol=1e-8)
-        left = projector.numpy() @ current.numpy() @ projector.numpy()
-        leading = np.linalg.svd(left)[0][:, :4]
-        assert np.allclose(leading @ leading.T, 3 * (directions.T @ directions).numpy(), atol=1e-6)
         space = space.grow(current, 0.6)
     assert space.complement or space.basis.shape[1] > 0
 
 
-def test_the_space_holds_no_more_directions_than_the_energy_needs():
-    current = covariance(12, 12, 3)
-    space = Subspace(torch.empty(12, 0, dtype=torch.float64), False).grow(current, 0.7)
-    values = np.linalg.eigvalsh(current.numpy())[::-1]
-    wanted = int(np.searchsorted(values.cumsum() / values.sum(), 0.7)) + 1
-    assert not space.complement
-    assert space.basis.shape == (12, wanted)
-    assert space.grow(current, 0.7).basis.shape == space.basis.shape  # the same inputs ask for nothing more
+def test_after_the_first_task_the_space_holds_what_the_energy_needs_and_no_more():
+    first, second = covariance(12, 12, 3), covariance(12, 12, 4)
+    space = Subspace(torch.empty(12, 0, dtype=torch.float64), False).grow(first, 0.7)
+    grown = space.grow(second, 0.7)
+    held = 1 - grown.outside(second).square().sum() / second.square().sum()
+    fewer = 1 - Subspace(grown.basis[:, :-1], False).outside(second).square().sum() / second.square().sum()
+    assert not grown.complement
+    assert fewer < 0.7 <= held
+    assert grown.grow(second, 0.7).basis.shape == grown.basis.shape  # the same inputs ask for nothing more
 
 
 def test_the_basis_of_the_complement_means_the_same_space():
@@ -601,7 +667,7 @@ def test_the_basis_of_the_complement_means_the_same_space():
         return torch.eye(12, dtype=torch.float64) - space.outside(torch.eye(12, dtype=torch.float64))
 
     first, second = covariance(12, 12, 5), covariance(12, 12, 6, 3.0)
-    space = Subspace(torch.empty(12, 0, dtype=torch.float64), False).grow(first, 0.95)
+    space = Subspace(torch.empty(12, 0, dtype=torch.float64), False).grow(first, 0.9999)
     assert space.complement  # more than half of the dimensions are in it
     assert space.basis.shape[1] <= 6
     direct = Subspace(torch.linalg.svd(guarded(space))[0][:, : 12 - space.basis.shape[1]], False)

@@ -132,14 +132,17 @@ def test_malformed_files_are_refused(content, sweep, capsys):
 def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, tiny_fit, tmp_path, capsys):
     content = {
         "base": ["vit.yaml"],
-        "grid": {"method": ["methods/recast.yaml", "methods/finetune.yaml"], "data.order_seed": {"a": None, "b": 3}},
+        "grid": {
+            "method": ["methods/recast_vit.yaml", "methods/finetune.yaml"],
+            "data.order_seed": {"a": None, "b": 3},
+        },
         "over": "data.order_seed",
         "x": "method",
     }
     assert main(sweep(content, "--seeds", "1")) == 0
     out = tmp_path / "out"
     isolated, shared = rows(out / "sweep_over_order_seed.csv")
-    assert (isolated["method"], isolated["values of data.order_seed"]) == ("recast", "2")
+    assert (isolated["method"], isolated["values of data.order_seed"]) == ("recast_vit", "2")
     assert (isolated["range"], isolated["largest change of a task"]) == ("0.00", "0.00")
     final = []
     for order, names in (("a", ["first", "second"]), ("b", ["second", "first"])):
@@ -151,9 +154,9 @@ def test_the_order_of_tasks_matters_only_to_methods_with_shared_weights(sweep, t
     assert shared["range"] == f"{max(means) - min(means):.2f}"
     assert shared["largest change of a task"] == f"{max(abs(final[0][t] - final[1][t]) for t in final[0]):.2f}"
     assert "over data.order_seed" in capsys.readouterr().out
-    words = ("--config", "methods/recast.yaml", "--data.order_seed", "3", "--trainer.max_epochs", "1")
+    words = ("--config", "methods/recast_vit.yaml", "--data.order_seed", "3", "--trainer.max_epochs", "1")
     assert main(tiny_fit(*words, "--seed_everything", "1")) == 0  # `fit` with the options of a point
-    ours, theirs = (sorted((run / "patches").iterdir()) for run in (out / "recast_b" / "1", tmp_path / "run"))
+    ours, theirs = (sorted((run / "patches").iterdir()) for run in (out / "recast_vit_b" / "1", tmp_path / "run"))
     assert [path.name for path in ours] == ["00_second.safetensors", "01_first.safetensors"]
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
@@ -205,6 +208,6 @@ def test_every_shipped_sweep_runs(name, tiny_fit, tmp_path, monkeypatch):
         numbers = layers * (12 // int(row["groups"])) * int(row.get("K", 1))
         assert row["numbers per task"] == str(numbers)
     for row in rows(out / "sweep_over_order_seed.csv") if name == "task_order" else ():
-        if row["method"] in ("recast", "melo", "adaptformer", "recast_melo"):
+        if row["method"] in ("recast_vit", "melo", "adaptformer", "recast_melo"):
             assert row["largest change of a task"] == "0.00"
     assert (out / "sweep.png").is_file()

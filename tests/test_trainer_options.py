@@ -2,12 +2,13 @@
 
 import json
 import logging
+import math
 
 import pytest
 from test_stream import read_summary
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recast_pl import TaskPatch, WarmUp
+from recast_pl import QuarterCosine, TaskPatch, WarmUp
 from recast_pl.cli import main
 
 CALLBACKS, SCHEDULES = "lightning.pytorch.callbacks", "torch.optim.lr_scheduler"
@@ -36,6 +37,7 @@ WORKING = {
     "plateau of accuracy": schedule(f"{SCHEDULES}.ReduceLROnPlateau", mode="max"),
     "plateau of a metric": schedule("lightning.pytorch.cli.ReduceLROnPlateau", monitor="val/accuracy", mode="max"),
     "warm-up": schedule("recast_pl.WarmUp", epochs=1, then=COSINE),
+    "quarter of a cosine": schedule("recast_pl.QuarterCosine", epochs=2),
     "one cycle": schedule(f"{SCHEDULES}.OneCycleLR", max_lr=0.1, total_steps=4),
     "best checkpoint": callback("ModelCheckpoint", monitor="val/accuracy", mode="max"),
     "last checkpoint": callback("ModelCheckpoint", save_on_train_epoch_end=True),
@@ -59,6 +61,7 @@ REFUSED = {
         "for a warm-up use recast_pl.WarmUp",
     ),
     "no warm-up": (schedule("recast_pl.WarmUp", epochs=0, then=COSINE), "epochs=0 must be at least 1"),
+    "no epoch": (schedule("recast_pl.QuarterCosine", epochs=0), "epochs=0 must be at least 1"),
     "short cycle": (schedule(f"{SCHEDULES}.OneCycleLR", max_lr=0.1, total_steps=1), "--trainer.max_epochs steps"),
     "wrong schedule": (schedule(f"{SCHEDULES}.LinearLR", start_factor=2), "--model.lr_scheduler"),
     "schedule without length": (schedule(f"{SCHEDULES}.StepLR", step_size=0), "StepLR cannot make another step"),
@@ -207,3 +210,16 @@ def test_a_warm_up_raises_the_rate_and_then_follows_the_next_schedule():
         optimizer.step()
         warming.step()
     assert rates == pytest.approx([0.1, 0.55, 1.0, 0.5, 0.0])
+
+
+def test_a_quarter_of_a_cosine_is_the_schedule_of_inflora():
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=5e-4)
+    schedule, rates = QuarterCosine(optimizer, 10), []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    authors = [5e-4 * math.cos(99 * math.pi * epoch / (200 * (10 - 1))) for epoch in range(10)]
+    assert rates == pytest.approx([*authors, authors[-1], authors[-1]])

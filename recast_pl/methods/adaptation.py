@@ -90,11 +90,11 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         super().__init__(learning_rate)
         self.targets = tuple(targets)
         self.adaptations: dict[str, AdaptationT] = {}
-        """By name of the weight; filled by `attach`."""
+        """By name of the weight, or of the first one if several share an adaptation; filled by `attach`."""
         self._owners: dict[str, tuple[nn.Module, str]] = {}
 
     def adapt(self, name: str, weight: Tensor) -> AdaptationT:
-        """Makes the adaptation of one weight, from its name and present value (*shape)."""
+        """Makes the adaptation of one weight, from its name and present value (*shape), or returns one made before."""
         raise NotImplementedError
 
     def attach(self, network: nn.Module) -> None:
@@ -104,6 +104,8 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         for name, (module, attribute) in self._owners.items():
             adaptation = self.adapt(name, getattr(module, attribute).detach())
             parametrize.register_parametrization(module, attribute, adaptation)
+            if adaptation in self.adaptations.values():
+                continue
             self.adaptations[name] = adaptation
             trained = {key: p for key, p in adaptation.named_parameters() if p.requires_grad}
             self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}

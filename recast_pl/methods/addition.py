@@ -1,7 +1,7 @@
 """The piece that adds a small module to modules of the network, which methods that change activations share."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,10 @@ class Addition(Protocol):
         """The parameters by name."""
 
 
-class ModulePiece(Piece):
+AdditionT = TypeVar("AdditionT", bound=Addition)
+
+
+class ModulePiece(Piece, Generic[AdditionT]):
     """A piece that adds a small module to modules of the network.
 
     Args:
@@ -34,10 +37,10 @@ class ModulePiece(Piece):
     def __init__(self, targets: Sequence[str], learning_rate: float | None) -> None:
         super().__init__(learning_rate)
         self.targets = tuple(targets)
-        self.additions: list[Addition] = []
+        self.additions: list[AdditionT] = []
         """One for each extended module; filled by `attach`."""
 
-    def add(self, module: nn.Module) -> Addition | None:
+    def add(self, module: nn.Module) -> AdditionT | None:
         """Extends a module and returns the addition; None if the module is of a kind that it does not extend.
 
         Hooks must find the addition through the module they are called with, so that copies of a network work.

@@ -27,7 +27,7 @@ class Ghost(nn.Conv2d):
         nn.init.dirac_(self.weight, groups=self.groups)
 
 
-class CLR(ModulePiece):
+class CLR(ModulePiece[Ghost]):
     """Channel-wise lightweight reprogramming (Ge et al., 2023): a 3×3 convolution of each channel after convolutions.
 
     Args:

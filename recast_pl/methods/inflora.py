@@ -4,9 +4,14 @@ Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Lear
 
     W' = W + Σ_t B_t·A_t over tasks; only B_t is trained
 
-The rows of A_t are the leading directions of the task's inputs outside of the space of earlier inputs. That space holds
-a fraction ε of the energy of each task's inputs (DualGPM, section 4.3); ε rises from `energy` to 1 over the stream.
-Only the sum is kept, so later updates change earlier tasks as far as their inputs lie outside of the space.
+The rows of A_t are the leading directions of the task's inputs outside of the space of earlier inputs (DualGPM, section
+4.3). As in the authors' code, that space holds a fraction ε of the sum of the squared singular values of each task's
+Σ x·xᵀ, so that few directions are enough; ε rises from `energy` to 1 over the stream. Only the sum of updates is kept,
+so later updates change earlier tasks as far as their inputs lie outside of the space.
+
+Deviations: the inputs are those of images that are not augmented, and rows of A are 0 where the inputs have no further
+direction. If the first task fills more than half of the space, its complement is stored; there the authors' code keeps
+the basis of the space, but reads it as that of the complement.
 """
 
 from collections.abc import Sequence
@@ -70,19 +75,22 @@ class Subspace:
 
         Args:
             covariance: Σ x·xᵀ of the inputs (d, d).
-            energy: The fraction, of the trace of the covariance.
+            energy: The fraction, of the sum of the squared singular values of the covariance.
 
         Returns:
             The space, on the CPU; given by its complement once it has more than d/2 dimensions.
         """
         basis, complement = self.basis.to(covariance), self.complement
-        budget = (1 - energy) * float(covariance.trace())  # may stay outside
+        budget = (1 - energy) * float(covariance.square().sum())  # may stay outside
         if complement:
-            values, vectors = _descending(basis.T @ covariance @ basis)
-            basis = basis @ vectors[:, _needed(values, budget) :]
+            squares, directions = _leading(basis.T @ covariance)
+            basis = basis @ directions[:, _needed(squares, budget) :]
         else:
-            values, vectors = _descending(self.outside(self.outside(covariance).T))
-            basis = torch.linalg.qr(torch.cat([basis, vectors[:, : _needed(values, budget)]], 1)).Q
+            squares, directions = _leading(self.outside(covariance))
+            count = _needed(squares, budget)
+            if not basis.numel():  # after the first task, the authors leave out the direction that reaches the fraction
+                count = max(1, count - 1)
+            basis = torch.linalg.qr(torch.cat([basis, directions[:, :count]], 1)).Q
             complement = basis.shape[1] > len(basis) / 2
             if complement:
                 basis = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
@@ -95,6 +103,7 @@ class InfLoRA(WeightPiece[AccumulatedLowRank]):
     Args:
         rank: r, of each task's update.
         energy: Fraction of the energy of inputs that is protected after the first task; it rises to 1 over the stream.
+            Energy is the sum of the squared singular values of Σ x·xᵀ over the inputs x of a weight.
         targets: Regular expressions for names of weights.
         parts: Which parts of fused query-key-value weights to adapt (any sequence).
         learning_rate: Learning rate of B; None for that of the head.
@@ -212,20 +221,19 @@ def design(covariance: Tensor, space: Subspace | None, rank: int) -> Tensor:
         space: The space of the inputs of earlier tasks; None during the first.
         rank: r.
     """
-    outside = covariance if space is None else space.outside(space.outside(covariance).T)
-    values, vectors = _descending(outside)
-    leading = vectors[:, :rank] * (values[:rank] > 1e-9 * covariance.trace())
+    squares, vectors = _leading(covariance if space is None else space.outside(covariance))
+    leading = vectors[:, :rank] * (squares[:rank] > (1e-7 * covariance.norm()).square())
     directions = leading if space is None else space.outside(leading)  # again, to remove what rounding has left inside
     return F.pad(directions.T, (0, 0, 0, rank - directions.shape[1])) / 3**0.5
 
 
-def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,), largest first and none below 0, and eigenvectors (d, d)."""
-    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
+def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares of the singular values (d,) of a matrix (d, m), largest first, and its left singular vectors (d, d)."""
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    return squares.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def _needed(values: Tensor, budget: float) -> int:
-    """How many leading values to take, so that the rest sums to no more than a budget."""
-    left = values.sum() - values.cumsum(0)
-    return 0 if float(values.sum()) <= budget else int((left > budget).sum()) + 1
+def _needed(squares: Tensor, budget: float) -> int:
+    """How many leading squares to take, so that the rest sums to no more than a budget."""
+    left = squares.sum() - squares.cumsum(0)
+    return 0 if float(squares.sum()) <= budget else int((left > budget).sum()) + 1

@@ -6,7 +6,8 @@ Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022.
     features = mean of the prompts' tokens after the blocks, with the chosen prompts before the image's tokens
     loss = cross-entropy − λ · Σ cos(q(x), chosen keys)
 
-Deviation: each image chooses its prompts by itself while training, too, with no vote over the batch.
+The defaults, and that each image chooses its prompts by itself with no vote over the batch, are those of Avalanche's
+implementation, which RECAST's paper uses. The authors' pool has 10 prompts, and they let the batch vote.
 """
 
 from typing import Any
@@ -54,7 +55,7 @@ class L2P(Piece):
         length: Tokens of each prompt.
         chosen: k, the prompts of an image.
         strength: λ of the term −λ·Σ cos, which draws chosen keys towards their queries.
-        learning_rate: Learning rate of prompts and keys; None for that of the head; the authors' is 0.03·batch/256.
+        learning_rate: Learning rate of prompts and keys; None for that of the head. It is 0.03 for both in Avalanche.
 
     Raises:
         MethodError: If a number is below 1, or more prompts are chosen than there are.
@@ -64,7 +65,7 @@ class L2P(Piece):
 
     def __init__(
         self,
-        pool: int = 10,
+        pool: int = 20,
         length: int = 5,
         chosen: int = 5,
         strength: float = 0.1,

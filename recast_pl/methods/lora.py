@@ -5,11 +5,13 @@ Better than Fine-tuning for Medical Image Diagnosis", ISBI 2024.
 
     W' = W + (alpha / r) · B·A, with A (r, columns) and B (rows, r); B starts at 0
 
-Deviations: there is no dropout, and alpha defaults to r, so that the factor is 1.
+Deviations: there is no dropout, and alpha defaults to r, so that the factor is 1. With `shared`, weights of one shape
+have one A and one B, by which figure 4 of RECAST's paper makes LoRA smaller.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,7 @@ class LoRA(WeightPiece[LowRank]):
         targets: Regular expressions for names of weights.
         parts: Which parts of fused query-key-value weights to adapt (any sequence); None for q and v.
         learning_rate: Learning rate of all parameters; None for that of the head.
+        shared: Whether all weights of one shape and with the same parts have the same A and B.
 
     Raises:
         MethodError: If the rank is below 1, or there are no parts.
@@ -89,8 +92,10 @@ class LoRA(WeightPiece[LowRank]):
         targets: tuple[str, ...] = (ATTENTION, CONVOLUTIONS),
         parts: tuple[Part, ...] | None = None,
         learning_rate: float | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__(targets, learning_rate)
+        self.shared, self._made = shared, dict[tuple[Any, ...], LowRank]()
         self.parts = self.default_parts if parts is None else parts
         if rank < 1 or not self.parts:
             raise MethodError(f"{type(self).__name__}: rank={rank} must be at least 1, and parts={parts} not empty")
@@ -98,4 +103,8 @@ class LoRA(WeightPiece[LowRank]):
 
     def adapt(self, name: str, weight: Tensor) -> LowRank:
         """Low-rank factors for the weight, or for the parts of a fused one."""
-        return self.adaptation(weight, self.rank, self.scale, thirds(name, self.parts))
+        parts = thirds(name, self.parts)
+        key = (weight.shape, parts and tuple(parts), None if self.shared else name)
+        if key not in self._made:
+            self._made[key] = self.adaptation(weight, self.rank, self.scale, parts)
+        return self._made[key]

@@ -4,8 +4,11 @@ Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adapta
 
     W' = W + B·A + S, where S has k = ⌊density · entries of W⌋ entries that are not zero
 
-`RoSA` is S; listed after `LoRA` it is the full method. The k entries are those of the largest mean squared gradient
-over the first steps of each task, in which the low-rank part trains already.
+`RoSA` is S; listed beside `LoRA` it is the full method. The k entries are those of the largest mean squared gradient of
+S over the first steps of each task, in which the low-rank part trains already.
+
+RECAST prints its combination with RoSA as W + S ⊙ W + B·A (equation 10), which `relative` computes. The text there
+calls S a binary mask; here its k entries are trained, because a mask alone would have nothing to train.
 """
 
 from collections.abc import Mapping
@@ -74,6 +77,14 @@ class Sparse(Adaptation):
         y.scatter_add_(2, into, x.gather(2, out_of) * self.values[:, None])
 
 
+class RelativeSparse(Sparse):
+    """W + S ⊙ W: S scales the chosen entries instead of moving them; arguments as for `Sparse`."""
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + S ⊙ W; W before entries are chosen."""
+        return weight + super().change(torch.zeros_like(weight)) * weight
+
+
 class RoSA(WeightPiece[Sparse]):
     """The sparse part of robust adaptation (Nikdan et al., 2024): W + S, S free on the entries that matter most.
 
@@ -84,6 +95,8 @@ class RoSA(WeightPiece[Sparse]):
         warm_up: Steps before the entries are chosen.
         targets: Regular expressions for names of weights.
         learning_rate: Learning rate of the entries; None for that of the head.
+        relative: Whether S multiplies the weight, W + S ⊙ W, as in equation 10 of RECAST's paper. W is what the pieces
+            before it give, so list it before `LoRA`.
 
     Raises:
         MethodError: If the density is not in (0, 1], or leaves a weight without an entry.
@@ -95,8 +108,10 @@ class RoSA(WeightPiece[Sparse]):
         warm_up: int = 8,
         targets: tuple[str, ...] = (MLP, CONVOLUTIONS),
         learning_rate: float | None = None,
+        relative: bool = False,
     ) -> None:
         super().__init__(targets, learning_rate)
+        self.adaptation = RelativeSparse if relative else Sparse
         if not 0 < density <= 1 or warm_up < 1:
             raise MethodError(f"RoSA: density={density} must be in (0, 1], and warm_up={warm_up} at least 1")
         self.density, self.warm_up, self.steps = density, warm_up, 0
@@ -109,7 +124,7 @@ class RoSA(WeightPiece[Sparse]):
                 f"RoSA: density={self.density} leaves no entry of {name}, which has {weight.numel():,}; "
                 "raise the density"
             )
-        return Sparse(weight, count)
+        return self.adaptation(weight, count)
 
     def begin_task(self) -> None:
         """Forgets the entries of the previous task."""
