@@ -4,8 +4,8 @@
 
 The head is scikit-learn's logistic regression, whose regularization is chosen on validation images. It is rounded to
 the nearest, then with a bias that is solved for again, and then as `fit --patch_precision` does (GPTQ). Differences to
-the head in single precision are in percentage points, over all tasks and seeds; the same predictions in percent of the
-test images. The last column is the file of a task of five classes with 48 coefficients.
+the head in single precision are in percentage points, averaged over seeds, with an interval over tasks; the same
+predictions in percent of the test images. The last column is the file of a task of five classes with 48 coefficients.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import sem, t
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -90,9 +91,10 @@ def main() -> None:
         found = extract(options)
         if options.features:
             torch.save(found, options.features)
-    results: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    results: dict[tuple[int, str], dict[str, list[tuple[float, float]]]] = {}
     accuracies = []
-    for splits in found.values():
+    for name, splits in found.items():
+        task = name.rpartition(" ")[0]
         (weight, bias), moments, (features, labels) = fit(splits), Moments.of(splits["train"][0]), splits["test"]
         exact = (features @ weight.T + bias).argmax(1)
         right = 100 * float((exact == labels).double().mean())
@@ -102,12 +104,13 @@ def main() -> None:
                 predicted = (features @ head.state["weight"].T + head.bias).argmax(1)
                 change = 100 * float((predicted == labels).double().mean()) - right
                 same = 100 * float((predicted == exact).double().mean())
-                results.setdefault((bits, way), []).append((change, same))
+                results.setdefault((bits, way), {}).setdefault(task, []).append((change, same))
     print(f"single precision: {np.mean(accuracies):.2f} % over {len(found)} tasks and seeds\n")
     print("| bits | rounding | points | 95 % interval | same % | bytes |\n|---:|---|---:|---:|---:|---:|")
-    for (bits, way), pairs in results.items():
-        change, same = np.mean(pairs, axis=0)
-        wide = 1.96 * np.std([pair[0] for pair in pairs], ddof=1) / len(pairs) ** 0.5
+    for (bits, way), tasks in results.items():
+        means = np.array([np.mean(pairs, axis=0) for pairs in tasks.values()])  # (tasks, 2)
+        change, same = means.mean(0)
+        wide = t.ppf(0.975, len(means) - 1) * sem(means[:, 0])
         size = f"{size_of(bits):,}" if bits in (4, 8) else ""
         print(f"| {bits} | {way} | {change:+.2f} | ±{wide:.2f} | {same:.1f} | {size} |")
 
