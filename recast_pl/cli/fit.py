@@ -19,6 +19,7 @@ from rich.console import Console
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
+from recast_pl.config.files import PRECISION_KEY
 from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
@@ -126,7 +127,8 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     results = StreamResults(console, trainers)
     if init.engine is not None:
         trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
-    stream = Stream(til(init.model), init.data, run_dir, trainers, init.seed_everything, text, console, results)
+    model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
+    stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision)
     if init.engine is not None:
         return _train_on_engine(stream, init, console)
     stream.run(init.only)

@@ -144,7 +144,7 @@ class TILModule(TaskNetwork, LightningModule):
 
     def _start_head(self) -> None:
         """Fits the probes to the features that the task starts from, and starts the head from one of them."""
-        train, val, test = map(self._features, ("train", "val", "test"))
+        train, val, test = map(self.features, ("train", "val", "test"))
         head, classes = self.current()[1], len(self.classes)
         probe = solve_head("logistic", train, classes)
         self.probes = Probes(test.score(probe)[0])
@@ -161,15 +161,16 @@ class TILModule(TaskNetwork, LightningModule):
 
     def _finish_head(self) -> None:
         """Solves the head on the features of the best epoch, and takes it if it is better on the validation images."""
-        train, val = map(self._features, ("train", "val"))
+        train, val = map(self.features, ("train", "val"))
         head = self.current()[1]
         solved = solve_head(self.head_kind, train, len(self.classes), self.balanced, self.label_smoothing)
         (accuracy, loss), (before, loss_before) = val.score(solved), val.score(head)
         if (accuracy, -loss) > (before, -loss_before):
             head.load_state_dict(solved.state_dict())
 
-    def _features(self, split: str) -> Features:
-        """Features of all images of a split, on every process."""
+    def features(self, split: str) -> Features:
+        """Features of all images of a split by the current task, on every process, on the trainer's device."""
+        self.to(self.trainer.strategy.root_device)
         with self.merged():
             return extract_features(self.current()[0], self.batches(split), self.trainer.precision_plugin)
 

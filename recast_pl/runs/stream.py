@@ -19,7 +19,8 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, read_json, sealed_json, sha256, write_atomic
-from recast_pl.learning.patch import SharedState, TaskPatch
+from recast_pl.learning.patch import BITS, Precision, SharedState, TaskPatch
+from recast_pl.learning.quantization import Moments
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import (
     BestEpoch,
@@ -77,6 +78,7 @@ class Stream:
         config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
+        precision: How patches are stored; `int8` and `int4` for compact ones. What is measured is what is stored.
     """
 
     def __init__(
@@ -89,12 +91,13 @@ class Stream:
         config: str | None = None,
         console: Console | None = None,
         presentation: Presentation | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self._trial = None if trainers.keeps else TemporaryDirectory()  # removed with this object
         self.folder = RunFolder(run_dir if self._trial is None else self._trial.name)
         self.module, self.data, self.trainers, self.seed = module, data, trainers, seed
         self.config, self.console, self.presentation = config, console or open_console(), presentation
-        self.evaluator = trainers.for_evaluation()
+        self.precision, self.evaluator = precision, trainers.for_evaluation()
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self._names = [task.name for task in data.tasks]
@@ -274,7 +277,7 @@ class Stream:
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
         probes, trained = self._probe_accuracies(), self.module.task_parameters
-        patch = self.module.patch(probes)
+        patch = self._stored(self.module.patch(probes))
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
         accuracies = {p.task: measure(self.module, self.data, i, p, self.evaluator) for i, p in seen.items()}
         patch = replace(patch, metrics={"accuracy": accuracies[patch.task], **probes})
@@ -314,6 +317,16 @@ class Stream:
         if self.evaluator.is_global_zero:
             self._write(index, content, shared)
 
+    def _stored(self, patch: TaskPatch) -> TaskPatch:
+        """A trained task with the values that its file will keep, those of the first process on all."""
+        bits = BITS.get(self.precision)
+        if bits is None:
+            return patch
+        self.module.check_patch(patch)
+        self.module.activate(patch.compacted(bits))  # so that features are those of the stored states
+        moments = Moments.of(self.module.features("train").features)
+        return self.evaluator.strategy.broadcast(patch.compacted(bits, moments))
+
     def _write(self, index: int, patch: bytes, shared: SharedState | None) -> None:
         """Writes a finished task: the patch, which marks it finished, after all else; then removes what it replaces."""
         files = self._files(index)
@@ -322,7 +335,7 @@ class Stream:
         if self.presentation:
             self.presentation.write_task(self.folder, files.name, self.records[index])
         write_atomic(files.record, sealed_json(self.records[index]))
-        write_atomic(files.patch, patch)
+        write_atomic(files.compact if self.precision in BITS else files.plain, patch)
         for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
             before.unlink()
         shutil.rmtree(files.checkpoints, ignore_errors=True)
