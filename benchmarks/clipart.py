@@ -29,7 +29,7 @@ def run(weights, seed, epochs, run_dir):
     data = SequentialTaskDataModule(tasks, image_size=98, batch_size=16, seed=seed)
     module = TILModule(
         BackboneConfig("vit_small_patch14_dinov2", weights),
-        [Recast(MLP, learning_rate=2e-2)],
+        [Recast(MLP)],
         lr_scheduler=lambda o: StepLR(o, step_size=max(1, epochs // 3), gamma=0.1),
     )
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}

@@ -1,4 +1,4 @@
-"""Writes the configuration reference from signatures and docstrings: `uv run python docs/generate.py`."""
+"""Writes the configuration reference from docstrings, and tables of the paper: `uv run python docs/generate.py`."""
 
 import ast
 import inspect
@@ -15,8 +15,13 @@ from docstring_parser import parse
 from recast_pl import api
 from recast_pl.cli import COMMANDS
 from recast_pl.cli.parser import command_parser
+from recast_pl.data.catalogue import PAPER
+from recast_pl.studies.sweep_file import PlannedPoint, read_sweep
 
 FILE = Path(__file__).parent / "reference" / "configuration.md"
+PAGE = Path(__file__).parent / "reproducing.md"
+CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
+MARKS = "<!-- from configs/paper/, by docs/generate.py -->", "<!-- end -->"
 GROUPS = {
     "Model": (api.TILModule, api.MimicryModule, api.BackboneConfig, api.BankLayout),
     "Data": (api.SequentialTaskDataModule, api.TaskConfig),
@@ -28,7 +33,7 @@ HEAD = """# Configuration
 
 A run is described by one YAML file, or by several laid over one another: `fit --config vit.yaml --config
 methods/recast_vit.yaml`. Every entry is also an option of the command line: `--data.batch_size 64`,
-`--model.warm_start true`. `--print_config` prints the result. `model`, `data` and each piece take the arguments of the
+`--model.head lda`. `--print_config` prints the result. `model`, `data` and each piece take the arguments of the
 classes listed here; `trainer` takes [Lightning's](https://lightning.ai/docs/pytorch/stable/common/trainer.html).
 """
 
@@ -76,6 +81,29 @@ def _options(actions: Iterable[Action], above: str = "") -> Iterator[tuple[str, 
             yield above + (action.option_strings[-1] if action.option_strings else action.dest), action
 
 
+def reproducing() -> str:
+    """The content of `reproducing.md`: what stands there, with the rows of the paper's tables between the marks."""
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    tables = "\n".join(_rows(number) for number in (1, 2))
+    return f"{before}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
+def _rows(number: int) -> str:
+    """A table of the paper as Markdown, with the values of table 4 and the configurations of each row."""
+    sweep = read_sweep(CONFIGS / f"table{number}.yaml")
+    rows = [_row(point) for point in sweep.points.values()]
+    base = " and ".join(f"`{name}`" for name in sweep.base)
+    return f"### Table {number}\n\nOver {base}:\n\n" + _table(("row", "config", "average", *PAPER), rows)
+
+
+def _row(point: PlannedPoint) -> list[str]:
+    values = point.published
+    spread = f" ± {values['spread']:g}" if "spread" in values else ""
+    average = f"{values['average']}{spread}" if values else ""
+    configs = ", ".join(f"`{name}`" for name in point.configs)
+    return [*map(str, point.labels.values()), configs, average, *(str(values.get(name, "")) for name in PAPER)]
+
+
 def _type(annotation: Any) -> str:
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(annotation))
 
@@ -104,3 +132,4 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     FILE.write_text(reference())
+    PAGE.write_text(reproducing())

@@ -34,7 +34,7 @@ RESNET_CONV = BankLayout([r"conv\d\.weight"])
 
 
 def recast(layout=VIT_MLP):
-    return rp.Recast(layout, learning_rate=2e-2)
+    return rp.Recast(layout, learning_rate=2.5e-3)
 
 
 ON_BOTH = {
@@ -177,6 +177,14 @@ def test_a_patch_file_gives_identical_logits_in_a_fresh_module(module, data, tmp
         fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
     fresh.activate(TaskPatch.load(tmp_path / "patch.safetensors"))
     assert torch.equal(logits(fresh, images), expected)
+    for bits in (4, 8):
+        compact = patch.compacted(bits)
+        module.activate(compact)
+        compact.save(tmp_path / "patch.recast")
+        read = TaskPatch.load(tmp_path / "patch.recast")
+        fresh.activate(read)
+        assert torch.equal(logits(fresh, images), logits(module, images))
+        assert read.to_bytes() == (tmp_path / "patch.recast").read_bytes()
 
 
 def test_a_patch_in_half_precision_loads_and_unpacks_in_that_of_the_network(module):

@@ -100,14 +100,14 @@ def test_the_resnet_config_runs(tiny_fit, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"] == 168
 
 
-def test_the_resnet_mimicry_config_runs_and_a_fit_is_not_resumed(tmp_path, capsys):
+def test_the_resnet_mimicry_config_runs_and_a_finished_fit_stays(tmp_path, capsys):
     run = ["fit", "--config", "mimicry_resnet34.yaml", "--run_dir", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
     small = ["--model.backbone.name", "torchvision/resnet18", "--model.backbone.weights", "random"]
     words = [*run, *small, "--model.image_size", "32", "--trainer.enable_progress_bar", "false"]
     assert main(words) == 0
     fitted = (tmp_path / "run" / "decomposition.safetensors").read_bytes()
-    assert main([*words, "--resume", "true", "--trainer.max_epochs", "2"]) == 2
-    assert "cannot be resumed" in capsys.readouterr().err
+    assert main([*words, "--resume", "true", "--trainer.max_epochs", "2"]) == 0
+    assert "fitted already" in capsys.readouterr().out
     assert (tmp_path / "run" / "decomposition.safetensors").read_bytes() == fitted
 
 

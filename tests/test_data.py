@@ -499,3 +499,26 @@ def test_a_class_name_that_a_patch_may_not_have_is_refused(image_folder, tmp_pat
 def test_names_that_differ_only_in_case_are_the_same():
     with pytest.raises(DataError, match="listed twice"):
         SequentialTaskDataModule([TaskConfig("digits"), TaskConfig("Digits")]).check()
+
+
+def test_a_task_can_use_some_of_its_images(image_folder):
+    folder = str(image_folder("first", 3, 40))
+
+    def data(images, **more):
+        return SequentialTaskDataModule((TaskConfig("first", folder, images=images),), 32, **more)
+
+    some = data(60)
+    assert sum(some.sizes.values()) == 60
+    assert all(some.sizes.values())
+    assert sum(data(None).sizes.values()) == sum(data(500).sizes.values()) == 120
+    assert data(60).split_digest == some.split_digest != data(60, seed=1).split_digest
+    with pytest.raises(DataError, match=r"tasks\.first\.images=0 must be at least 1"):
+        data(0)
+    for path in sorted(Path(folder, "class0").iterdir())[1:]:
+        path.unlink()
+
+    def with_many_seeds():  # with most, the only image of this class is not among the 30 of 81
+        return [data(30, seed=seed).sizes for seed in range(100)]
+
+    with pytest.raises(DataError, match="no training image of class 'class0' among its 30 images; use more"):
+        with_many_seeds()

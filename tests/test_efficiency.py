@@ -215,7 +215,7 @@ def test_an_overflow_reaches_a_sampled_gradient():
 def test_trains_with_sampled_gradients(tiny_fit, precision, tmp_path):
     piece = {
         "class_path": "recast_pl.Recast",
-        "init_args": {"layout": {"targets": ["mlp"]}, "learning_rate": 2e-2, "gradient_tokens": 0.25},
+        "init_args": {"layout": {"targets": ["mlp"]}, "learning_rate": 2.5e-3, "gradient_tokens": 0.25},
     }
     words = ("--model.pieces", json.dumps([piece]), "--trainer.precision", precision)
     for name in ("a", "b"):

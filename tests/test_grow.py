@@ -23,7 +23,7 @@ RATES = {"learning_rate": 2e-2, "growing_rate": 5e-3}
 TARGETS, TEMPLATE = 24, 32 + 128  # weights of the MLP, and the numbers of one template of rank 1
 
 
-RECAST = {"layout": {"targets": [r"mlp\.fc[12]\.weight"], "groups": 6}, "learning_rate": 2e-2}
+RECAST = {"layout": {"targets": [r"mlp\.fc[12]\.weight"], "groups": 6}, "learning_rate": 2.5e-3}
 
 
 def words(run, *more, **settings):

@@ -39,6 +39,7 @@ def a_shared_state():
 
 KINDS = {
     "patch": (a_patch, TaskPatch, PatchError),
+    "compact": (lambda: a_patch().compacted(4), TaskPatch, PatchError),
     "decomposition": (a_decomposition, Decomposition, DecompositionError),
     "shared": (a_shared_state, SharedState, PatchError),
 }

@@ -1,8 +1,12 @@
 """Patches of any content are used or refused: no other error, no number that is not finite, no file elsewhere."""
 
 import functools
+import hashlib
 import io
+import json
 import math
+import struct
+import zlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +136,42 @@ def made_up(good, data):
     return pack_tensors({name.encode(errors="replace").decode(): t for name, t in tensors.items()}, facts)
 
 
+LISTED = ["task", "classes", "method", "image_size", "metrics"]
+ANYTHING = st.recursive(
+    NUMBERS | TEXTS | st.sampled_from(["f2", "u1", "i4", "coefficients", 2**39]),
+    lambda inner: st.lists(inner, max_size=4),
+)
+
+
+def made_up_compact(good, data):
+    """The bytes of a compact patch with the right checksum in which one to three things are changed."""
+    content = good.compacted(data.draw(st.sampled_from([4, 8]))).to_bytes()
+    header = list(struct.unpack_from("<4sBBI32s6f", content))
+    listed, tail = json.loads(zlib.decompress(content[66 : 66 + header[3]], -15)), content[66 + header[3] : -32]
+    for _ in range(data.draw(st.integers(1, 3))):
+        match data.draw(st.sampled_from(["fact", "list", "bits", "colours", "tail", "length"])):
+            case "fact":
+                place = data.draw(st.integers(0, len(LISTED) - 1))
+                listed[place] = data.draw(FACTS[LISTED[place]])
+            case "list":
+                part = data.draw(st.sampled_from([listed, listed[-1], *listed[-1]]))
+                if isinstance(part, list) and part:
+                    part[data.draw(st.integers(0, len(part) - 1))] = data.draw(ANYTHING)
+            case "bits":
+                header[2] = data.draw(st.sampled_from([0, 1, 4, 8, 255]))
+            case "colours":
+                header[data.draw(st.integers(5, 10))] = data.draw(VALUES.filter(lambda value: not abs(value) > 1e38))
+            case "tail":
+                place = data.draw(st.integers(0, len(tail)))
+                tail = tail[:place] + data.draw(st.binary(max_size=4)) + tail[place + data.draw(st.integers(0, 4)) :]
+            case _:
+                tail += bytes(data.draw(st.integers(0, 9)))
+    metadata = zlib.compress(json.dumps(listed).encode(), 9, -15)
+    header[3] = len(metadata)
+    made = struct.pack("<4sBBI32s6f", *header) + metadata + tail
+    return made + hashlib.sha256(made).digest()
+
+
 def use(path, method, patch):
     """Uses an accepted patch as commands and the server do; every step may refuse it with an error of its own."""
     model, module, good = network(method)
@@ -143,12 +183,23 @@ def use(path, method, patch):
     console.print(*patch_tables(patch, path), *difference_tables(compare_patches(patch, good)))
     for step in (
         lambda: average_patches([patch, patch]).to_bytes(),
-        lambda: quantize_patch(patch).to_bytes(),
+        *(lambda p=p: quantize_patch(patch, p).to_bytes() for p in ("fp16", "int8", "int4", "fp32")),
+        lambda: same_bytes(patch, path),
         lambda: answers(model, patch),
         lambda: exported(module, patch),
     ):
         with suppress(RecastError):
             step()
+
+
+def same_bytes(patch, path):
+    patch.to_bytes()
+    again = path.with_name("again")
+    try:
+        patch.save(again)
+        assert TaskPatch.load(again).to_bytes() == again.read_bytes()
+    finally:
+        again.unlink(missing_ok=True)
 
 
 def answers(model, patch):
@@ -171,7 +222,7 @@ def exported(module, patch):
 
 def check(method, data, folder):
     path = folder / "made_up.safetensors"
-    path.write_bytes(made_up(network(method)[2], data))
+    path.write_bytes(data.draw(st.sampled_from([made_up, made_up_compact]))(network(method)[2], data))
     before = sorted(folder.rglob("*"))
     try:
         patch = TaskPatch.load(path)

@@ -241,6 +241,35 @@ def test_quantize_halves_a_patch_and_measures_it(run, tmp_path, capsys):
     assert "accuracy" not in TaskPatch.load(output).metrics
 
 
+def test_quantize_writes_compact_patches_and_converts_them_back(run, tmp_path, capsys):
+    accuracy = json.loads((run / "summary.json").read_text())["tasks"][0]["accuracy"]
+    source, sizes = TaskPatch.load(run / SIGNS), []
+    for precision, bits in (("int8", 8), ("int4", 4)):
+        small, again, plain = tmp_path / precision, tmp_path / "again", tmp_path / "plain.safetensors"
+        words = ("--patch_precision", precision, "--run_dir", run)
+        assert patch("quantize", run / SIGNS, *words, "--output", small) == 0
+        read = TaskPatch.load(small)
+        assert read.metrics["accuracy_fp32"] == accuracy
+        assert f"{accuracy:.2f} % before, {read.metrics['accuracy']:.2f} % after" in capsys.readouterr().out
+        weight = source.head["weight"] - source.head["weight"].mean(0)  # softmax does not see the mean over classes
+        half_steps = read.rounded.steps.float()[:, None] / 2
+        inside = read.rounded.codes.abs() < 2 ** (bits - 1) - 1
+        assert ((read.head["weight"] - weight).abs() <= 1.001 * half_steps)[inside].all()
+        for words in (("verify", small, "--run_dir", run), ("diff", run / SIGNS, small), ("show", small)):
+            assert patch(*words) == 0
+        out = capsys.readouterr().out
+        assert f"compact, {bits} bits for each weight of the head" in out
+        assert f"{small.stat().st_size:,}" in out
+        assert patch("quantize", small, "--patch_precision", precision, "--output", again) == 0
+        assert again.read_bytes() == small.read_bytes()
+        assert patch("quantize", small, "--patch_precision", "fp32", "--output", plain) == 0
+        assert all(tensor.equal(read.tensors[name]) for name, tensor in load_file(plain).items())
+        assert patch("average", small, plain, "--output", plain) == 0
+        assert load_file(plain)["head/0/weight"].equal(read.head["weight"])
+        sizes.append(small.stat().st_size)
+    assert sizes[1] < sizes[0] < (run / SIGNS).stat().st_size / 3
+
+
 def test_a_patch_in_half_precision_predicts(run, tmp_path):
     half, labels = tmp_path / "half.safetensors", []
     assert patch("quantize", run / SIGNS, "--output", half) == 0

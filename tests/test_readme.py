@@ -131,6 +131,7 @@ def test_the_notebook_is_small_enough_for_the_repository():
 def test_the_configuration_reference_is_up_to_date():
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert (ROOT / "docs" / "reference" / "configuration.md").read_text() == generate["reference"]()
+    assert (ROOT / "docs" / "reproducing.md").read_text() == generate["reproducing"]()
 
 
 def test_the_pages_name_files_of_the_code_that_exist():

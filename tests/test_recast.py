@@ -13,7 +13,7 @@ from recast_pl.cli import main
 from recast_pl.decomposition.bank import Decomposition
 from recast_pl.files import sha256
 
-MLP = {"layout": {"targets": [r"mlp\.fc[12]\.weight"], "groups": 3}, "learning_rate": 2e-2}
+MLP = {"layout": {"targets": [r"mlp\.fc[12]\.weight"], "groups": 3}, "learning_rate": 2.5e-3}
 ATTENTION = {"layout": {"targets": [r"attn\.qkv\.weight"], "groups": 6}, "learning_rate": 1e-2}
 FILES = ("decomposition.safetensors", "decomposition_1.safetensors")
 

@@ -24,6 +24,7 @@ from recast_pl import (
 from recast_pl.cli import main
 from recast_pl.errors import DecompositionError
 
+SCALE = 8  # of templates in closed form; coefficients are divided by it
 MLP = r"mlp\.fc[12]\.weight"
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT | {"depth": 2})
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -66,7 +67,8 @@ def test_the_default_basis_keeps_its_exact_values():
     gram = dense(model) @ dense(model).T
     vector = np.linalg.eigh(gram)[1][:, -1]
     vector = vector * np.sign(vector[np.abs(vector).argmax()])
-    assert bank.coefficients.flatten().tolist() == vector.astype(np.float32).tolist()
+    assert (SCALE * bank.coefficients).flatten().tolist() == vector.astype(np.float32).tolist()
+    assert np.abs(rows(bank.templates) - SCALE * vector @ dense(model)).max() < 1e-5
     explicit = decompose(model, BankLayout(["weight"], templates=1, basis="svd"))
     assert explicit.fingerprint == decompose(model, BankLayout(["weight"], templates=1)).fingerprint
 
@@ -75,15 +77,15 @@ def test_the_basis_of_layers_has_exactly_the_weights_as_templates():
     model = layers()
     for bank in decompose(model, BankLayout(["weight"], layers_per_group=2, coefficient_sets=2, basis="layers")).banks:
         for name, template, sets in zip(bank.group.targets, bank.templates, bank.coefficients, strict=True):
-            assert torch.equal(template, model.get_parameter(name))
-            assert sets.tolist() == [[float(name == other) for other in bank.group.targets]] * 2
+            assert torch.equal(template, SCALE * model.get_parameter(name))
+            assert sets.tolist() == [[float(name == other) / SCALE for other in bank.group.targets]] * 2
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_random_basis_is_a_rotation_of_the_singular_one_with_the_same_error(n):
     model = layers()
     plain, rotated = (decompose(model, BankLayout(["weight"], templates=n, basis=b)) for b in ("svd", "random"))
-    a, b = (d.banks[0].coefficients[:, 0].double().numpy() for d in (plain, rotated))  # (L, n)
+    a, b = (SCALE * d.banks[0].coefficients[:, 0].double().numpy() for d in (plain, rotated))  # (L, n)
     rotation = a.T @ b
     assert rotation @ rotation.T == pytest.approx(np.eye(n), abs=1e-6)
     assert 0.1 < np.abs(rotation).max() < 0.995  # neither the identity nor a permutation
@@ -100,7 +102,8 @@ def test_a_random_basis_is_reproducible_and_differs_between_groups():
     assert first.fingerprint == second.fingerprint
     plain = decompose(layers(), BankLayout(["weight"], layers_per_group=2))
     turns = [
-        (p.coefficients[:, 0].T @ r.coefficients[:, 0]).numpy() for p, r in zip(plain.banks, first.banks, strict=True)
+        SCALE**2 * (p.coefficients[:, 0].T @ r.coefficients[:, 0]).numpy()
+        for p, r in zip(plain.banks, first.banks, strict=True)
     ]
     assert np.abs(turns[0] - turns[1]).max() > 0.1
 
@@ -133,7 +136,7 @@ def test_the_command_line_sets_the_basis(tiny_fit, tmp_path):
         == 0
     )
     bank = Decomposition.load(tmp_path / "run" / "decomposition.safetensors").banks[0]
-    assert torch.equal(bank.coefficients[:, 0], torch.eye(2))
+    assert torch.equal(SCALE * bank.coefficients[:, 0], torch.eye(2))
 
 
 # the autoencoder

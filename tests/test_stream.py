@@ -79,7 +79,7 @@ def test_a_run_folder_holds_the_documented_files(run):
     assert not (run / "shared").exists()
     first, second = summary["tasks"]
     assert set(first) == {
-        *("name", "classes", "accuracy", "probe_accuracy", "task_parameters", "head_parameters"),
+        *("name", "classes", "accuracy", "balanced_accuracy", "probe_accuracy", "task_parameters", "head_parameters"),
         *("patch_bytes", "train_images", "test_images", "split", "epochs", "seconds"),
     }
     assert (first["name"], first["classes"], second["classes"]) == ("first", 3, 2)

@@ -172,16 +172,16 @@ class _Penalty(Piece):
 
 def test_terms_of_pieces_reach_the_loss(data):
     torch.manual_seed(0)
-    plain = TILModule(VIT, [LinearProbe()])
+    plain = TILModule(VIT, [LinearProbe()], head="sgd")
     fit(plain, data)
     torch.manual_seed(0)
-    penalised = TILModule(VIT, [_Penalty()])
+    penalised = TILModule(VIT, [_Penalty()], head="sgd")
     fit(penalised, data)
     assert penalised.head.bias[0] < plain.head.bias[0]
 
 
 def test_a_warm_start_is_the_probe_and_counts_before_training(data):
-    module = TILModule(VIT, [LinearProbe()], warm_start=True)
+    module = TILModule(VIT, [LinearProbe()], head="sgd", warm_start=True)
     seen = {}
 
     class Look(L.Callback):
@@ -191,7 +191,7 @@ def test_a_warm_start_is_the_probe_and_counts_before_training(data):
             seen["accuracy"] = float(correct.double().mean())
 
     fit(module, data, callbacks=[Look()])
-    assert seen["accuracy"] == module.probe_score[0]
+    assert seen["accuracy"] == module.probes.start[0]
 
 
 def test_the_probe_follows_the_gradient_of_cross_entropy():

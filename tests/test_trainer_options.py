@@ -181,8 +181,9 @@ def test_the_probe_gets_the_steps_of_the_method(tiny_fit, tmp_path):
     }
     probes = {}
     for name, words in limits.items():
-        assert main(tiny_fit(*words, "--model.optimizer.init_args.lr", "0.05", run_dir=tmp_path / name)) == 0
-        probes[name] = read_summary(tmp_path / name)["tasks"][0]["probe_accuracy"]
+        words += ["--model.head", "sgd", "--model.optimizer.init_args.lr", "0.05"]
+        assert main(tiny_fit(*words, run_dir=tmp_path / name)) == 0
+        probes[name] = read_summary(tmp_path / name)["tasks"][0]["sgd_probe_accuracy"]
     assert probes["steps"] == probes["epochs"]
     assert probes["time"] > 50  # of three classes
 
@@ -191,10 +192,10 @@ def test_early_stopping_stops_the_probe_as_it_stops_the_method(tiny_fit, tmp_pat
     made = []
     import recast_pl.learning.probe as probe
 
-    step = probe._step
-    monkeypatch.setattr(probe, "_step", lambda optimizer: (made.append(1), step(optimizer)))
+    step = probe._set_gradients
+    monkeypatch.setattr(probe, "_set_gradients", lambda *args: (made.append(1), step(*args)))
     stopping = callback("EarlyStopping", monitor="val/accuracy", mode="max", patience=1, min_delta=200)
-    assert main(tiny_fit(*stopping, "--trainer.max_epochs", "9")) == 0
+    assert main(tiny_fit(*stopping, "--trainer.max_epochs", "9", "--model.head", "sgd")) == 0
     assert [task["epochs"] for task in read_summary(tmp_path / "run")["tasks"]] == [2, 2]
     assert len(made) == 2 * 4 + 2 * 3  # two epochs of each task
 

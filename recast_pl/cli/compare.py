@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.cli.comparing import DEFAULT_SEEDS, declare_fit_options, fit_options, run_comparison
+from recast_pl.cli.comparing import DEFAULT_SEEDS, declare_fit_options, fit_options, run_studies
 from recast_pl.studies.comparison import Comparison, Point, config_words
 
 
@@ -25,4 +25,4 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     points = [Point(Path(name).stem, config_words([*config.base, name]), {}) for name in config.configs]
     options = fit_options(config.options, engine)
     comparison = Comparison(Path(config.output), points, config.seeds, options, config.alone)
-    return run_comparison(comparison, engine)
+    return run_studies([comparison], engine)

@@ -1,4 +1,4 @@
-"""What `compare` and `sweep` share: two options, and running a comparison."""
+"""What `compare`, `sweep` and `reproduce` share: two options, and running comparisons and fits."""
 
 import shlex
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 from recast_pl.studies.comparison import Comparison
 from recast_pl.studies.engines import ONE_DEVICE, Endings, Engine, Outcome
+from recast_pl.studies.fits import Fits
 from recast_pl.terminal import open_console
 
 DEFAULT_SEEDS = (42, 1998, 3142592)
@@ -63,22 +64,30 @@ def fit_options(options: str, engine: Engine | None) -> list[str]:
     return [*words, *one_device]
 
 
-def run_comparison(comparison: Comparison, engine: Engine | None) -> int:
-    """Trains the runs that are not finished, prints the table, and returns the exit status.
+def run_studies(studies: Sequence[Comparison | Fits], engine: Engine | None) -> int:
+    """Trains the runs that are not finished, prints the tables, and returns the exit status.
 
     Args:
-        comparison: The runs.
+        studies: What to run, one after the other, until one fails.
         engine: Where to run; None for this process.
     """
     fit = command_parser("fit")
+
+    def is_finished(words: Sequence[str]) -> bool:
+        return _is_finished(fit, words)
+
     with interruptible() as interruption:
-        status = comparison.run(engine or Here(), lambda words: _is_finished(fit, words))
-    if interruption.signal is not None:
-        return 128 + interruption.signal
-    if not status:
-        table = f"table: {comparison.folder}/{comparison.FILE}.md"
-        open_console().print(comparison.table(), table, soft_wrap=True)
-    return status
+        for study in studies[1:]:  # so that mistakes in the later ones show before the first one starts
+            for words in study.units().values():
+                is_finished(words)
+        for study in studies:
+            status = study.run(engine or Here(), is_finished)
+            if study.has_results:
+                files = ", ".join(map(str, sorted(study.folder.glob(f"{study.FILE}*.md"))))
+                open_console().print(study.table(), f"table: {files}", soft_wrap=True)
+            if status:
+                return status
+    return 0 if interruption.signal is None else 128 + interruption.signal
 
 
 def _is_finished(fit: LightningArgumentParser, words: Sequence[str]) -> bool:
@@ -90,4 +99,6 @@ def _is_finished(fit: LightningArgumentParser, words: Sequence[str]) -> bool:
         raise RunError(f"fit would refuse the options of {folder}: {cause}") from cause
     run = RunFolder(config.run_dir)
     check_same_run(fit, run.config, config_text(fit, config))
-    return run.summary.is_file() and len(run.read_summary()["tasks"]) == len(config.data.tasks)
+    if run.summary.is_file():
+        return len(run.read_summary()["tasks"]) == len(config.data.tasks)
+    return run.mimicry.is_file()  # a fit of templates writes it last

@@ -19,6 +19,7 @@ from rich.console import Console
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
+from recast_pl.config.files import PRECISION_KEY
 from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
@@ -42,7 +43,7 @@ def declare(parser: LightningArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file; also found in configs/.")
     parser.add_argument("--run_dir", type=str | None, help="Run folder (default: logs/CONFIG/TIME).")
-    resume = "Continue the run in --run_dir."
+    resume = "Continue the run in --run_dir; a fit of templates that was interrupted starts over."
     parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Tasks to train now (default: all).")
     parser.add_argument("--engine", type=Engine | None, help="Where to train the tasks, each on one device.")
@@ -107,8 +108,9 @@ def _explained_failures() -> Iterator[None]:
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:
     if init.engine is not None or init.only:
         raise RunError("MimicryModule does not train tasks; leave out --engine and --only")
-    if init.resume:
-        raise RunError("a fit of MimicryModule cannot be resumed; leave out --resume, and name a new --run_dir")
+    if RunFolder(run_dir).mimicry.is_file():
+        console.print("the templates are fitted already")
+        return
     trainers = TrainerFactory(init.trainer)
     fitted, cosines = fit_mimicry(init.model, RunFolder(run_dir), trainers, init.seed_everything, text)
     if is_main_process():
@@ -125,7 +127,8 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     results = StreamResults(console, trainers)
     if init.engine is not None:
         trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
-    stream = Stream(til(init.model), init.data, run_dir, trainers, init.seed_everything, text, console, results)
+    model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
+    stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision)
     if init.engine is not None:
         return _train_on_engine(stream, init, console)
     stream.run(init.only)

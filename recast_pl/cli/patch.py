@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -27,7 +28,7 @@ def declare(parser: ArgumentParser) -> None:
         ("diff", "Show the differences between two patches."),
         ("verify", "Check that patches are undamaged and fit a run."),
         ("average", "Average patches of one task, for example from several seeds."),
-        ("quantize", "Write a patch in half precision."),
+        ("quantize", "Write a patch in half precision, or compactly."),
     ):
         action = ArgumentParser(description=text, **STRICT)
         count = {"diff": 2, "quantize": 1}.get(name, "+")
@@ -37,6 +38,10 @@ def declare(parser: ArgumentParser) -> None:
             action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
             declare_trust(action)
         if name == "quantize":
+            precision = "fp16 for half precision, int8 or int4 for a compact file, fp32 to convert back."
+            action.add_argument(
+                "--patch_precision", type=Literal["fp16", "int8", "int4", "fp32"], default="fp16", help=precision
+            )
             declare_data_root(action)
             declare_device(action)
         if name in ("average", "quantize"):
@@ -87,13 +92,13 @@ def _average(paths: list[Path], options: Namespace) -> None:
 
 def _quantize(paths: list[Path], options: Namespace) -> None:
     patch = TaskPatch.load(paths[0])
-    half = quantize_patch(patch)
+    smaller = quantize_patch(patch, options.patch_precision)
     note = "not measured; give --run_dir to measure its accuracy"
     if options.run_dir is not None:
-        before, after = _measure([patch, half], options)
-        half = replace(half, metrics={**half.metrics, FULL_PRECISION: before, "accuracy": after})
+        before, after = _measure([patch, smaller], options)
+        smaller = replace(smaller, metrics={**smaller.metrics, FULL_PRECISION: before, "accuracy": after})
         note = f"test accuracy {before:.2f} % before, {after:.2f} % after"
-    _write(half, options.output, note)
+    _write(smaller, options.output, note)
 
 
 def _measure(patches: list[TaskPatch], options: Namespace) -> list[float]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from recast_pl.config.files import PRECISION_KEY
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
@@ -19,7 +20,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
         text: The configuration to resume with, as `config_text` returns it.
 
     Raises:
-        RunError: If model, data or seed differ.
+        RunError: If model, data, seed or the precision of patches differ.
     """
     if not path.exists():
         return
@@ -35,7 +36,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
             for key in ("lr", "learning_rate"):  # a resumed task may have another rate
                 if part is not None and "init_args" in part:
                     part.init_args.pop(key, None)
-    changed = [key for key in ("model", "data", "seed_everything") if before.get(key) != after.get(key)]
+    changed = [key for key in ("model", "data", "seed_everything", PRECISION_KEY) if before.get(key) != after.get(key)]
     if changed:
         delete = "" if RunFolder(path.parent).is_begun else f", or delete {path.parent}, which has trained nothing yet"
         raise RunError(

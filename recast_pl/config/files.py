@@ -17,7 +17,10 @@ _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = (Path("configs"), _PACKAGE.parent / "configs", _PACKAGE / "configs")
 
 RUN_KEYS = ("seed_everything", "model", "data", "trainer")
-"""The top-level entries of a run's config.yaml: everything that decides the run."""
+"""The top-level entries that every config.yaml of a run has."""
+
+PRECISION_KEY = "patch_precision"
+"""A further one, which older runs lack; together they are everything that decides the run."""
 
 
 def find_config(name: str) -> str:

@@ -9,13 +9,14 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import RUN_KEYS, no_run, read_run_config
+from recast_pl.config.files import PRECISION_KEY, RUN_KEYS, no_run, read_run_config
 from recast_pl.config.paths import check_weights, locate_data, locate_paths, move_images
 from recast_pl.config.text import MODE
 from recast_pl.config.trust import check_trusted
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
 from recast_pl.learning.device import evaluation_settings, find_device
+from recast_pl.learning.patch import Precision
 from recast_pl.learning.til_module import TILModule
 from recast_pl.runs.folder import RunFolder
 
@@ -26,8 +27,10 @@ _parsing = threading.Lock()  # jsonargparse cannot parse in several threads
 
 
 def declare_run(parser: LightningArgumentParser) -> None:
-    """Adds seed, model, data and trainer to a parser, as LightningCLI does."""
+    """Adds seed, model, data and trainer to a parser, as LightningCLI does, and how patches are stored."""
     parser.add_argument("--seed_everything", type=int, default=42, help="Seed of all random numbers of the run.")
+    precision = "How patches are stored: fp32, or compactly with 8 or 4 bits for each weight of the head."
+    parser.add_argument(f"--{PRECISION_KEY}", type=Precision, default="fp32", help=precision)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(SequentialTaskDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
@@ -48,7 +51,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         parser: A parser with the options of `declare_run`.
         config: Its result.
     """
-    kept = Namespace(**{key: config[key] for key in RUN_KEYS})  # type: ignore[no-untyped-call]
+    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY)})  # type: ignore[no-untyped-call]
     text: str = parser.dump(kept, skip_link_targets=False, skip_none=False)  # null may differ from the default
     return text
 
@@ -77,7 +80,7 @@ def read_run(
     if not run.config.is_file():
         raise RunError(f"{no_run(run)}; give the folder that 'fit' printed")
     content = read_run_config(run.config)
-    content = {key: content[key] for key in RUN_KEYS}
+    content = {key: content[key] for key in (*RUN_KEYS, PRECISION_KEY) if key in content}
     content["trainer"] = evaluation_settings(content["trainer"], device or find_device())
     if not trust:
         check_trusted(content, run.config)

@@ -20,7 +20,16 @@ from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, d
 from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
-from recast_pl.data.tasks import SPLITS, SplitPolicy, TaskConfig, check_names, derive_seed, split_digest, split_images
+from recast_pl.data.tasks import (
+    SPLITS,
+    SplitPolicy,
+    TaskConfig,
+    check_names,
+    choose_images,
+    derive_seed,
+    split_digest,
+    split_images,
+)
 from recast_pl.errors import DataError
 from recast_pl.rules import LARGEST_SIDE, ImageSize, height_and_width, read_size
 
@@ -77,7 +86,8 @@ class SequentialTaskDataModule(LightningDataModule):
         max_pixels: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
+        images = ((f"tasks.{task.name}.images", task.images) for task in tasks)
+        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels), *images):
             if value is not None and value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
         size = read_size(image_size)
@@ -283,7 +293,10 @@ class _TaskImages:
         self.seed = derive_seed(data.seed, task.name)
         for note in source.notes:
             rank_zero_warn(f"task {task.name!r}: {note}")
-        self.splits = split_images(source.labels, source.splits, source.names, self.seed, data.split)
+        chosen = choose_images(source.names, task.images, self.seed)
+        labels, names = source.labels[chosen], [source.names[index] for index in chosen]
+        splits = split_images(labels, [source.splits[index] for index in chosen], names, self.seed, data.split)
+        self.splits = {name: chosen[indices] for name, indices in splits.items()}
         self._check_splits("give each class at least 3 images, or images for every split")
 
     @cached_property
@@ -325,6 +338,14 @@ class _TaskImages:
         empty = [name for name in SPLITS if not len(self.splits[name])]
         if empty:
             raise DataError(f"task {self.task.name!r} has no {empty[0]} image; {remedy}")
+        if self.task.images is not None:
+            trained = set(self.source.labels[self.splits["train"]].tolist())
+            lost = [name for label, name in enumerate(self.source.classes) if label not in trained]
+            if lost:
+                raise DataError(
+                    f"task {self.task.name!r} has no training image of class {lost[0]!r} among its "
+                    f"{self.task.images} images; use more"
+                )
 
 
 def _mirror(images: Tensor, which: Tensor) -> Tensor:

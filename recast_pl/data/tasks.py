@@ -49,6 +49,8 @@ class TaskConfig:
             uint8 image (3, H, W) and seeded by (seed, task, epoch, image).
         classes: Which folders of `path` are classes, if folders lie in folders: `top`, the uppermost ones, with all
             images below them; `leaf`, the innermost ones, named by their paths, such as `birds/owls`.
+        images: How many images to use, of all splits together; which ones depends on their names and the seed alone.
+            None for all.
     """
 
     name: str
@@ -58,6 +60,7 @@ class TaskConfig:
     flip: bool = True
     transforms: Sequence[nn.Module] = ()
     classes: ClassFolders = "top"
+    images: int | None = None
 
     @property
     def own_path(self) -> Path | None:
@@ -92,6 +95,21 @@ def normal_text(text: str) -> str:
 def find_split(name: str) -> str | None:
     """The split that a folder or a manifest means by a name such as `Train` or `validation`; None if it means none."""
     return next((split for split, names in _SPLIT_NAMES.items() if name.strip().casefold() in names), None)
+
+
+def choose_images(names: Sequence[str], count: int | None, seed: int) -> NDArray[np.int64]:
+    """Chooses images by their names and a seed alone, independently of how `split_images` divides them.
+
+    Args:
+        names: Name of each image (N).
+        count: How many images to choose; None for all, as if it is more than N.
+        seed: Decides which.
+
+    Returns:
+        Indices in ascending order. A smaller count gives a part of a larger one.
+    """
+    chosen = np.argsort(_places(names, derive_seed(seed, "images")), kind="stable")[:count]
+    return np.sort(chosen).astype(np.int64)
 
 
 def split_images(

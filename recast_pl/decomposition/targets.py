@@ -34,7 +34,7 @@ class BankLayout:
         coefficient_sets: K. The sets are averaged, so K > 1 is algebraically redundant (equation 2); it is kept for
             comparison with the paper.
         basis: Which of the equally good templates the closed form returns: `svd`, the leading singular directions of
-            the group; `layers`, the weights of the layers themselves, with coefficients 0 and 1, which needs n = L;
+            the group; `layers`, the weights of the layers themselves times a constant, which needs n = L;
             `random`, a random rotation of `svd`, fixed for each group.
     """
 

@@ -4,13 +4,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recast_pl.errors import PatchError, one_line
 from recast_pl.files import pack_tensors, read_tensors, write_atomic
+from recast_pl.learning.compact import is_compact, narrowed, pack_compact, read_compact, stored_tensors
+from recast_pl.learning.quantization import Moments, RoundedHead, round_head
 from recast_pl.methods.piece import check_state
 from recast_pl.rules import (
     LABEL_RULE,
@@ -22,6 +24,12 @@ from recast_pl.rules import (
     is_task_name,
     read_size,
 )
+
+Precision = Literal["fp32", "int8", "int4"]
+"""How a patch is stored: all in single precision, or compactly with 8 or 4 bits for each weight of the head."""
+
+BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
+"""Bits for each weight of the head in a compact patch."""
 
 _FORMAT = 1
 
@@ -46,6 +54,7 @@ class TaskPatch:
         std: Standard deviation of each channel.
         base: SHA-256 of the frozen network (templates included) that the task was trained on.
         metrics: Accuracies in percent, by name.
+        rounded: The head as a compact file keeps it, of which `head` is the value; None for a safetensors file.
     """
 
     task: str
@@ -58,6 +67,7 @@ class TaskPatch:
     std: list[float]
     base: str
     metrics: dict[str, float] = field(default_factory=dict)
+    rounded: RoundedHead | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, list):  # JSON has no tuples
@@ -65,18 +75,37 @@ class TaskPatch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, named as in the file: `head/0/weight`, `pieces/INDEX/NAME`."""
+        """All tensors by name: `head/0/weight`, `pieces/INDEX/NAME`."""
         return _flat("head", [self.head]) | _flat("pieces", self.pieces)
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """All tensors as they are in the file, by name; `tensors`, unless the file is compact."""
+        return self.tensors if self.rounded is None else stored_tensors(self.rounded, self.pieces)
 
     @property
     def facts(self) -> dict[str, Any]:
         """All fields that are not tensors, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("head", "pieces")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("head", "pieces", "rounded")}
 
     def with_tensors(self, tensors: Mapping[str, Tensor], **facts: Any) -> "TaskPatch":
-        """A copy with other tensors, named as in `tensors`, and with other facts."""
+        """A copy with other tensors, named as in `tensors`, and with other facts; its file is not compact."""
         parts = _nested(tensors, {"head": 1, "pieces": len(self.method)})
-        return replace(self, head=parts["head"][0], pieces=parts["pieces"], **facts)
+        return replace(self, head=parts["head"][0], pieces=parts["pieces"], rounded=None, **facts)
+
+    def compacted(self, bits: int, moments: Moments | None = None) -> "TaskPatch":
+        """A copy with the values that a compact file keeps: a rounded head, and states in half precision.
+
+        Args:
+            bits: For each weight of the head: 8 or 4.
+            moments: Of the features of training images, to choose codes and bias by; None to round to the nearest.
+        """
+        if self.rounded is not None and self.rounded.bits == bits and moments is None:
+            return self
+        head = round_head(self.head["weight"], self.head["bias"], bits, moments)
+        pieces = [{name: _as_read(tensor) for name, tensor in state.items()} for state in self.pieces]
+        mean, std = torch.tensor(self.mean).tolist(), torch.tensor(self.std).tolist()
+        return replace(self, head=head.state, pieces=pieces, mean=mean, std=std, rounded=head)
 
     def widened(self) -> "TaskPatch":
         """A copy in single precision, in which networks compute."""
@@ -125,17 +154,25 @@ class TaskPatch:
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; equal patches give equal bytes."""
+        if self.rounded is not None:
+            if not all(torch.equal(self.head[name], value) for name, value in self.rounded.state.items()):
+                raise PatchError(f"the head of task {self.task!r:.80} was changed after rounding; call compacted again")
+            return pack_compact(self.facts, self.rounded, self.pieces)
         return pack_tensors(self.tensors, {"format": _FORMAT, "kind": "patch"} | self.facts)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file atomically."""
+        """Writes a safetensors file, or a compact one if the head is rounded, atomically."""
         write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskPatch":
         """Reads a file that `save` wrote; raises PatchError if it is missing, damaged or of another kind or format."""
-        values = _read(path, "patch", _PATCH_FACTS, lambda facts: {"head": 1, "pieces": len(facts["method"])})
-        patch = cls(**values | {"head": values["head"][0]})
+        if is_compact(Path(path)):
+            facts, head, pieces = read_compact(Path(path))
+            patch = cls(**facts, head=head.state, pieces=pieces, rounded=head)
+        else:
+            values = _read(path, "patch", _PATCH_FACTS, lambda facts: {"head": 1, "pieces": len(facts["method"])})
+            patch = cls(**values | {"head": values["head"][0]})
         try:
             patch.validate()
         except PatchError as cause:
@@ -187,6 +224,11 @@ class SharedState:
             return {"heads": len(facts["tasks"]), "pieces": len(facts["method"])}
 
         return cls(**_read(path, "shared", _SHARED_FACTS, counts))
+
+
+def _as_read(tensor: Tensor) -> Tensor:
+    """The value of a tensor in a compact file, in the type that reading the file gives."""
+    return narrowed(tensor).float() if tensor.is_floating_point() else tensor
 
 
 def load_head(state: Mapping[str, Tensor]) -> nn.Linear:

@@ -1,49 +1,39 @@
-"""A linear probe on cached features: the reference for every method, and the warm start of a head."""
+"""Linear probes on cached features: the reference for every method, and a start for heads."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from recast_pl.errors import RunError, one_line
+from recast_pl.learning.features import Features
 from recast_pl.learning.schedule import followed_metric, step_schedule
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features (N, D) and labels (N,) of one split."""
-
-    features: Tensor
-    labels: Tensor
-
-    @torch.no_grad()
-    def score(self, head: nn.Module) -> tuple[float, float]:
-        """Accuracy in [0, 1] and cross-entropy of a head; both are NaN if there are no samples."""
-        logits = head(self.features)
-        accuracy = (logits.argmax(1) == self.labels).double().mean()
-        return float(accuracy), float(F.cross_entropy(logits, self.labels))
-
-
-@torch.no_grad()
-def extract_features(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> Features:
-    """Computes the features of a split, in single precision.
+class Probes:
+    """What heads reach on the features that a task starts from.
 
     Args:
-        network: Maps images (B, 3, S, S) to features (B, D).
-        batches: Images and labels (B,).
-        precision: The trainer's.
+        converged: Test accuracy in [0, 1] of converged logistic regression.
+        budgeted: Test accuracy in [0, 1] of a head that is trained with the optimizer and epochs of the task; None if
+            there is none.
+        start: Validation accuracy in [0, 1] and cross-entropy of the head that the task starts from; None if that is
+            random.
     """
-    features, labels = [], []
-    for images, targets in batches:
-        with precision.forward_context():
-            features.append(network(images).float())
-        labels.append(targets)
-    return Features(torch.cat(features), torch.cat(labels))
+
+    converged: float = float("nan")
+    budgeted: float | None = None
+    start: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any] | Sequence[float]) -> "Probes":
+        """From what a checkpoint keeps; those of earlier versions have a budgeted probe alone."""
+        return cls(**kept) if isinstance(kept, Mapping) else cls(budgeted=kept[0])
 
 
 def fit_probe(
@@ -70,7 +60,7 @@ def fit_probe(
         The best validation accuracy in [0, 1].
 
     Raises:
-        RunError: If the optimizer cannot train a head, or the schedule has too few steps.
+        RunError: If the schedule has too few steps.
     """
     optimizer, schedule = configure(head.parameters())
     best, state = (float("-inf"), 0.0), head.state_dict()
@@ -79,7 +69,7 @@ def fit_probe(
         batches = zip(train.features[order].split(batch_size), train.labels[order].split(batch_size), strict=True)
         for features, labels in batches:
             _set_gradients(head, features, labels)
-            _step(optimizer)
+            optimizer.step()
         accuracy, loss = validation.score(head)
         measured = {"val/accuracy": accuracy, "val/loss": loss}
         if schedule is not None:
@@ -91,16 +81,6 @@ def fit_probe(
             break
     head.load_state_dict(state)
     return best[0]
-
-
-def _step(optimizer: Optimizer) -> None:
-    try:
-        optimizer.step()
-    except (RuntimeError, TypeError) as cause:  # SparseAdam needs sparse gradients, LBFGS a closure
-        raise RunError(
-            f"optimizer {type(optimizer).__name__} cannot train a head ({one_line(cause)}); choose another, such as "
-            "--model.optimizer torch.optim.AdamW"
-        ) from cause
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torchmetrics import MeanMetric
 
@@ -18,8 +19,10 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError, one_line
 from recast_pl.learning.acceleration import EvaluateMerged
 from recast_pl.learning.checkpoint import change_rates, trainable_state
+from recast_pl.learning.features import Features, extract_features
+from recast_pl.learning.heads import HeadKind, check_head_options, class_weights, classification_loss, solve_head
 from recast_pl.learning.metrics import Percent, Predictions
-from recast_pl.learning.probe import extract_features, fit_probe
+from recast_pl.learning.probe import Probes, fit_probe
 from recast_pl.learning.schedule import followed_metric, step_schedule
 from recast_pl.learning.task_network import TaskNetwork
 from recast_pl.methods.piece import Piece, Step
@@ -40,8 +43,17 @@ class TILModule(TaskNetwork, LightningModule):
         optimizer: Makes an optimizer from parameter groups. The default is the paper's.
         lr_scheduler: Makes a schedule, which is stepped after every epoch, from an optimizer. `ReduceLROnPlateau`
             follows the validation loss, or the accuracy with `mode: max`. None for constant learning rates.
-        warm_start: Whether a head starts from the linear probe that is fitted to cached features before each task. The
-            probe then counts as epoch 0 when the best epoch is chosen.
+        head: How the head is found. `sgd` trains it together with the pieces, as in the paper. The others solve it on
+            cached features: before training, where it counts as epoch 0 when the best epoch is chosen, and again on the
+            features of the best epoch, where it is kept if it is better on the validation images. `logistic` is
+            logistic regression with a weight decay from cross-validation; `lda` (linear discriminant) and `ridge` have
+            a closed form.
+        warm_start: Whether an `sgd` head starts from a probe that the optimizer of the task trains on cached features.
+        balanced: Whether all classes have the same weight in training the head, however many images they have.
+        label_smoothing: Share of the label, from 0 to 1, that is spread over all classes; not for `lda` and `ridge`.
+
+    Raises:
+        RunError: If an option of the head is out of range or does not go with another one.
     """
 
     def __init__(
@@ -51,14 +63,22 @@ class TILModule(TaskNetwork, LightningModule):
         pieces: tuple[Piece, ...],
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: AdamW(p, lr=2e-3, weight_decay=1e-6),
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = lambda o: StepLR(o, step_size=33, gamma=0.1),
+        head: HeadKind = "logistic",
         warm_start: bool = False,
+        balanced: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(backbone, pieces)
+        check_head_options(head, label_smoothing)
+        solvable = all(piece.solvable_head for piece in self.pieces)
+        self.head_kind: HeadKind = head if solvable else "sgd"
+        self.balanced, self.label_smoothing = balanced, label_smoothing
         for piece in self.pieces:
             piece.learner = self
         self.optimizer, self.lr_scheduler, self.warm_start = optimizer, lr_scheduler, warm_start
         self.strict_loading = False  # checkpoints lack the frozen network; on_load_checkpoint checks the rest
-        self.probe_accuracy, self.probe_score = float("nan"), (float("nan"), float("nan"))
+        self.probes = Probes()
+        self.class_weights = torch.empty(0)  # of the current task (C,); empty if all images count the same
         names = ("train/accuracy", "val/accuracy", "val/loss", "test/accuracy", "test/loss")
         self.means = nn.ModuleDict({name: Percent() if "accuracy" in name else MeanMetric() for name in names})
         self.predictions = Predictions()
@@ -95,12 +115,18 @@ class TILModule(TaskNetwork, LightningModule):
     def _configure(self, parameters: Iterable[Any]) -> tuple[Optimizer, LRScheduler | None]:
         try:
             optimizer = self.optimizer(parameters)
-            return optimizer, None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+            schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
         except (TypeError, ValueError) as cause:
             raise RunError(
                 f"the optimizer or its schedule cannot be made ({one_line(cause)}); correct or replace "
                 "--model.optimizer or --model.lr_scheduler, for example by torch.optim.AdamW and null"
             ) from cause
+        if isinstance(optimizer, LBFGS | SparseAdam):  # they need a closure, and sparse gradients
+            name = type(optimizer).__name__
+            raise RunError(
+                f"optimizer {name} cannot train here; choose another, such as --model.optimizer torch.optim.AdamW"
+            )
+        return optimizer, schedule
 
     def on_fit_start(self) -> None:
         """Lets the pieces prepare. Fits the linear probe to the features that the task starts from."""
@@ -108,21 +134,53 @@ class TILModule(TaskNetwork, LightningModule):
             raise RunError(f"task {self.task_name!r} was trained before, and {self.method} train a task only once")
         for piece in self.pieces:
             piece.begin_fit()
+        if self.balanced:
+            labels = torch.cat([labels for _, labels in self.batches("train")])
+            self.class_weights = class_weights(labels, len(self.classes)).float()
         if not self.trainer.ckpt_path:
-            self._fit_probe()
+            self._start_head()
+        if self.head_kind != "sgd" and not self.task_parameters:
+            self.trainer.should_stop = True  # the head is solved, and nothing else is trained
 
-    def _fit_probe(self) -> None:
-        backbone, head = self.current()
-        splits, precision = map(self.batches, ("train", "val", "test")), self.trainer.precision_plugin
+    def _start_head(self) -> None:
+        """Fits the probes to the features that the task starts from, and starts the head from one of them."""
+        train, val, test = map(self.features, ("train", "val", "test"))
+        head, classes = self.current()[1], len(self.classes)
+        probe = solve_head("logistic", train, classes)
+        self.probes = Probes(test.score(probe)[0])
+        if self.head_kind == "sgd":
+            start = self._budgeted_probe(train, val)
+            self.probes = replace(self.probes, budgeted=test.score(start)[0])
+        elif self.head_kind == "logistic" and not (self.balanced or self.label_smoothing):
+            start = probe
+        else:
+            start = solve_head(self.head_kind, train, classes, self.balanced, self.label_smoothing)
+        if self.head_kind != "sgd" or self.warm_start:
+            head.load_state_dict(start.state_dict())
+            self.probes = replace(self.probes, start=val.score(start))
+
+    def _finish_head(self) -> None:
+        """Solves the head on the features of the best epoch, and takes it if it is better on the validation images."""
+        train, val = map(self.features, ("train", "val"))
+        head = self.current()[1]
+        solved = solve_head(self.head_kind, train, len(self.classes), self.balanced, self.label_smoothing)
+        (accuracy, loss), (before, loss_before) = val.score(solved), val.score(head)
+        if (accuracy, -loss) > (before, -loss_before):
+            head.load_state_dict(solved.state_dict())
+
+    def features(self, split: str) -> Features:
+        """Features of all images of a split by the current task, on every process, on the trainer's device."""
+        self.to(self.trainer.strategy.root_device)
         with self.merged():
-            train, val, test = (extract_features(backbone, split, precision) for split in splits)
-        probe = nn.Linear(backbone.num_features, len(self.classes)).to(self.device)
+            return extract_features(self.current()[0], self.batches(split), self.trainer.precision_plugin)
+
+    def _budgeted_probe(self, train: Features, val: Features) -> nn.Linear:
+        """A head that is trained with the optimizer, epochs and batches of the task."""
+        probe = nn.Linear(train.features.shape[1], len(self.classes)).to(self.device)
         batch_size = self._data().batch_size * self.trainer.world_size
         epochs, stops = self._probe_epochs(len(train.labels), batch_size), early_stopping(self.trainer)
         fit_probe(probe, train, val, epochs, batch_size, self._configure, stops)
-        self.probe_accuracy, self.probe_score = test.score(probe)[0], val.score(probe)
-        if self.warm_start:
-            head.load_state_dict(probe.state_dict())
+        return probe
 
     def _probe_epochs(self, images: int, batch_size: int) -> int:
         """The epochs that the task may have: by epochs or by steps, or 100 if neither ends it."""
@@ -147,7 +205,7 @@ class TILModule(TaskNetwork, LightningModule):
         logits = incoming = self.own_logits(features, tasks)  # (B, C)
         for piece in self.pieces:
             incoming = piece.incoming(incoming, labels)
-        loss = F.cross_entropy(incoming, labels)
+        loss = classification_loss(incoming, labels, self._weights(tasks, labels), self.label_smoothing)
         share = self._data().share_of_step(batch_idx)
         step = Step(images, labels, features, logits, counts=share > 0)
         for term in (piece.loss(step) for piece in self.pieces):
@@ -157,6 +215,13 @@ class TILModule(TaskNetwork, LightningModule):
         self._log_mean("train/accuracy", (logits.argmax(1) == labels)[: len(labels) if step.counts else 0])
         return loss if share == 1 else share * loss
 
+    def _weights(self, tasks: Tensor, labels: Tensor) -> Tensor | None:
+        """Weights (B,) of images by their classes, 1 for images of earlier tasks; None if all are 1."""
+        if not self.balanced:
+            return None
+        weights = self.class_weights[labels.clamp(max=len(self.class_weights) - 1)]
+        return torch.where(tasks == len(self.old_heads), weights, 1.0)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Tells the pieces that the optimizer has made its step."""
         for piece in self.pieces:
@@ -165,6 +230,8 @@ class TILModule(TaskNetwork, LightningModule):
     def on_fit_end(self) -> None:
         """Lets the pieces keep what later tasks need of this one, on the device that the trainer has left."""
         self.to(self.trainer.strategy.root_device)
+        if self.head_kind != "sgd" and self.task_parameters:
+            self._finish_head()
         for piece in self.pieces:
             piece.end_task()
         if any(piece.keeps_heads for piece in self.pieces):
@@ -176,7 +243,7 @@ class TILModule(TaskNetwork, LightningModule):
         """Keeps what the task trains, without the frozen network."""
         checkpoint["state_dict"] = trainable_state(self)
         checkpoint["pieces"] = [piece.training_state() for piece in self.pieces]
-        checkpoint["probe"] = [self.probe_accuracy, *self.probe_score]
+        checkpoint["probe"] = asdict(self.probes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads what `on_save_checkpoint` kept, except the learning rates; raises RunError if it does not fit."""
@@ -185,8 +252,7 @@ class TILModule(TaskNetwork, LightningModule):
         for piece, state in zip(self.pieces, checkpoint["pieces"], strict=True):
             piece.load_training_state(state)
         change_rates(checkpoint, self.configure_optimizers()[0][0])
-        self.probe_accuracy, *score = checkpoint["probe"]
-        self.probe_score = (score[0], score[1])
+        self.probes = Probes.of(checkpoint["probe"])
 
     # -- evaluation ----------------------------------------------------------------------------------------
 

@@ -139,9 +139,9 @@ class BestEpoch(Callback):
         self.weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Counts a warm start as epoch 0, if there are validation images to compare it with later epochs."""
-        if pl_module.warm_start and trainer.limit_val_batches and not self.weights:
-            self._compare(pl_module, *pl_module.probe_score)
+        """Counts a head that does not start at random as epoch 0, if validation can compare it with later epochs."""
+        if pl_module.probes.start is not None and trainer.limit_val_batches and not self.weights:
+            self._compare(pl_module, *pl_module.probes.start)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares the epoch that ended with the best one before."""

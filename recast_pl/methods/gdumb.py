@@ -26,6 +26,8 @@ class GDumb(Replay):
         MethodError: Unless exactly one bound is given.
     """
 
+    solvable_head = False  # it learns from its buffer alone
+
     def __init__(self, per_class: int | None = None, total: int | None = 4400) -> None:
         super().__init__(True, per_class, total)
 

@@ -130,6 +130,8 @@ class Piece:
     """Whether later tasks leave a finished task untouched, because its task state holds all it needs."""
     keeps_heads: ClassVar[bool] = False
     """Whether the heads of earlier tasks are trained together with the current one."""
+    solvable_head: ClassVar[bool] = True
+    """Whether a head may be solved on all training images of its task."""
     learner: Learner
     """The module that trains; set before `attach`."""
     number: int = 0

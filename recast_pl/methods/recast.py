@@ -32,7 +32,7 @@ class Recast(Piece):
     Args:
         layout: Which weights share templates, and how many; they are solved in closed form when training starts.
         decomposition: Path of a `decomposition.safetensors` to use instead, from `MimicryModule` or another run.
-        learning_rate: Learning rate of the coefficients; None for that of the head. Ten times that works well.
+        learning_rate: Learning rate of the coefficients; None for that of the head.
         gradient_tokens: Fraction of the tokens from which the gradient of the coefficients is estimated, without bias.
             1 is exact; 0.25 is faster where MLPs of a vision transformer are decomposed.
 

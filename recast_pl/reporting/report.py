@@ -11,20 +11,16 @@ import yaml
 
 from recast_pl.errors import RunError
 from recast_pl.files import read_json
+from recast_pl.reporting.bank_figures import BANK_FIGURES, group_marks, mean_marks
 from recast_pl.reporting.class_blocks import class_blocks
 from recast_pl.reporting.document import Block, Bullets, Chart, DataTable, Heading, Line, Paragraph, Text
 from recast_pl.reporting.measures import AVERAGE, MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
 from recast_pl.reporting.plots import Mark, plot_marks
+from recast_pl.reporting.published import published_tables
 from recast_pl.runs.collection import Collection, Run
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.metrics import Spread, final_accuracies, spread
 from recast_pl.runs.origin import Origin, origin
-
-_BANK_FIGURES = {
-    "frobenius": ("diversity of templates", "mean Frobenius distance of templates", "9a"),
-    "entropy": ("versatility of templates", "mean entropy of singular values (nats)", "9b"),
-    "similarity_mean": ("similarity of coefficients", "mean cosine similarity", "10"),
-}
 
 _FAMILIES = ("RECAST", "RECAST with an adapter", "others, tasks kept apart", "tasks share weights")
 
@@ -71,6 +67,7 @@ def _collection(collection: Collection, file: str, output: Path) -> Iterator[Blo
     for backbone, chosen in by_backbone.items():
         yield _accuracies(collection, chosen, f"{name} on {_short_name(backbone)}", output)
         yield from _by_task(chosen, f"{name} on {_short_name(backbone)}", output)
+    yield from _beside_published(collection, name)
     if collection.x is not None:
         summaries = {point: [run.summary for run in runs] for point, runs in collection.runs.items()}
         marks = sweep_marks(collection.labels, summaries, collection.x, collection.series)
@@ -166,6 +163,16 @@ def _by_task(chosen: Mapping[str, Sequence[Run]], what: str, output: Path) -> It
         yield DataTable(caption, ["run", *tasks, "seeds"], rows)
 
 
+def _beside_published(collection: Collection, name: str) -> Iterator[DataTable]:
+    """Tables 1, 2 and 4 beside what the paper prints; rows without runs say that they are missing."""
+    points = {point: (labels, collection.published.get(point, {})) for point, labels in collection.labels.items()}
+    summaries = {point: [run.summary for run in runs] for point, runs in collection.runs.items()}
+    captions = {"published": "average accuracy", "tasks": "accuracy on each task"}
+    for what, (header, rows) in published_tables(points, summaries, collection.seeds).items():
+        cells: list[list[Line]] = [[[Text(cell)] for cell in row] for row in rows]
+        yield DataTable(f"{name}: {captions[what]} beside the published values", list(header), cells)
+
+
 def _task_accuracy(runs: Sequence[Run], task: str) -> Spread:
     finals = [final_accuracies(run.summary) for run in runs]
     return spread([final[task] for final in finals if task in final])
@@ -199,24 +206,12 @@ def _by_reconstruction(collection: Collection, name: str, file: str) -> Iterator
         caption = f"{name}: average accuracy by how templates were made (figure 5 of the paper)"
         yield _chart(f"{file}_reconstruction", caption, bars, "templates")
     banks = {point: _analysed_groups(runs[0].folder) for point, runs in collection.runs.items()}
-    for key, (what, y, number) in _BANK_FIGURES.items():
-        measured = {point: [g for g in groups if g.get(key) is not None] for point, groups in banks.items()}
-        measured = {point: groups for point, groups in measured.items() if groups}
-        if measured:
-            lines = [mark for point, groups in measured.items() for mark in _group_marks(point, groups, key)]
+    for key, (what, y, number) in BANK_FIGURES.items():
+        if lines := group_marks(banks, key):
             caption = f"{name}: {what} by group (figure {number} of the paper)"
             yield _chart(f"{file}_{key}", caption, lines, "group", y)
-            means = [Mark("", p, Spread(spread([g[key] for g in groups]).mean)) for p, groups in measured.items()]
             overall = f"{name}: {what}, mean over all groups (figure 6 of the paper)"
-            yield _chart(f"{file}_{key}_mean", overall, means, "templates", y)
-
-
-def _group_marks(point: str, groups: Sequence[Mapping[str, Any]], key: str) -> list[Mark]:
-    """Returns a point for each group number: the mean over the kinds of layers."""
-    by_number: dict[int, list[float]] = {}
-    for group in groups:
-        by_number.setdefault(int(group["name"].rpartition(":")[2]), []).append(group[key])
-    return [Mark(point, number, Spread(spread(values).mean)) for number, values in by_number.items()]
+            yield _chart(f"{file}_{key}_mean", overall, mean_marks(banks, key), "templates", y)
 
 
 def _by_backbone(collections: Sequence[Collection]) -> Iterator[Block]:

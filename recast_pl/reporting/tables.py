@@ -19,7 +19,7 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.rules import size_text
 from recast_pl.runs.class_results import ClassResults, class_measures
 from recast_pl.runs.metrics import Matrix
-from recast_pl.runs.patch_tools import PatchDifference
+from recast_pl.runs.patch_tools import PatchDifference, storage
 
 Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows of a table."""
@@ -95,11 +95,12 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
         "input": f"{size_text(patch.image_size)}, mean {patch.mean}, std {patch.std}",
         "metrics": ", ".join(f"{name} {value:.2f}" for name, value in patch.metrics.items()) or "none",
         "numbers": f"{numbers:,} and a head of {head:,}",
+        "file": storage(patch),
         "bytes": f"{path.stat().st_size:,}",
     }
     rows = [
         [name, "×".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{tensor.nbytes:,}"]
-        for name, tensor in patch.tensors.items()
+        for name, tensor in patch.stored.items()
     ]
     tensors = terminal_table((["tensor", "shape", "type", "bytes"], rows))
     return [terminal_table((["", ""], [*map(list, facts.items())]), 2, str(path)), tensors]

@@ -57,6 +57,12 @@ def class_results(names: Sequence[str], pairs: NDArray[np.int64]) -> ClassResult
     )
 
 
+def balanced_accuracy(results: ClassResults) -> float:
+    """The mean over classes of the share of test images that are recognised, in percent; NaN without test images."""
+    shares = [right / images for right, images in zip(results["right"], results["images"], strict=True) if images]
+    return 100 * sum(shares) / len(shares) if shares else float("nan")
+
+
 def merge_seeds(results: Sequence[ClassResults]) -> ClassResults:
     """Adds up the results of several runs on one task; those of the first one if their classes differ."""
     first, *others = results

@@ -38,6 +38,8 @@ class Collection:
         labels: Labels of the points of a sweep, by name of the point.
         x: Horizontal axis of a sweep's figure; None if this is not a sweep.
         series: Keys of the labels that tell its lines or bars apart.
+        published: Accuracies that others report, by name of the point.
+        seeds: Number of seeds that each point is meant to have; 0 if there is no plan.
         unfinished: Why a run is missing, by its folder.
     """
 
@@ -46,6 +48,8 @@ class Collection:
     labels: dict[str, dict[str, Label]] = field(default_factory=dict)
     x: str | None = None
     series: Sequence[str] = ()
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
+    seeds: int = 0
     unfinished: dict[Path, str] = field(default_factory=dict)
 
 
@@ -99,6 +103,7 @@ def _apply_plan(collection: Collection) -> None:
         return
     plan = read_json(path, RunError, points=dict, seeds=list)
     collection.labels, collection.x, collection.series = plan["points"], plan.get("x"), plan.get("series", ())
+    collection.published, collection.seeds = plan.get("published", {}), len(plan["seeds"])
     order = [*plan["points"], *(name for name in collection.runs if name not in plan["points"])]
     collection.runs = {name: collection.runs[name] for name in order if name in collection.runs}
     for name, seed in itertools.product(plan["points"], plan["seeds"]):

@@ -15,13 +15,28 @@ from recast_pl.runs.class_results import ClassResults
 from recast_pl.runs.origin import Origin
 
 
-class TaskResult(TypedDict):
-    """What a run reports about one trained task; accuracies are in percent."""
+class ProbeAccuracies(TypedDict):
+    """Test accuracies in percent of heads on the features that a task starts from.
+
+    `probe_accuracy` is that of converged logistic regression. `sgd_probe_accuracy` is that of a head trained with the
+    optimizer and epochs of the task, which is there if the task has an `sgd` head. Before heads could be solved,
+    `probe_accuracy` was the latter.
+    """
+
+    probe_accuracy: float
+    sgd_probe_accuracy: NotRequired[float]
+
+
+class TaskResult(ProbeAccuracies):
+    """What a run reports about one trained task; accuracies are in percent.
+
+    `balanced_accuracy` is the mean over classes of the share of test images that are recognised; older runs lack it.
+    """
 
     name: str
     classes: int
     accuracy: float
-    probe_accuracy: float
+    balanced_accuracy: NotRequired[float]
     task_parameters: int
     head_parameters: int
     patch_bytes: int
@@ -70,12 +85,15 @@ class Summary(TypedDict):
     wall_seconds: float
 
 
+_PATCHES = (".safetensors", ".recast")  # as all their tensors are, and compact
+
+
 class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
-    The task is finished when `patch` exists. `shared` holds what all tasks share, as it was after this one, and is
-    absent if the method keeps tasks apart. `checkpoints` is a folder that exists while the task is trained; `configs`
-    in it names the configurations so far.
+    The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared`
+    holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `checkpoints`
+    is a folder that exists while the task is trained; `configs` in it names the configurations so far.
 
     Args:
         run: The run folder.
@@ -85,11 +103,16 @@ class TaskFiles:
 
     def __init__(self, run: Path, position: int, task: str) -> None:
         self.position, self.task, self.name = position, task, f"{position:02d}_{task}"
-        self.patch = run / "patches" / f"{self.name}.safetensors"
+        self.plain, self.compact = (run / "patches" / f"{self.name}{suffix}" for suffix in _PATCHES)
         self.record = run / "tasks" / f"{self.name}.json"
         self.shared = run / "shared" / f"{self.name}.safetensors"
         self.checkpoints = run / "checkpoints" / self.name
         self.configs = self.checkpoints / "configs.json"
+
+    @property
+    def patch(self) -> Path:
+        """The patch; where there is none, the name of one that is not compact."""
+        return self.compact if self.compact.exists() else self.plain
 
     def load_record(self) -> Record:
         """Reads the record; raises RunError if it is missing or damaged, or belongs to another task."""
@@ -232,7 +255,7 @@ class RunFolder:
         for path in self._patches():
             position, _, task = path.stem.partition("_")
             if not (position.isdecimal() and task):
-                raise RunError(f"{path} is not named POSITION_TASK.safetensors, as 'fit' names patches; move it away")
+                raise RunError(f"{path} is not named POSITION_TASK{path.suffix}, as 'fit' names patches; move it away")
             found.append(self.files(int(position), task))
         if not found:
             raise RunError(f"{self.path} holds no trained task; give the folder of a run made by 'fit'")
@@ -258,7 +281,8 @@ class RunFolder:
 
     def _patches(self) -> Iterable[Path]:
         """The files of patches; hidden ones, such as the `._NAME` of other systems, are none."""
-        return (path for path in (self.path / "patches").glob("*.safetensors") if not path.name.startswith("."))
+        files = (self.path / "patches").glob("*")
+        return (path for path in files if path.suffix in _PATCHES and not path.name.startswith("."))
 
 
 def config_name(content: bytes) -> str:

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from recast_pl.errors import PatchError
-from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.patch import BITS, Precision, TaskPatch
 
 FULL_PRECISION = "accuracy_fp32"
-"""Metric of a patch in half precision: the accuracy of the same task in single precision."""
+"""Metric of a patch that was shrunk: the accuracy of the same task before."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def compare_patches(first: TaskPatch, second: TaskPatch) -> PatchDifference:
     return PatchDifference(differing, [_distance(name, ours[name], theirs[name]) for name in both])
 
 
+def storage(patch: TaskPatch) -> str:
+    """How the file of a patch keeps it, in words."""
+    return "safetensors" if patch.rounded is None else f"compact, {patch.rounded.bits} bits for each weight of the head"
+
+
 def average_patches(patches: Sequence[TaskPatch], weights: Sequence[float] = ()) -> TaskPatch:
     """Averages patches of one task, such as those of several seeds (Wortsman et al., 2022).
 
@@ -87,20 +92,33 @@ def average_patches(patches: Sequence[TaskPatch], weights: Sequence[float] = ())
     return first.with_tensors(means, metrics={})
 
 
-def quantize_patch(patch: TaskPatch) -> TaskPatch:
-    """Converts a patch to half precision, except for whole numbers.
+def quantize_patch(patch: TaskPatch, precision: Precision | Literal["fp16"] = "fp16") -> TaskPatch:
+    """Converts a patch to another precision.
 
-    The metric `accuracy` becomes `accuracy_fp32`, because the new patch was not measured.
+    The metric `accuracy` becomes `accuracy_fp32`, unless the patch keeps its values, because the new one was not
+    measured.
+
+    Args:
+        patch: In any precision.
+        precision: `fp16` for half precision, except for whole numbers; `int8` or `int4` for a compact file, whose
+            head is rounded to the nearest; `fp32` for a file of safetensors in single precision.
 
     Raises:
         PatchError: If a number is too large for half precision.
     """
+    if precision == "fp32":
+        return patch.widened()
+    quantized = _halved(patch) if precision == "fp16" else patch.compacted(BITS[precision])
+    metrics = {FULL_PRECISION if name == "accuracy" else name: value for name, value in patch.metrics.items()}
+    return patch if quantized is patch else replace(quantized, metrics=metrics)
+
+
+def _halved(patch: TaskPatch) -> TaskPatch:
     half = {name: t.half() if t.is_floating_point() else t for name, t in patch.tensors.items()}
     too_large = [name for name, tensor in half.items() if not tensor.isfinite().all()]
     if too_large:
         raise PatchError(f"{too_large[0]} of task {patch.task!r} has numbers beyond 65,504; keep single precision")
-    metrics = {FULL_PRECISION if name == "accuracy" else name: value for name, value in patch.metrics.items()}
-    return patch.with_tensors(half, metrics=metrics)
+    return patch.with_tensors(half)
 
 
 def _facts(patch: TaskPatch) -> dict[str, Any]:
@@ -108,7 +126,7 @@ def _facts(patch: TaskPatch) -> dict[str, Any]:
     facts = patch.facts
     metrics = {f"metrics.{name}": value for name, value in facts.pop("metrics").items()}
     shapes = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in patch.tensors.items()}
-    return facts | metrics | shapes
+    return facts | metrics | {"file": storage(patch)} | shapes
 
 
 def _distance(name: str, first: Tensor, second: Tensor) -> TensorDifference:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Protocol, cast
 
 from lightning import seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -19,7 +19,8 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, read_json, sealed_json, sha256, write_atomic
-from recast_pl.learning.patch import SharedState, TaskPatch
+from recast_pl.learning.patch import BITS, Precision, SharedState, TaskPatch
+from recast_pl.learning.quantization import Moments
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import (
     BestEpoch,
@@ -30,9 +31,9 @@ from recast_pl.learning.trainer import (
     TrainerFactory,
     TrainingTime,
 )
-from recast_pl.runs.class_results import class_results
+from recast_pl.runs.class_results import balanced_accuracy, class_results
 from recast_pl.runs.evaluation import measure, rounded
-from recast_pl.runs.folder import Record, RunFolder, Summary, TaskFiles, TaskResult, config_name
+from recast_pl.runs.folder import ProbeAccuracies, Record, RunFolder, Summary, TaskFiles, TaskResult, config_name
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
     accuracy_matrix,
@@ -77,6 +78,7 @@ class Stream:
         config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
+        precision: How patches are stored; `int8` and `int4` for compact ones. What is measured is what is stored.
     """
 
     def __init__(
@@ -89,12 +91,13 @@ class Stream:
         config: str | None = None,
         console: Console | None = None,
         presentation: Presentation | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self._trial = None if trainers.keeps else TemporaryDirectory()  # removed with this object
         self.folder = RunFolder(run_dir if self._trial is None else self._trial.name)
         self.module, self.data, self.trainers, self.seed = module, data, trainers, seed
         self.config, self.console, self.presentation = config, console or open_console(), presentation
-        self.evaluator = trainers.for_evaluation()
+        self.precision, self.evaluator = precision, trainers.for_evaluation()
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self._names = [task.name for task in data.tasks]
@@ -273,11 +276,11 @@ class Stream:
 
     def _finish(self, index: int, epochs: int, seconds: float) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
-        probe, trained = rounded(100 * self.module.probe_accuracy), self.module.task_parameters
-        patch = self.module.patch({"probe_accuracy": probe})
+        probes, trained = self._probe_accuracies(), self.module.task_parameters
+        patch = self._stored(self.module.patch(probes))
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
         accuracies = {p.task: measure(self.module, self.data, i, p, self.evaluator) for i, p in seen.items()}
-        patch = replace(patch, metrics={"accuracy": accuracies[patch.task], "probe_accuracy": probe})
+        patch = replace(patch, metrics={"accuracy": accuracies[patch.task], **probes})
         classes = class_results(patch.classes, self.module.test_pairs.numpy())  # of this task, which was tested last
         self.data.select(index)
         content, sizes = patch.to_bytes(), self.data.sizes
@@ -285,7 +288,8 @@ class Stream:
             name=patch.task,
             classes=len(patch.classes),
             accuracy=accuracies[patch.task],
-            probe_accuracy=probe,
+            balanced_accuracy=rounded(balanced_accuracy(classes)),
+            **cast(ProbeAccuracies, probes),
             task_parameters=trained,
             head_parameters=sum(tensor.numel() for tensor in patch.head.values()),
             patch_bytes=len(content),
@@ -313,6 +317,16 @@ class Stream:
         if self.evaluator.is_global_zero:
             self._write(index, content, shared)
 
+    def _stored(self, patch: TaskPatch) -> TaskPatch:
+        """A trained task with the values that its file will keep, those of the first process on all."""
+        bits = BITS.get(self.precision)
+        if bits is None:
+            return patch
+        self.module.check_patch(patch)
+        self.module.activate(patch.compacted(bits))  # so that features are those of the stored states
+        moments = Moments.of(self.module.features("train").features)
+        return self.evaluator.strategy.broadcast(patch.compacted(bits, moments))
+
     def _write(self, index: int, patch: bytes, shared: SharedState | None) -> None:
         """Writes a finished task: the patch, which marks it finished, after all else; then removes what it replaces."""
         files = self._files(index)
@@ -321,7 +335,7 @@ class Stream:
         if self.presentation:
             self.presentation.write_task(self.folder, files.name, self.records[index])
         write_atomic(files.record, sealed_json(self.records[index]))
-        write_atomic(files.patch, patch)
+        write_atomic(files.compact if self.precision in BITS else files.plain, patch)
         for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
             before.unlink()
         shutil.rmtree(files.checkpoints, ignore_errors=True)
@@ -362,6 +376,12 @@ class Stream:
             shared_bytes=records[-1]["shared_bytes"],
             wall_seconds=round(sum(record["wall_seconds"] for record in records), 2),
         )
+
+    def _probe_accuracies(self) -> dict[str, float]:
+        """Test accuracies in percent of the probes of the current task."""
+        probes = self.module.probes
+        found = {"probe_accuracy": probes.converged, "sgd_probe_accuracy": probes.budgeted}
+        return {name: rounded(100 * accuracy) for name, accuracy in found.items() if accuracy is not None}
 
     def _files(self, index: int) -> TaskFiles:
         return self.folder.files(index, self._names[index])

@@ -1,9 +1,9 @@
 """A comparison: several points, such as methods, each with several seeds, in one table."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.console import RenderableType
@@ -11,20 +11,29 @@ from rich.console import RenderableType
 from recast_pl.errors import RunError
 from recast_pl.files import json_text, write_atomic
 from recast_pl.reporting.measures import MEASURES, measures
+from recast_pl.reporting.published import Published
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
 from recast_pl.runs.collection import PLAN, Label, is_complete
 from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import forward_transfer, spread
 from recast_pl.runs.pace import Pace
-from recast_pl.studies.engines import Engine, run_units
+from recast_pl.studies.engines import Engine, run_unfinished
 
 
 class Point(NamedTuple):
-    """An entry of a comparison, such as a method: name of its folder, options of `fit`, and labels for the table."""
+    """An entry of a comparison, such as a method.
+
+    Args:
+        name: Name of its folder.
+        words: Options of `fit`.
+        labels: Labels for the table.
+        published: Accuracies that others report for it; empty if there are none.
+    """
 
     name: str
     words: Sequence[str]
     labels: Mapping[str, Label]
+    published: Published = MappingProxyType({})
 
 
 def config_words(configs: Sequence[str]) -> list[str]:
@@ -70,31 +79,27 @@ class Comparison:
         if self.alone is not None and self.alone not in names:
             raise RunError(f"--alone {self.alone!r} is not one of the {self.HEADING}s; choose from {', '.join(names)}")
 
+    def units(self) -> dict[str, list[str]]:
+        """Returns the command line that starts or resumes each run, by name."""
+        return {f"{p.name} with seed {seed}": self._words(p, seed) for p in self.points for seed in self.seeds}
+
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
         """Trains the runs that are not finished, and writes the table: at the end, and now and then before.
 
         Args:
             engine: Where to train.
-            is_finished: Returns whether the run of a command line is finished. It raises RunError for a command line
-                that `fit` would refuse, so that mistakes show before the first run starts.
+            is_finished: Returns whether the run of a command line is finished.
 
         Returns:
             0, or the status of the first run that failed.
         """
         write_atomic(self.folder / PLAN, json_text(self.plan()))
-        units = {f"{p.name} with seed {seed}": self._words(p, seed) for p in self.points for seed in self.seeds}
-        left = {name: words for name, words in units.items() if not is_finished(words)}
-        if len(left) < len(units):
-            print(f"{len(units) - len(left)} of {len(units)} runs are finished", file=sys.stderr)
         pace = Pace()
         try:
-            status = run_units(engine, left, lambda name: pace.run(self.write)) if left else 0
+            return run_unfinished(engine, self.units(), is_finished, lambda name: pace.run(self.write))
         finally:
             if self.finished():
                 self.write()
-        if status:
-            print("run the same command again to continue", file=sys.stderr)
-        return status
 
     def _words(self, point: Point, seed: int) -> list[str]:
         """Returns the command line that starts or resumes a run."""
@@ -132,6 +137,11 @@ class Comparison:
             for name, runs in found.items()
         }
         return {name: runs for name, runs in finished.items() if runs}
+
+    @property
+    def has_results(self) -> bool:
+        """Returns whether any run is finished."""
+        return bool(self.finished())
 
     @property
     def _keys(self) -> list[str]:

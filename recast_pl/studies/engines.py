@@ -259,3 +259,29 @@ def run_units(engine: Engine, units: Mapping[str, Sequence[str]], succeeded: Cal
             last = "".join(f"\n    {line}" for line in outcome.output.strip().splitlines()[-20:])
             print(f"{names[index]} failed with status {outcome.status}{':' if last else ''}{last}", file=sys.stderr)
     return first
+
+
+def run_unfinished(
+    engine: Engine,
+    units: Mapping[str, Sequence[str]],
+    is_finished: Callable[[Sequence[str]], bool],
+    succeeded: Callable[[str], None],
+) -> int:
+    """Runs those command lines that are not finished, and says how many are, and how to continue after a failure.
+
+    Args:
+        engine: The engine.
+        units: Command lines by name.
+        is_finished: Returns whether a command line is finished.
+        succeeded: Called with the name of each command line that succeeds, at once.
+
+    Returns:
+        0, or the status of the first command line that failed.
+    """
+    left = {name: words for name, words in units.items() if not is_finished(words)}
+    if len(left) < len(units):
+        print(f"{len(units) - len(left)} of {len(units)} runs are finished", file=sys.stderr)
+    status = run_units(engine, left, succeeded) if left else 0
+    if status:
+        print("run the same command again to continue", file=sys.stderr)
+    return status

@@ -12,7 +12,13 @@ config: {model: …}                   # laid over the base, with the values of 
 x: groups                            # horizontal axis of the figure: a key, or task_parameters
 series: [targets]                    # keys that tell lines or bars apart (default: all other keys)
 over: groups                         # adds a table of means over points that differ only in this key
+fits: {mse: [mimicry_vit.yaml, mimicry/mse.yaml]}  # fits of templates to run first, with the backbone of `base`
+after: [paper/figure6.yaml]          # other such files to run first, each in a folder beside this one's
+notes: [A sentence below the tables.]
 ```
+
+A listed point may have `published: {average: 85.0, spread: 0.1, TASK: 98.6}`, accuracies that others report. In
+`config`, `${folder}` is the folder of the sweep. A file with `fits` or `after` needs no points.
 """
 
 import itertools
@@ -29,31 +35,38 @@ from jsonargparse import get_loader
 from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.reporting.measures import TASK_PARAMETERS
+from recast_pl.reporting.published import Published
 from recast_pl.runs.collection import Label
 from recast_pl.studies.comparison import Point, config_words
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 _KINDS: dict[str, type] = {
-    "base": list, "seeds": list, "grid": dict, "points": list, "config": dict, "x": str, "series": list, "over": str
+    "base": list, "seeds": list, "grid": dict, "points": list, "config": dict, "x": str, "series": list, "over": str,
+    "fits": dict, "after": list, "notes": list,
 }  # fmt: skip
+
+_FOLDER = "folder"  # the placeholder of the sweep's folder
+
+_PUBLISHED = "published"  # the key of a point that holds values, and no option
 
 Values = dict[str, tuple[Label | None, Any]]
 """Label and value by key; a value without a label appears in no name and no figure."""
 
 
 class PlannedPoint(NamedTuple):
-    """A point as the file describes it: its labels, and the configs, config fragment and options of `fit` to use."""
+    """A point as the file describes it: its labels, the configs, config fragment and options of `fit`, and values."""
 
     labels: Mapping[str, Label]
     configs: Sequence[str]
     fragment: Mapping[str, Any]
     options: Sequence[str]
+    published: Published
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The entries of a sweep's file, with points by name; `seeds` may be empty, and `over` None."""
+    """The entries of a sweep's file, with points by name; all may be empty, and `over` None."""
 
     base: Sequence[str]
     seeds: Sequence[int]
@@ -61,6 +74,9 @@ class SweepConfig:
     x: str
     series: Sequence[str]
     over: str | None
+    fits: Mapping[str, Sequence[str]]
+    after: Sequence[str]
+    notes: Sequence[str]
 
     def write_points(self, folder: Path, base: Sequence[str]) -> list[Point]:
         """Writes the config fragment of each point to FOLDER/POINT/point.yaml.
@@ -74,9 +90,10 @@ class SweepConfig:
             configs = [*self.base, *base, *plan.configs]
             if plan.fragment:
                 path = folder / name / "point.yaml"
-                write_atomic(path, yaml.safe_dump(plan.fragment, sort_keys=False, allow_unicode=True))
+                fragment = _filled(plan.fragment, {_FOLDER: (None, str(folder))})
+                write_atomic(path, yaml.safe_dump(fragment, sort_keys=False, allow_unicode=True))
                 configs.append(str(path))
-            points.append(Point(name, [*config_words(configs), *plan.options], plan.labels))
+            points.append(Point(name, [*config_words(configs), *plan.options], plan.labels, plan.published))
         return points
 
 
@@ -90,8 +107,8 @@ def read_sweep(path: Path) -> SweepConfig:
         RunError: If the file is damaged, or an entry is wrong; the message names the entry.
     """
     content = _read(path)
-    points = _product(content["grid"]) if "grid" in content else [_read_point(point) for point in content["points"]]
-    if not points:
+    points = _product(content["grid"]) if "grid" in content else [_read_point(p) for p in content.get("points", ())]
+    if not points and not content.keys() & {"fits", "after"}:
         raise RunError(f"{path} has no points; give every key of the grid at least one value, or list points")
     named = _named(points, path)
     keys = list(dict.fromkeys(key for values in points for key, (label, _) in values.items() if label is not None))
@@ -104,28 +121,37 @@ def read_sweep(path: Path) -> SweepConfig:
     planned = {name: _plan(values, content.get("config", {})) for name, values in named.items()}
     if x in keys and any(x not in plan.labels for plan in planned.values()):
         raise RunError(f"{path}: x is {x!r}, but some points have no label for it; add one to each point")
+    _check_different(planned, path)
+    lists = {key: content.get(key, []) for key in ("base", "seeds", "after", "notes")}
+    return SweepConfig(points=planned, x=x, series=series, over=over, fits=content.get("fits", {}), **lists)
+
+
+def _check_different(planned: Mapping[str, PlannedPoint], path: Path) -> None:
+    """Raises RunError if two points would be the same run."""
     for (one, first), (other, second) in itertools.combinations(planned.items(), 2):
-        if first[1:] == second[1:]:
+        if (first.configs, first.fragment, first.options) == (second.configs, second.fragment, second.options):
             raise RunError(
                 f"{path}: points {one!r} and {other!r} are the same run; use ${{KEY}} in config where they differ, or "
                 "a KEY with a dot, which sets an option of fit"
             )
-    return SweepConfig(content.get("base", []), content.get("seeds", []), planned, x, series, over)
 
 
 def _plan(values: Values, config: Mapping[str, Any]) -> PlannedPoint:
     """Turns the values of a point into configs, a config fragment and options."""
     used = set(_PLACEHOLDER.findall(json.dumps(config)))
-    configs, options = [], []
+    unknown = sorted(used - values.keys() - {_FOLDER})
+    if unknown:
+        raise RunError(f"config uses ${{{unknown[0]}}}, but a point has no such key; it has {', '.join(values)}")
+    configs, options, published = [], [], {}
     for key, (_, value) in values.items():
-        if key in used:
-            continue
-        if "." in key:
+        if key == _PUBLISHED:
+            published = value
+        elif key not in used and "." in key:
             options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        else:
+        elif key not in used:
             configs += _config_names(value)
     labels = {key: label for key, (label, _) in values.items() if label is not None}
-    return PlannedPoint(labels, configs, _filled(config, values), options)
+    return PlannedPoint(labels, configs, _filled(config, values), options, published)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -140,8 +166,13 @@ def _read(path: Path) -> dict[str, Any]:
             raise RunError(f"{path}: a sweep has no entry {key!r}; choose one of {', '.join(_KINDS)}")
         if not isinstance(value, _KINDS[key]):
             raise RunError(f"{path}: {key} is {value!r}; it must be a {_KINDS[key].__name__}")
-    if ("grid" in content) == ("points" in content):
-        raise RunError(f"{path} has {'both' if 'grid' in content else 'neither'} of grid and points; give one")
+    if {"grid", "points"} <= content.keys():
+        raise RunError(f"{path} has both of grid and points; give one")
+    if not content.keys() & {"grid", "points", "fits", "after"}:
+        raise RunError(f"{path} has neither grid nor points; give one")
+    for name, configs in content.get("fits", {}).items():
+        if not (isinstance(configs, list) and _config_names(configs)):
+            raise RunError(f"{path}: fits has {name}: {configs}; it must be a list of configs")
     wrong = [seed for seed in content.get("seeds", []) if not isinstance(seed, int)]
     if wrong:
         raise RunError(f"{path}: seed {wrong[0]!r} is not an integer; correct it")
@@ -168,10 +199,21 @@ def _read_point(point: Any) -> Values:
     """Reads a listed point: a scalar is its own label, {LABEL: VALUE} gives one, and a list has none."""
     if not isinstance(point, dict):
         raise RunError(f"point {point!r} is not a mapping; write keys and values")
+    values: Values = {}
     for key, value in point.items():
-        if isinstance(value, dict) and len(value) != 1:
+        if key == _PUBLISHED:
+            values[key] = (None, _read_published(value))
+        elif isinstance(value, dict) and len(value) != 1:
             raise RunError(f"a point has {key}: {value}; write {{LABEL: VALUE}}, a scalar or a list")
-    return {key: (None, value) if isinstance(value, list) else _choices(key, value)[0] for key, value in point.items()}
+        else:
+            values[key] = (None, value) if isinstance(value, list) else _choices(key, value)[0]
+    return values
+
+
+def _read_published(values: Any) -> Published:
+    if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
+        raise RunError(f"a point has published: {values}; write {{average: NUMBER, spread: NUMBER, TASK: NUMBER}}")
+    return {str(name): float(value) for name, value in values.items()}
 
 
 def _label(key: str, value: Any) -> Label:
@@ -214,11 +256,10 @@ def _filled(part: Any, values: Values) -> Any:
         return [_filled(value, values) for value in part]
     if not isinstance(part, str):
         return part
-    for key in _PLACEHOLDER.findall(part):
-        if key not in values:
-            raise RunError(f"config uses ${{{key}}}, but a point has no such key; it has {', '.join(values)}")
     single = _PLACEHOLDER.fullmatch(part)
-    return values[single[1]][1] if single else _PLACEHOLDER.sub(lambda match: str(values[match[1]][1]), part)
+    if single and single[1] in values:
+        return values[single[1]][1]
+    return _PLACEHOLDER.sub(lambda match: str(values[match[1]][1]) if match[1] in values else match[0], part)
 
 
 def _config_names(value: Any) -> list[str]:

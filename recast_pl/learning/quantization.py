@@ -1,0 +1,146 @@
+"""Rounds the head of a task to 8 or 4 bits per weight, so that its logits change as little as possible.
+
+Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023 (algorithm 1); the idea is that of Hassibi and Stork, "Second Order Derivatives for Network
+Pruning: Optimal Brain Surgeon", NIPS 1992.
+
+    w ≈ s·q for the weights w of a class less the mean over classes, which softmax does not see; q are whole numbers of
+    at most 2^(bits − 1) − 1 and s is a step
+    s minimises ‖w − s·q‖²; q are chosen one after another, and those still to come make up for the error so far:
+    δ_later = −(w_j − s·q_j) / U_jj · U_j,later, where UᵀU is the inverse of H, the second moment of features
+    b' = b + (w − s·q)ᵀ·mean(features), with b less its mean over classes
+
+Deviations: H is centred, because the bias makes up for the mean; entries are taken in order of decreasing H_jj; and the
+damping is ten times the authors', because a task may have fewer images than features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DAMPING = 0.1  # of the mean of the diagonal, added to the diagonal of H
+
+_TINY = 1e-12  # added besides, for features that never change
+
+_SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
+"""Steps to try, as fractions of the one that reaches the largest weight of a row."""
+
+_CHUNK = 4096  # features that are converted to double precision at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and covariance (D, D) of features, in double precision."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Computes the moments of features (N, D), N at least 1, on any device."""
+        parts = [part.double().cpu() for part in features.split(_CHUNK)]
+        mean = torch.stack([part.sum(0) for part in parts]).sum(0) / len(features)
+        products = [(part - mean).T @ (part - mean) for part in parts]
+        return cls(mean, torch.stack(products).sum(0) / len(features))
+
+
+@dataclass(frozen=True)
+class RoundedHead:
+    """A head whose weights are whole multiples of one step for each class.
+
+    Args:
+        bits: Of each code: 8 or 4.
+        codes: Whole numbers (classes, D), int8, of at most `largest_code(bits)`.
+        steps: (classes,), bfloat16: codes make up for a coarse step.
+        bias: (classes,), single precision.
+    """
+
+    bits: int
+    codes: Tensor
+    steps: Tensor
+    bias: Tensor
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """`weight` (classes, D) and `bias` (classes,) in single precision."""
+        return {"weight": self.codes.float() * self.steps.float()[:, None], "bias": self.bias}
+
+
+def largest_code(bits: int) -> int:
+    """The largest absolute value of a code: 127 or 7."""
+    return int(2 ** (bits - 1)) - 1
+
+
+def packed_width(features: int, bits: int) -> int:
+    """Bytes of a row of `pack_codes`."""
+    return -(-features * bits // 8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (classes, D) as bytes (classes, `packed_width`); of 4 bits, the first of two is in the lower half."""
+    if bits == 8:
+        return codes.view(torch.uint8)
+    nibbles = F.pad(codes, (0, codes.shape[1] % 2)).view(torch.uint8) & 0x0F
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def unpack_codes(packed: Tensor, features: int, bits: int) -> Tensor:
+    """The codes (classes, D) that `pack_codes` packed."""
+    if bits == 8:
+        return packed.view(torch.int8)
+    nibbles = torch.stack([packed & 0x0F, packed >> 4], 2).flatten(1)[:, :features]
+    return (nibbles << 4).view(torch.int8) >> 4  # which repeats the sign
+
+
+def round_head(weight: Tensor, bias: Tensor, bits: int, moments: Moments | None) -> RoundedHead:
+    """Rounds a head.
+
+    Args:
+        weight: (classes, D).
+        bias: (classes,).
+        bits: Of each weight: 8 or 4.
+        moments: Of the features of training images; None to round each weight to the nearest code.
+    """
+    limit, rows, offsets = largest_code(bits), weight.double(), bias.double()
+    rows, offsets = rows - rows.mean(0), offsets - offsets.mean()
+    steps = _choose_steps(rows, limit)
+    wide = steps.double()[:, None]
+    if moments is None:
+        codes = _nearest(rows, wide, limit)
+    else:
+        codes = _compensated(rows, wide, limit, moments.covariance)
+        offsets += (rows - codes * wide) @ moments.mean
+    return RoundedHead(bits, codes.to(torch.int8), steps, offsets.float())
+
+
+def _nearest(rows: Tensor, steps: Tensor, limit: int) -> Tensor:
+    return (rows / steps).round().clamp(-limit, limit)
+
+
+def _choose_steps(rows: Tensor, limit: int) -> Tensor:
+    """The step of each row (classes,) with the least squared error of plain rounding; 1 for a row of zeros."""
+    largest = rows.abs().amax(1)
+    best, steps = torch.full_like(largest, torch.inf), torch.ones_like(largest).bfloat16()
+    for fraction in _SHRINKING:
+        tried = (fraction * largest / limit).bfloat16()
+        wide = tried.double()[:, None]
+        errors = (rows - _nearest(rows, wide, limit) * wide).square().sum(1)
+        better = (errors < best) & (tried > 0)
+        best, steps = torch.where(better, errors, best), torch.where(better, tried, steps)
+    return steps
+
+
+def _compensated(rows: Tensor, steps: Tensor, limit: int, covariance: Tensor) -> Tensor:
+    """Codes (classes, D) that nearly minimise Σ (w − s·q)ᵀ H (w − s·q)."""
+    order = covariance.diagonal().argsort(descending=True, stable=True)
+    damped = covariance + (_DAMPING * covariance.diagonal().mean() + _TINY) * torch.eye(len(order), dtype=torch.float64)
+    upper = torch.linalg.cholesky(damped[order][:, order].inverse(), upper=True)
+    left, codes = rows[:, order].clone(), torch.empty_like(rows)
+    for j in range(len(order)):
+        column = left[:, j]  # (classes,)
+        codes[:, order[j]] = code = _nearest(column, steps[:, 0], limit)
+        error = (column - code * steps[:, 0]) / upper[j, j]
+        left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+    return codes
