@@ -2,8 +2,8 @@
 
     uv run python benchmarks/heads.py --weights dinov2_vits14.safetensors --manifests emoji/*.csv
 
-Heads of AdamW have the paper's rate of 2e-3 and batches of 16; their best epoch is chosen on validation images. Accuracies
-and differences are in percentage points, averaged over seeds, with an interval over tasks.
+Heads of AdamW have the paper's rate of 2e-3 and batches of 16; their best epoch is chosen on validation images.
+Accuracies and differences are in percentage points, averaged over seeds, with an interval over tasks.
 """
 
 import argparse
