@@ -263,7 +263,7 @@ def change_in_an_epoch(name, folder, batch_size, **settings):
     backbone, pieces = METHODS[name]()
     for piece in pieces:
         piece.learning_rate = None
-    module = TILModule(backbone, pieces, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    module = TILModule(backbone, pieces, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), head="sgd")
     data = SequentialTaskDataModule([TaskConfig("first", str(folder), flip=False)], 32, batch_size=batch_size)
     change = Change()
     fit(module, data, max_epochs=1, callbacks=[change], **settings)

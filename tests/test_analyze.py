@@ -234,7 +234,7 @@ def test_a_run_of_tasks_is_compared_with_its_backbone_on_test_images(tiny_fit, t
     pieces = [{"class_path": "Recast", "init_args": {"layout": LOSSY, "learning_rate": 0.5}}]
     words = tiny_fit(
         *("--model.pieces", json.dumps(pieces), "--model.backbone.args", json.dumps(SMALL)),
-        *("--trainer.max_epochs", "1"),
+        *("--trainer.max_epochs", "1", "--model.head", "sgd"),
     )
     run_dir = tmp_path / "run"
     assert main(words) == 0

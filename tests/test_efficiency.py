@@ -245,7 +245,8 @@ def test_evaluation_generates_each_weight_once(tiny_fit, monkeypatch):
         return mix(self, *arguments, **keywords)
 
     monkeypatch.setattr(TemplateBank, "mix", counted)
-    assert main(tiny_fit("--trainer.max_epochs", "2")) == 0  # 5, 3 or 6 batches of training; 1 or 2 to evaluate
+    # 5, 3 or 6 batches of training; 1 or 2 to evaluate
+    assert main(tiny_fit("--model.head", "sgd", "--trainer.max_epochs", "2")) == 0
     evaluations = 2 * (1 + 2 + 1)  # for each task features, 2 epochs and test
     assert counts["evaluation"] == 12 * evaluations  # 12 groups; all layers of a group are generated together
     assert counts["train"] % 24 == 0

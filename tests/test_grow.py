@@ -30,7 +30,7 @@ def words(run, *more, **settings):
     """The command line of `fit` for three small tasks, of which the first two leave templates."""
     growth = {"class_path": "Growth", "init_args": {"tasks": 2, **RATES, **settings}}
     pieces = json.dumps([{"class_path": "Recast", "init_args": RECAST}, growth])
-    vit = ["--config", "vit.yaml", "--model.backbone.name", "vit_tiny_patch16_224", *RANDOM]
+    vit = ["--config", "vit.yaml", "--model.head", "sgd", "--model.backbone.name", "vit_tiny_patch16_224", *RANDOM]
     method = ["--model.backbone.args", json.dumps(TINY_VIT), "--model.pieces", pieces, "--data.batch_size", "64"]
     return [*clipart_words([*vit, *method], run, names=("signs", "people", "food")), *map(str, more)]
 

@@ -430,33 +430,35 @@ def distributed(words, processes):
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "warm"),
+    ("images", "batch", "head"),
     [
-        pytest.param(8, 4, "true", marks=pytest.mark.slow),  # the last batch is small
-        pytest.param(9, 6, "true", marks=pytest.mark.slow),  # one process has more images of it
-        (7, 7, "true"),  # one process has none
+        pytest.param(8, 4, "sgd", marks=pytest.mark.slow),  # the last batch is small
+        pytest.param(9, 6, "logistic", marks=pytest.mark.slow),  # one process has more images of it
+        (7, 7, "sgd"),  # one process has none
+        pytest.param(7, 7, "ridge", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_trains_with_the_same_global_batch(
-    images, batch, warm, image_folder, tiny_fit, tmp_path
+    images, batch, head, image_folder, tiny_fit, tmp_path
 ):
     tasks = [{"name": name, "path": str(image_folder(f"images_{name}", images=images, seed=4))} for name in "ab"]
-    more = ["--data.tasks", json.dumps(tasks), "--model.warm_start", warm, "--trainer.max_epochs", "2"]
+    more = ["--data.tasks", json.dumps(tasks), "--model.head", head, "--trainer.max_epochs", "2"]
     distributed(tiny_fit(*more, "--data.batch_size", str(batch), run_dir=tmp_path / "two"), 2)
     assert main(tiny_fit(*more, "--data.batch_size", str(2 * batch), run_dir=tmp_path / "one")) == 0
     for name in ("00_a.safetensors", "01_b.safetensors"):
         one, two = (TaskPatch.load(tmp_path / run / "patches" / name) for run in ("one", "two"))
         assert one.metrics == two.metrics
         assert torch.allclose(one.pieces[0]["coefficients"], two.pieces[0]["coefficients"], atol=1e-5, rtol=0)
-        for part in ("weight", "bias"):
-            assert torch.allclose(one.head[part], two.head[part], atol=1e-5, rtol=0)
+        for part in ("weight", "bias"):  # solved heads amplify the rounding of features
+            close = {"atol": 1e-5, "rtol": 0} if head == "sgd" else {"atol": 1e-4, "rtol": 1e-3}
+            assert torch.allclose(one.head[part], two.head[part], **close)
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_quickstart_as_one_does(tmp_path):
     # in double precision: single precision differs where rounding moves an activation across a kink of ReLU6
     words = ["fit", "--config", "quickstart.yaml", "--only", "people", "--trainer.max_epochs", "2"]
-    words += ["--trainer.precision", "64-true", "--model.warm_start", "false", "--trainer.enable_progress_bar", "false"]
+    words += ["--trainer.precision", "64-true", "--model.head", "sgd", "--trainer.enable_progress_bar", "false"]
     words += ["--trainer.accelerator", "cpu"]
     distributed([*words, "--data.batch_size", "16", "--run_dir", str(tmp_path / "two")], 2)
     assert main([*words, "--run_dir", str(tmp_path / "one")]) == 0

@@ -17,7 +17,7 @@ _FOLDS = 3
 _DECAYS = [10.0**exponent for exponent in (1, 0, -1, -2, -3, -4)]
 """Weight decays of logistic regression to choose from, strongest first; features have a mean variance of 1."""
 
-_ROUGH, _CONVERGED = 1e-3, 1e-5
+_ROUGH, _CONVERGED = 1e-3, 1e-7
 """Largest entry of the gradient of a mean over images at which L-BFGS stops: to compare decays, and in the end."""
 
 _SHRINKAGES = torch.logspace(-4, 0, 13, dtype=torch.float64)
@@ -25,6 +25,9 @@ _SHRINKAGES = torch.logspace(-4, 0, 13, dtype=torch.float64)
 
 _TINY = 1e-9
 """Least variance of a direction; the mean variance is 1."""
+
+_SMOOTHING = 0.01
+"""Label smoothing of the loss that calibrates scores: without it, those that are always right would have no limit."""
 
 _TEMPERATURES = torch.logspace(-2, 2, 41, dtype=torch.float64)
 
@@ -168,7 +171,7 @@ def _minimise(
     scale = (values / len(start[1]) + decay).rsqrt()  # (D,)
     scaled, total = x * scale, weights.sum()
     steps = torch.cat([start[0] / scale, start[1][:, None]], 1).requires_grad_()  # (C, D + 1)
-    optimizer = torch.optim.LBFGS([steps], 1.0, 500, None, tolerance, 1e-9, 20, "strong_wolfe")
+    optimizer = torch.optim.LBFGS([steps], 1.0, 500, None, tolerance, 1e-12, 20, "strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -275,10 +278,15 @@ def _choose(
     best, chosen = (-1.0, 0.0), (0.0, 1.0)
     for setting, score in zip(settings, scores, strict=True):
         right = float(weights[score.argmax(1) == y].sum())
-        losses = torch.stack([(weights * F.cross_entropy(t * score, y, reduction="none")).sum() for t in _TEMPERATURES])
+        losses = torch.stack([_calibration_loss(t * score, y, weights) for t in _TEMPERATURES])
         if (right, -float(losses.min())) > best:
             best, chosen = (right, -float(losses.min())), (float(setting), float(_TEMPERATURES[losses.argmin()]))
     return chosen
+
+
+def _calibration_loss(scores: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    errors = F.cross_entropy(scores, y, reduction="none", label_smoothing=_SMOOTHING)
+    return (weights * errors).sum()
 
 
 _SOLVERS: dict[str, Callable[[Tensor, Tensor, int, Tensor, float], Solution]] = {

@@ -144,7 +144,7 @@ class TILModule(TaskNetwork, LightningModule):
 
     def _start_head(self) -> None:
         """Fits the probes to the features that the task starts from, and starts the head from one of them."""
-        train, val, test = map(self.features, ("train", "val", "test"))
+        train, val, test = self.features("train", "val", "test")
         head, classes = self.current()[1], len(self.classes)
         probe = solve_head("logistic", train, classes)
         self.probes = Probes(test.score(probe)[0])
@@ -161,18 +161,19 @@ class TILModule(TaskNetwork, LightningModule):
 
     def _finish_head(self) -> None:
         """Solves the head on the features of the best epoch, and takes it if it is better on the validation images."""
-        train, val = map(self.features, ("train", "val"))
+        train, val = self.features("train", "val")
         head = self.current()[1]
         solved = solve_head(self.head_kind, train, len(self.classes), self.balanced, self.label_smoothing)
         (accuracy, loss), (before, loss_before) = val.score(solved), val.score(head)
         if (accuracy, -loss) > (before, -loss_before):
             head.load_state_dict(solved.state_dict())
 
-    def features(self, split: str) -> Features:
-        """Features of all images of a split by the current task, on every process, on the trainer's device."""
+    def features(self, *splits: str) -> list[Features]:
+        """Features of all images of some splits by the current task, on every process, on the trainer's device."""
         self.to(self.trainer.strategy.root_device)
+        backbone, precision = self.current()[0], self.trainer.precision_plugin
         with self.merged():
-            return extract_features(self.current()[0], self.batches(split), self.trainer.precision_plugin)
+            return [extract_features(backbone, self.batches(split), precision) for split in splits]
 
     def _budgeted_probe(self, train: Features, val: Features) -> nn.Linear:
         """A head that is trained with the optimizer, epochs and batches of the task."""

@@ -324,8 +324,8 @@ class Stream:
             return patch
         self.module.check_patch(patch)
         self.module.activate(patch.compacted(bits))  # so that features are those of the stored states
-        moments = Moments.of(self.module.features("train").features)
-        return self.evaluator.strategy.broadcast(patch.compacted(bits, moments))
+        (train,) = self.module.features("train")
+        return self.evaluator.strategy.broadcast(patch.compacted(bits, Moments.of(train.features)))
 
     def _write(self, index: int, patch: bytes, shared: SharedState | None) -> None:
         """Writes a finished task: the patch, which marks it finished, after all else; then removes what it replaces."""
