@@ -6,18 +6,16 @@ Heads of AdamW have the paper's rate of 2e-3 and batches of 16; their best epoch
 Accuracies and differences are in percentage points, averaged over seeds, with an interval over tasks.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import sem, t
 from sklearn.linear_model import LogisticRegressionCV
-from small_patches import Split, extract
+from small_patches import Split, read_features
 from torch import nn
 
 from recast_pl.learning.features import Features
@@ -73,20 +71,8 @@ WAYS: dict[str, Callable[[Splits], nn.Linear]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="safetensors of timm's vit_small_patch14_dinov2")
-    parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="CSV files of more tasks")
-    parser.add_argument("--size", type=int, default=98)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592])
-    parser.add_argument("--features", type=Path, help="file that keeps the features for the next time")
-    options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    if options.features and options.features.exists():
-        found = torch.load(options.features)
-    else:
-        found = extract(options)
-        if options.features:
-            torch.save(found, options.features)
+    found = read_features(__doc__)
     results: dict[str, dict[str, list[tuple[float, float]]]] = {way: {} for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
     for name, splits in found.items():

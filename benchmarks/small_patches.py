@@ -76,21 +76,27 @@ def rounded(weight: Tensor, bias: Tensor, bits: int, moments: Moments) -> dict[s
     return {"nearest": plain, "nearest, bias": solved, "as `fit`": round_head(weight, bias, bits, moments)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_features(description: str | None) -> dict[str, dict[str, Split]]:
+    """The features that a command line asks for: from its file, or else extracted, and kept in the file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="safetensors of timm's vit_small_patch14_dinov2")
     parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="CSV files of more tasks")
     parser.add_argument("--size", type=int, default=98)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592])
     parser.add_argument("--features", type=Path, help="file that keeps the features for the next time")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
     if options.features and options.features.exists():
-        found = torch.load(options.features)
-    else:
-        found = extract(options)
-        if options.features:
-            torch.save(found, options.features)
+        kept: dict[str, dict[str, Split]] = torch.load(options.features)
+        return kept
+    found = extract(options)
+    if options.features:
+        torch.save(found, options.features)
+    return found
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    found = read_features(__doc__)
     results: dict[tuple[int, str], dict[str, list[tuple[float, float]]]] = {}
     accuracies = []
     for name, splits in found.items():
