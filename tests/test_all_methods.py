@@ -290,6 +290,7 @@ def test_trains_in_fp16_with_scaled_gradients_that_may_overflow(module, device, 
         pytest.skip("there is no GPU")
     if device == "cpu" and module.backbone_config is RESNET:
         pytest.skip("convolutions in fp16 take minutes on a CPU")
+    module.head_kind = "sgd"  # so that the probe is trained, too
     scaler = torch.amp.GradScaler(device, init_scale=2.0**40)  # so that the first steps overflow, whatever the method
     change = Change()
     settings = {"accelerator": "gpu", "devices": 1} if device == "cuda" else {}

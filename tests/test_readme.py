@@ -74,7 +74,7 @@ def test_all_commands_run_in_the_order_of_the_pages(folder):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
-    assert summary["average_accuracy"] > 75  # 82.80 on the machine of the README
+    assert summary["average_accuracy"] > 75  # 85.17 on the machine of the README
     short, full = python_blocks("recast_pl.load(")
     assert run(["-c", short], folder).startswith("flags ")
     tasks, label, labels = run(["-c", full], folder).splitlines()
@@ -144,7 +144,7 @@ def test_the_pages_name_files_of_the_code_that_exist():
 
 
 def test_the_documentation_names_every_config():
-    assert len(COMMANDS) == 25
+    assert len(COMMANDS) == 24
     for folder in (".", "methods", "sweeps"):
         for config in (ROOT / "configs" / folder).glob("*.yaml"):
             assert f"`{config.name}`" in TEXT
