@@ -30,6 +30,7 @@ _SMOOTHING = 0.01
 """Label smoothing of the loss that calibrates scores: without it, those that are always right would have no limit."""
 
 _TEMPERATURES = torch.logspace(-2, 2, 41, dtype=torch.float64)
+"""Factors of scores to choose from, by which they are calibrated."""
 
 
 def solve_head(
@@ -280,7 +281,7 @@ def _choose(
         right = float(weights[score.argmax(1) == y].sum())
         losses = torch.stack([_calibration_loss(t * score, y, weights) for t in _TEMPERATURES])
         if (right, -float(losses.min())) > best:
-            best, chosen = (right, -float(losses.min())), (float(setting), float(_TEMPERATURES[losses.argmin()]))
+            best, chosen = (right, -float(losses.min())), (float(setting), float(_TEMPERATURES[int(losses.argmin())]))
     return chosen
 
 
