@@ -78,7 +78,7 @@ class Stream:
         config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
-        precision: How patches are stored; `int8` and `int4` for compact ones. What is measured is what is stored.
+        precision: How patches are stored; `int8` and `int4` for compact ones. Accuracies are those of stored patches.
     """
 
     def __init__(
