@@ -25,7 +25,8 @@ from torch.optim import AdamW
 
 from recast_pl import BackboneConfig, BankLayout, Recast, SequentialTaskDataModule, TaskConfig, TILModule
 from recast_pl.decomposition.bank import TemplateBank
-from recast_pl.learning.probe import Features, fit_probe
+from recast_pl.learning.features import Features
+from recast_pl.learning.probe import fit_probe
 
 BACKBONE, SIZE, BATCH = "vit_small_patch14_dinov2", 98, 16
 MLP, ATTENTION = r"mlp\.fc[12]\.weight", r"attn\.qkv\.weight"

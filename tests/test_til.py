@@ -11,7 +11,8 @@ from torch import nn
 import recast_pl as rp
 from recast_pl import BackboneConfig, BankLayout, LinearProbe, Recast, TaskPatch, TILModule
 from recast_pl.errors import DecompositionError, MethodError, PatchError, RunError
-from recast_pl.learning.probe import Features, fit_probe
+from recast_pl.learning.features import Features
+from recast_pl.learning.probe import fit_probe
 from recast_pl.methods.piece import Piece
 
 

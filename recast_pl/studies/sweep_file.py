@@ -6,7 +6,7 @@ seeds: [42, 1998, 3142592]
 grid:                                # all combinations; or `points`, a list of mappings that may have a `name`
   groups: [6, 3, 1]                  # replaces ${groups} in `config`
   targets: {attention: 'attn\.qkv\.weight', MLP: 'mlp\.fc[12]\.weight'}  # labels with their values
-  method: [methods/recast_vit.yaml]      # configs laid over the base
+  method: [methods/recast_vit.yaml]  # configs laid over the base
   trainer.max_epochs: [50, 100]      # an option of `fit`
 config: {model: …}                   # laid over the base, with the values of the point for ${…}
 x: groups                            # horizontal axis of the figure: a key, or task_parameters
