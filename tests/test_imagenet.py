@@ -165,3 +165,14 @@ def test_predictions_are_equal_on_all_clip_art(tmp_path):
     facts = compare(images, tmp_path / "out", "--batch_size", "8")  # larger batches need too much memory
     assert facts["images"] == len(list(images.rglob("*.jpg")))
     assert facts["agreement"] == 100
+
+
+def test_images_have_the_size_that_the_network_is_built_for(predicted, tmp_path):
+    (tmp_path / "in" / "food").mkdir(parents=True)
+    for number, path in enumerate(predicted):
+        shutil.copy(path, tmp_path / "in" / "food" / f"{number}.jpg")
+    tiny = ["--backbone.name", "vit_tiny_patch16_224", "--backbone.weights", "random"]
+    size = ["--backbone.args", json.dumps({**TINY_VIT, "img_size": 32})]
+    words = [*tiny, *size, "--layout.targets", '["fc1"]', "--images", str(tmp_path / "in"), "--output", str(tmp_path)]
+    assert main(["imagenet", *words]) == 0
+    assert json.loads((tmp_path / "imagenet.json").read_text())["agreement"] == 100

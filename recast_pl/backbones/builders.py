@@ -128,7 +128,7 @@ class TimmSource(Source):
     def classifier(self) -> Classifier:
         """Creates the network with as many classes as its published weights have."""
         net = self._create({"num_classes": self._published().pretraining.num_classes})
-        return Classifier(net.eval(), _timm_preprocessing(net))
+        return Classifier(net.eval(), _timm_preprocessing(net, self.args.get("img_size")))
 
     def recipe(self, net: nn.Module, classes: int, image_size: ImageSize) -> Recipe:
         """Returns a call of `timm.create_model`, which needs no hub."""
@@ -260,6 +260,8 @@ def _input_size(published: _Published, image_size: ImageSize) -> dict[str, Image
     return {"img_size": image_size} if needed else {}
 
 
-def _timm_preprocessing(net: nn.Module) -> Callable[[Image.Image], Tensor]:
-    transform: Callable[[Image.Image], Tensor] = create_transform(**resolve_model_data_config(net))  # type: ignore[no-untyped-call]
+def _timm_preprocessing(net: nn.Module, size: ImageSize | None = None) -> Callable[[Image.Image], Tensor]:
+    """The preprocessing of a network's pretraining, for another input size in pixels unless it is None."""
+    other = {} if size is None else {"input_size": (3, *height_and_width(size))}
+    transform: Callable[[Image.Image], Tensor] = create_transform(**resolve_model_data_config(net, other))  # type: ignore[no-untyped-call]
     return transform
