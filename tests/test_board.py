@@ -13,7 +13,10 @@ from scipy.stats import ttest_rel
 
 from recast_pl.cli import main
 from recast_pl.cli.parser import command_parser
+from recast_pl.config.elements import parse_options
 from recast_pl.reporting.board import results_text
+from recast_pl.reporting.plots import Mark, plot_panels
+from recast_pl.runs.metrics import spread
 
 RATES = [2.0e-3, 3.0e-1]
 METHODS = {
@@ -99,11 +102,11 @@ def test_the_rate_is_chosen_on_validation_and_results_agree_with_the_runs(board,
 
 def test_an_interrupted_board_continues_to_the_same_numbers_and_new_seeds_extend_it(board, tmp_path, capsys):
     chosen = ["--streams", "one", "--methods", "scale"]
-    whole = board(*chosen, "--seeds", "1", "2", "3", "--output", str(tmp_path / "whole"))
+    whole = board(*chosen, "--output", str(tmp_path / "whole"))
     assert main([*whole, "--runs", str(tmp_path / "other")]) == 0
     arguments = {"number": int(signal.SIGTERM), "task": "second", "epoch": 0, "marker": str(tmp_path / "signalled")}
     callbacks = [{"class_path": "crash_callbacks.SignalOnce", "init_args": arguments}]
-    stopping = ["--options", shlex.join(["--trainer.callbacks", json.dumps(callbacks)])]
+    stopping = ["--seeds", "1", "--options", shlex.join(["--trainer.callbacks", json.dumps(callbacks)])]
     capsys.readouterr()
     assert main(board(*chosen, *stopping)) == 128 + signal.SIGTERM
     assert "run the same command again to continue" in capsys.readouterr().err
@@ -115,14 +118,14 @@ def test_an_interrupted_board_continues_to_the_same_numbers_and_new_seeds_extend
     assert main(board(*chosen, *stopping)) == 0
     assert "task 1 of 1" not in capsys.readouterr().out
     assert path.read_bytes() == before
-    assert main(board(*chosen, "--seeds", "3", "1")) == 0
-    assert capsys.readouterr().out.count("task 1 of 1") == 1  # seed 3, at the rate that is known
+    assert main(board(*chosen, "--seeds", "2", "1")) == 0
+    assert capsys.readouterr().out.count("task 1 of 1") == 1  # seed 2, at the rate that is known
     found, expected = read(path), read(tmp_path / "whole" / "one" / "scale.json")
     assert numbers(found) == numbers(expected)
-    assert list(found["runs"]) == ["1", "2", "3"]
+    assert list(found["runs"]) == ["1", "2"]
     assert [found[key] for key in ("rate", "rates")] == [expected[key] for key in ("rate", "rates")]
-    assert [made["seeds"] for made in found["measured"]] == [[1, 2], [3]]
-    assert main(board(*chosen, "--seeds", "4", rates=[1.0e-3])) == 2
+    assert [made["seeds"] for made in found["measured"]] == [[1], [2]]
+    assert main(board(*chosen, "--seeds", "3", rates=[1.0e-3])) == 2
     assert "which is not among the rates" in capsys.readouterr().err
 
 
@@ -196,6 +199,15 @@ def test_the_page_is_made_from_results_alone_with_the_intervals_of_scipy(tmp_pat
     assert after == before
 
 
+def test_panels_have_one_legend_and_a_logarithmic_axis():
+    panels = {name: [Mark(method, 10.0**i, spread([50, 60])) for i, method in enumerate("ab")] for name in "1234"}
+    figure = plot_panels(panels, "bytes")
+    assert [axes.axison for axes in figure.axes] == [True] * 4 + [False] * 2
+    assert {axes.get_xscale() for axes in figure.axes[:4]} == {"log"}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("more", "change", "named"),
     [
@@ -246,8 +258,11 @@ def test_every_shipped_stream_is_accepted_with_every_method(board_name, stream, 
     planned = []
     monkeypatch.setattr("recast_pl.cli.board.run_studies", lambda trials, engine: planned.extend(trials) or 1)
     emoji = f"emoji={shared / 'data' / 'emoji'}"
-    words = ["board", "--config", f"board/{board_name}.yaml", "--streams", stream, "--variables", emoji]
-    assert main([*words, "--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == 1
+    words = ["--config", f"board/{board_name}.yaml", "--streams", stream, "--variables", emoji, "--engine", "Processes"]
+    words += ["--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert main(["board", *words]) == 1
+    parser, recorded = command_parser("board"), shlex.split(planned[0].command)
+    assert parser.parse_args(recorded[4:]) == parse_options(parser, words)  # which finds the config
     assert {trial.method: len(trial.points) for trial in planned} == {
         method: 1 if method == "probe" else 4 for method in BOARDS[board_name]["methods"]
     }

@@ -1,5 +1,6 @@
 """The command `board`: methods on several streams with several seeds, into JSON files and one page."""
 
+import json
 import pkgutil
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,9 +58,10 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 def _command(parser: ArgumentParser, config: Namespace) -> str:
     """Returns the command line without the options that have their defaults."""
     words = ["board"]
-    for name, value in config.clone().items():
-        if value != parser.get_default(name) and isinstance(value, str | list):
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [value])]
+    for name, value in vars(config).items():
+        if value != parser.get_default(name):
+            text = json.dumps(value.as_dict()) if isinstance(value, Namespace) else value
+            words += [f"--{name}", *map(str, text if isinstance(text, list) else [text])]
     return f"python -m recast_pl {shlex.join(words)}"
 
 

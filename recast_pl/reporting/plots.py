@@ -165,12 +165,12 @@ def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average 
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6.4, 3.6 * columns), 0.8 + 3 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     series = list(dict.fromkeys(mark.series for marks in panels.values() for mark in marks))
     for axes, (title, marks) in zip(grid, panels.items(), strict=False):
         _draw_lines(axes, marks, series)
         axes.set(xscale="log", xlabel=x, ylabel=y, title=plain_label(title))
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     _add_legend(figure, figure.axes[0], len(series))
     return figure
