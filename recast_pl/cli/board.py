@@ -72,8 +72,8 @@ def _trials(config: Namespace, output: Path, command: str) -> Iterator[Trial]:
     if config.data_root is not None:
         options = ["--data.root", config.data_root, *options]
     _check_names(config, board)
-    seeds, fit = config.seeds or board.seeds, command_parser("fit")
-    for stream in config.streams or board.streams:
+    seeds, fit = list(dict.fromkeys(config.seeds or board.seeds)), command_parser("fit")
+    for stream in dict.fromkeys(config.streams or board.streams):
         entry, runs = board.streams[stream], Path(config.runs) / stream
         for method in [name for name in entry.methods if name in (config.methods or entry.methods)]:
             if has_results(output, stream, method, seeds):
