@@ -4,7 +4,7 @@
         --manifests emoji/*.csv
 
 Directions are those of the last layer, as `Projection` takes them; the principal directions of the first task's
-training features, of which there are fewer than training images; and random ones. Differences to the head on all
+training features, as far as its images give them; and random ones. Differences to the head on all
 features in single precision are in percentage points, averaged over seeds, with an interval over tasks, without and
 with 4 bits for each weight. The last column is the file of a task of five classes with 69 coefficients and 4 bits.
 """
@@ -34,7 +34,8 @@ def choices(network: nn.Module, first: Tensor) -> Iterator[tuple[str, int, Tenso
     for width in (each for each in WIDTHS if each < first.shape[1]):
         random = torch.linalg.qr(torch.randn(first.shape[1], width, generator=generator))[0].T
         yield "last layer", width, leading_directions(network, first.shape[1], width)
-        yield "first task", width, principal[:width].float()
+        if width <= len(principal):
+            yield "first task", width, principal[:width].float()
         yield "random", width, random
 
 
@@ -66,7 +67,8 @@ def main() -> None:
         means = np.array([np.mean(pairs, 0) for pairs in tasks.values()])  # (tasks, 2)
         wide = t.ppf(0.975, len(means) - 1) * sem(means)
         cells = [f"{mean:+.2f} ± {half:.2f}" for mean, half in zip(means.mean(0), wide, strict=True)]
-        print(f"| {width:,} | {way} | {' | '.join(cells)} | {size_of(4, width, 69):,} |")
+        size = size_of(4, width, 69, ("Recast",) if way == "all" else ("Recast", "Projection"))
+        print(f"| {width:,} | {way} | {' | '.join(cells)} | {size:,} |")
 
 
 if __name__ == "__main__":

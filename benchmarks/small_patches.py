@@ -10,6 +10,7 @@ predictions in percent of the test images. The last column is the file of a task
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,16 +127,16 @@ def main() -> None:
         print(f"| {bits} | {way} | {change:+.2f} | ±{wide:.2f} | {same:.1f} | {size} |")
 
 
-def size_of(bits: int, features: int = 384, coefficients: int = 48) -> int:
+def size_of(bits: int, features: int = 384, coefficients: int = 48, method: Sequence[str] = ("Recast",)) -> int:
     """Bytes of the file of a task of five classes."""
     classes, metrics = (
         ["clocks", "flags", "led", "map_symbols", "weather"],
         {"accuracy": 88.1356, "probe_accuracy": 87.7119},
     )
     head = {"weight": torch.randn(5, features), "bias": torch.randn(5)}
-    state = [{"coefficients": torch.randn(coefficients)}]
+    states = [{"coefficients": torch.randn(coefficients)}, *({} for _ in method[1:])]
     colours = [0.5, 0.5, 0.5]
-    patch = TaskPatch("signs", classes, head, state, ["Recast"], 98, colours, colours, "0" * 64, metrics)
+    patch = TaskPatch("signs", classes, head, states, list(method), 98, colours, colours, "0" * 64, metrics)
     return len(patch.compacted(bits).to_bytes())
 
 

@@ -207,7 +207,7 @@ def _without_projection(backbone: Backbone, head: nn.Linear) -> tuple[Backbone, 
     if backbone.projection is None:
         return backbone, head
     classes, features = head.out_features, backbone.projection.shape[1]
-    whole = nn.Linear(features, classes)
+    whole = nn.Linear(features, classes).to(head.weight)
     whole.load_state_dict({"weight": head.weight @ backbone.projection, "bias": head.bias})
     backbone.projection, backbone.num_features = None, features
     return backbone, whole

@@ -3,8 +3,8 @@
     logits = H·P·f(x) + b, where the rows of P (width, D) are the leading left singular directions of the last weight
     with D outputs
 
-It is not from a paper. Behind a narrow layer, such as the 320 channels that EfficientNet expands to 1280, features vary
-little outside of what that layer writes, so its weight gives the directions without any image.
+It is not from a paper. Behind a narrow layer, such as the 320 channels that EfficientNet expands to 1280, much of what
+features vary in lies in the directions that the layer writes to, so its weight gives them without any image.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from recast_pl.methods.piece import Piece
 class Projection(Piece):
     """Heads of `width` columns on wide features: a fixed projection of the features, stored once in the run folder.
 
-    It trains nothing, and goes with the coefficients of other pieces or stands alone. It costs about 2 points with 128
-    of the 1,280 features of EfficientNet-Lite0 and more where no narrow layer precedes the features, as in a ViT.
-    `--patch_precision int4` makes a head smaller for less and comes first. All probe accuracies of a run are those on
-    the projected features.
+    It trains nothing. It stands alone, or beside pieces that do. It pays only behind a narrow layer, and costs accuracy:
+    3 points with 128 of the 1,280 features of EfficientNet-Lite0, 2 with 256 (`benchmarks/projection.py`). So take
+    `--patch_precision int4` first, which costs next to nothing. All probe accuracies of a run are those of the
+    projected features.
 
     Args:
         width: Number of features that heads read, below that of the backbone.
