@@ -24,9 +24,9 @@ from recast_pl.methods.piece import Piece
 class Projection(Piece):
     """Heads of `width` columns on wide features: a fixed projection of the features, stored once in the run folder.
 
-    It trains nothing. It stands alone, or beside pieces that do. It pays only behind a narrow layer, and costs accuracy:
-    3 points with 128 of the 1,280 features of EfficientNet-Lite0, 2 with 256 (`benchmarks/projection.py`). So take
-    `--patch_precision int4` first, which costs next to nothing. All probe accuracies of a run are those of the
+    It trains nothing. It stands alone, or beside pieces that do. It pays only behind a narrow layer, and costs
+    accuracy: 3 points with 128 of the 1,280 features of EfficientNet-Lite0, 2 with 256 (`benchmarks/projection.py`).
+    So take `--patch_precision int4` first, which costs next to nothing. All probe accuracies of a run are those of the
     projected features.
 
     Args:
