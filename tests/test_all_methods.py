@@ -54,7 +54,7 @@ ON_BOTH = {
     "finetune": lambda: [rp.FullFineTune()],
     "scale": lambda: [rp.Scale(learning_rate=2e-2)],
     "spectral": lambda: [rp.Spectral(learning_rate=2e-2)],
-    "chosen": lambda: [rp.Chosen(count=9, rank=2, learning_rate=2e-2)],
+    "chosen": lambda: [rp.Chosen(count=7, rank=2, learning_rate=2e-2)],
     "sequential": lambda: [rp.FineTune()],
     "ewc": lambda: [rp.FineTune(), rp.EWC()],
     "lwf": lambda: [rp.FineTune(), rp.LwF()],
