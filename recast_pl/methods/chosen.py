@@ -135,9 +135,10 @@ class Chosen(WeightPiece[ChosenCore]):
         for core in cores:
             core.candidates = self.values.new_zeros(core.shape, requires_grad=True)
         backbone, inputs = self.learner.current()[0], [core.candidates for core in cores]
-        sums = self.values.new_zeros(2, self.total)  # of gradients, and of their squares
+        sums = torch.zeros(2, self.total, device=self.values.device)  # of gradients, and of their squares
         for images, labels in self._sample():
-            loss = len(labels) * self.learner.loss(head(backbone(images)), labels)
+            features = backbone(images).to(head.weight.dtype)
+            loss = len(labels) * self.learner.loss(head(features), labels)
             gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)  # type: ignore[arg-type]
             gradient = torch.cat([part.flatten() for part in gradients])
             sums += torch.stack([gradient, gradient.square()])
