@@ -207,7 +207,7 @@ def test_a_task_never_ends_below_its_solved_head_on_validation_images(data, kind
 
 
 def test_a_task_that_gains_nothing_keeps_the_pretrained_coefficients(data):
-    module = TILModule(VIT, [Recast(VIT_MLP)], optimizer=lambda p: torch.optim.SGD(p, lr=1e4))
+    module = TILModule(VIT, [Recast(VIT_MLP)], optimizer=lambda p: torch.optim.SGD(p, lr=1e30))  # not a number
     patch = fit(module, data, callbacks=[BestEpoch()])
     pretrained = torch.cat([bank.coefficients.mean(1).flatten() for bank in module.pieces[0].decomposition.banks])
     assert patch.pieces[0]["coefficients"].equal(pretrained)
@@ -237,3 +237,18 @@ def test_options_of_a_head_reach_training(tiny_fit, tmp_path):
         one, other = (TaskPatch.load(run / "patches" / "00_first.safetensors") for run in runs)
         assert not one.head["weight"].equal(other.head["weight"])
         assert 0 <= results(runs[1])[0]["balanced_accuracy"] <= 100
+
+
+@torch.no_grad()
+def split_features(module, data, split):
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.plain_dataloader(split)]
+    return Features(torch.cat([module.backbone(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
+
+
+def test_the_kept_head_is_the_solved_one_of_the_kept_features(data):
+    module, best = TILModule(VIT, [Recast(VIT_MLP)], head="ridge"), BestEpoch()
+    module.activate(fit(module, data, callbacks=[best]))
+    train, val = (split_features(module, data, split) for split in ("train", "val"))
+    solved = solve_head("ridge", train, len(module.classes))
+    torch.testing.assert_close(module.head.weight, solved.weight, atol=1e-3, rtol=1e-2)
+    assert best.score == pytest.approx(val.score(solved), abs=1e-3)

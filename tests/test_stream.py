@@ -81,6 +81,7 @@ def test_a_run_folder_holds_the_documented_files(run):
     assert set(first) == {
         *("name", "classes", "accuracy", "balanced_accuracy", "probe_accuracy", "task_parameters", "head_parameters"),
         *("patch_bytes", "train_images", "test_images", "split", "epochs", "seconds"),
+        *("validation_accuracy", "validation_loss"),
     }
     assert (first["name"], first["classes"], second["classes"]) == ("first", 3, 2)
     assert first["task_parameters"] == 96  # vit.yaml: 24 weights, n 2, K 2

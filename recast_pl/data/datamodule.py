@@ -215,9 +215,12 @@ class SequentialTaskDataModule(LightningDataModule):
         """Test images of the current task, each on one process."""
         return self._loader(self._split("test"))
 
-    def plain_dataloader(self, split: str) -> DataLoader[RawBatch]:
-        """All images of a split in order, on every process, not augmented."""
-        return self._loader(self._split(split), everywhere=True)
+    def plain_dataloader(self, split: str, everywhere: bool = True) -> DataLoader[RawBatch]:
+        """Images of a split in order, not augmented: all of them on every process, or the share of this process.
+
+        Process r of R has images r, r + R, …; if there are none, one image whose label is -1.
+        """
+        return self._loader(self._split(split), everywhere=everywhere)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Mirrors images where the batch says so; returns them (B, 3, S, S) in [0, 1], on the device, and labels."""

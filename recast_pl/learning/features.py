@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,17 @@ def extract_features(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
             features.append(network(images).float())
         labels.append(targets)
     return Features(torch.cat(features), torch.cat(labels))
+
+
+def gather_features(share: Features) -> Features:
+    """All features of a split, in order, from the shares of all processes; process r of R has samples r, r + R, ….
+
+    A sample whose label is -1 is left out: it stands for an empty share.
+    """
+    features, labels = gather_all_tensors(share.features), gather_all_tensors(share.labels)
+    total = sum(len(part) for part in labels)
+    everything = Features(features[0].new_empty(total, features[0].shape[1]), labels[0].new_empty(total))
+    for rank, (some, their) in enumerate(zip(features, labels, strict=True)):
+        everything.features[rank :: len(labels)], everything.labels[rank :: len(labels)] = some, their
+    known = everything.labels >= 0
+    return Features(everything.features[known], everything.labels[known])

@@ -19,7 +19,7 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError, one_line
 from recast_pl.learning.acceleration import EvaluateMerged
 from recast_pl.learning.checkpoint import change_rates, trainable_state
-from recast_pl.learning.features import Features, extract_features
+from recast_pl.learning.features import Features, extract_features, gather_features
 from recast_pl.learning.heads import HeadKind, check_head_options, class_weights, classification_loss, solve_head
 from recast_pl.learning.metrics import Percent, Predictions
 from recast_pl.learning.probe import Probes, fit_probe
@@ -44,10 +44,10 @@ class TILModule(TaskNetwork, LightningModule):
         lr_scheduler: Makes a schedule, which is stepped after every epoch, from an optimizer. `ReduceLROnPlateau`
             follows the validation loss, or the accuracy with `mode: max`. None for constant learning rates.
         head: How the head is found. `sgd` trains it together with the pieces, as in the paper. The others solve it on
-            cached features: before training, where it counts as epoch 0 when the best epoch is chosen, and again on the
-            features of the best epoch, where it is kept if it is better on the validation images. `logistic` is
-            logistic regression with a weight decay from cross-validation; `lda` (linear discriminant) and `ridge` have
-            a closed form.
+            the features of all training images: before training, which counts as epoch 0 when the best epoch is chosen,
+            and again before each validation; between them it is trained with the pieces. `logistic` is logistic
+            regression with a weight decay from cross-validation; `lda` (linear discriminant) and `ridge` have a closed
+            form.
         warm_start: Whether an `sgd` head starts from a probe that the optimizer of the task trains on cached features.
         balanced: Whether all classes have the same weight in training the head, however many images they have.
         label_smoothing: Share of the label, from 0 to 1, that is spread over all classes; not for `lda` and `ridge`.
@@ -156,27 +156,38 @@ class TILModule(TaskNetwork, LightningModule):
         elif self.head_kind == "logistic" and not (self.balanced or self.label_smoothing):
             start = probe
         else:
-            start = solve_head(self.head_kind, train, classes, self.balanced, self.label_smoothing)
+            start = self._solved(train)
         if self.head_kind != "sgd" or self.warm_start:
             head.load_state_dict(start.state_dict())
             self.probes = replace(self.probes, start=val.score(start))
         return probe if self.head_kind == "sgd" else start
 
-    def _finish_head(self) -> None:
-        """Solves the head on the features of the best epoch, and takes it if it is better on the validation images."""
-        train, val = self.features("train", "val")
-        head = self.current()[1]
-        solved = solve_head(self.head_kind, train, len(self.classes), self.balanced, self.label_smoothing)
-        (accuracy, loss), (before, loss_before) = val.score(solved), val.score(head)
-        if (accuracy, -loss) > (before, -loss_before):
-            head.load_state_dict(solved.state_dict())
+    @torch.inference_mode(mode=False)
+    @torch.enable_grad()
+    def _solve_head(self) -> None:
+        """Solves the head on the features of the training images as they are now, unless training has diverged."""
+        (train,) = self.features("train")
+        if train.features.isfinite().all():
+            self.current()[1].load_state_dict(self._solved(train).state_dict())
+
+    def _solved(self, train: Features) -> nn.Linear:
+        return solve_head(self.head_kind, train, len(self.classes), self.balanced, self.label_smoothing)
+
+    def on_validation_start(self) -> None:
+        """Solves the head, so that validation compares the features of epochs and not the state of one head."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and self.head_kind != "sgd":
+            self._solve_head()
 
     def features(self, *splits: str) -> list[Features]:
-        """Features of all images of some splits by the current task, on every process, on the trainer's device."""
+        """Features of all images of some splits by the current task, in order, on the trainer's device.
+
+        Each process computes a share, and all get all.
+        """
         self.to(self.trainer.strategy.root_device)
         backbone, precision = self.current()[0], self.trainer.precision_plugin
         with self.merged():
-            return [extract_features(backbone, self.batches(split), precision) for split in splits]
+            shares = [extract_features(backbone, self._batches(split, False), precision) for split in splits]
+        return [gather_features(share) for share in shares] if self.trainer.world_size > 1 else shares
 
     def _budgeted_probe(self, train: Features, val: Features) -> nn.Linear:
         """A head that is trained with the optimizer, epochs and batches of the task."""
@@ -245,8 +256,8 @@ class TILModule(TaskNetwork, LightningModule):
     def on_fit_end(self) -> None:
         """Lets the pieces keep what later tasks need of this one, on the device that the trainer has left."""
         self.to(self.trainer.strategy.root_device)
-        if self.head_kind != "sgd" and self.task_parameters:
-            self._finish_head()
+        if self.head_kind != "sgd" and self.task_parameters and not self.trainer.limit_val_batches:
+            self._solve_head()  # otherwise validation has
         for piece in self.pieces:
             piece.end_task()
         if any(piece.keeps_heads for piece in self.pieces):
@@ -315,7 +326,10 @@ class TILModule(TaskNetwork, LightningModule):
 
     def batches(self, split: str) -> Iterator[Batch]:
         """Batches of a split of the current task, in order, all of them on every process, on the device."""
-        for batch in self._data().plain_dataloader(split):
+        return self._batches(split, everywhere=True)
+
+    def _batches(self, split: str, everywhere: bool) -> Iterator[Batch]:
+        for batch in self._data().plain_dataloader(split, everywhere):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 
     def train_on(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:

@@ -128,6 +128,10 @@ class TaskProgressBar(RichProgressBar):
         return metrics
 
 
+Score = tuple[float, float]
+"""Validation accuracy in [0, 1], and cross-entropy."""
+
+
 class BestEpoch(Callback):
     """Keeps the trained parameters of the best epoch: highest validation accuracy, then lowest loss.
 
@@ -135,7 +139,7 @@ class BestEpoch(Callback):
     """
 
     def __init__(self) -> None:
-        self.score = (float("-inf"), 0.0)
+        self.score: Score | None = None
         self.weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -157,16 +161,17 @@ class BestEpoch(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
-        return {"score": list(self.score), "weights": self.weights}
+        return {"score": self.score and [self.score[0], -self.score[1]], "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what the checkpoint kept."""
-        accuracy, loss = state_dict["score"]
-        self.score, self.weights = (accuracy, loss), state_dict["weights"]
+        score, self.weights = state_dict["score"], state_dict["weights"]
+        self.score = (score[0], -score[1]) if self.weights else None
 
     def _compare(self, module: LightningModule, accuracy: float, loss: float) -> None:
-        if (accuracy, -loss) > self.score:
-            self.score, self.weights = (accuracy, -loss), trainable_state(module)
+        best, least = self.score or (float("-inf"), 0.0)
+        if (accuracy, -loss) > (best, -least):
+            self.score, self.weights = (accuracy, loss), trainable_state(module)
 
 
 class SeedEpochs(Callback):

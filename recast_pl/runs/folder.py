@@ -27,7 +27,17 @@ class ProbeAccuracies(TypedDict):
     sgd_probe_accuracy: NotRequired[float]
 
 
-class TaskResult(ProbeAccuracies):
+class Validation(TypedDict, total=False):
+    """Accuracy in percent and cross-entropy on the validation images, of what is kept.
+
+    The best epoch was chosen by them. Both are missing where validation was turned off, and in older runs.
+    """
+
+    validation_accuracy: float
+    validation_loss: float
+
+
+class TaskResult(ProbeAccuracies, Validation):
     """What a run reports about one trained task; accuracies are in percent.
 
     `balanced_accuracy` is the mean over classes of the share of test images that are recognised; older runs lack it.

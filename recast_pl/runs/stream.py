@@ -1,6 +1,7 @@
 """Trains a stream of tasks: one Trainer per task, a run folder that holds every result, and resume."""
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -27,13 +28,23 @@ from recast_pl.learning.trainer import (
     CoefficientHistograms,
     FiniteLoss,
     LastEpoch,
+    Score,
     SeedEpochs,
     TrainerFactory,
     TrainingTime,
 )
 from recast_pl.runs.class_results import balanced_accuracy, class_results
 from recast_pl.runs.evaluation import measure, rounded
-from recast_pl.runs.folder import ProbeAccuracies, Record, RunFolder, Summary, TaskFiles, TaskResult, config_name
+from recast_pl.runs.folder import (
+    ProbeAccuracies,
+    Record,
+    RunFolder,
+    Summary,
+    TaskFiles,
+    TaskResult,
+    Validation,
+    config_name,
+)
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import (
     accuracy_matrix,
@@ -246,12 +257,13 @@ class Stream:
         self.module.begin_task(name, self.data.classes)
         checkpoint, timer = self._checkpoint(files), TrainingTime()
         self._note_config(files, checkpoint)
-        keeping = [BestEpoch(), timer, LastEpoch(files.checkpoints)]
+        best = BestEpoch()
+        keeping = [best, timer, LastEpoch(files.checkpoints)]
         watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
         trainer = self.trainers.for_training(self.folder.path, files.name, [*keeping, *watching])
         with lightning_errors():
             trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
-        self._finish(index, trainer.current_epoch, timer.seconds)
+        self._finish(index, trainer.current_epoch, timer.seconds, best.score)
 
     def _checkpoint(self, files: TaskFiles) -> Path | None:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
@@ -274,7 +286,7 @@ class Stream:
         if self.evaluator.is_global_zero:
             write_atomic(files.configs, json_text({"configs": self._configs}).encode())
 
-    def _finish(self, index: int, epochs: int, seconds: float) -> None:
+    def _finish(self, index: int, epochs: int, seconds: float, best: Score | None) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
         probes, trained = self._probe_accuracies(), self.module.task_parameters
         patch = self._stored(self.module.patch(probes))
@@ -290,6 +302,7 @@ class Stream:
             accuracy=accuracies[patch.task],
             balanced_accuracy=rounded(balanced_accuracy(classes)),
             **cast(ProbeAccuracies, probes),
+            **_validation(best or self.module.probes.start),
             task_parameters=trained,
             head_parameters=sum(tensor.numel() for tensor in patch.head.values()),
             patch_bytes=len(content),
@@ -385,3 +398,9 @@ class Stream:
 
     def _files(self, index: int) -> TaskFiles:
         return self.folder.files(index, self._names[index])
+
+
+def _validation(best: Score | None) -> Validation:
+    if best is None or not math.isfinite(best[1]):
+        return {}
+    return {"validation_accuracy": rounded(100 * best[0]), "validation_loss": rounded(best[1])}
