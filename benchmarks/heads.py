@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import sem, t
 from sklearn.linear_model import LogisticRegressionCV
-from small_patches import Split, read_features
+from small_patches import Split, read_features, read_options
 from torch import nn
 
 from recast_pl.learning.features import Features
@@ -72,7 +72,7 @@ WAYS: dict[str, Callable[[Splits], nn.Linear]] = {
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    found = read_features(__doc__)
+    found = read_features(read_options(__doc__))
     results: dict[str, dict[str, list[tuple[float, float]]]] = {way: {} for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
     for name, splits in found.items():

@@ -10,6 +10,7 @@ predictions in percent of the test images. The last column is the file of a task
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def extract(options: argparse.Namespace) -> dict[str, dict[str, Split]]:
         TaskConfig("digits", flip=False),
         *(TaskConfig(f"{p.parent.name}_{p.stem}", str(p)) for p in options.manifests),
     ]
-    network = BackboneConfig("vit_small_patch14_dinov2", options.weights).build(options.size).eval()
+    network = BackboneConfig(options.backbone, options.weights).build(options.size).eval()
     found: dict[str, dict[str, Split]] = {}
     known: dict[tuple[int, int], Tensor] = {}
     for seed in options.seeds:
@@ -76,15 +77,20 @@ def rounded(weight: Tensor, bias: Tensor, bits: int, moments: Moments) -> dict[s
     return {"nearest": plain, "nearest, bias": solved, "as `fit`": round_head(weight, bias, bits, moments)}
 
 
-def read_features(description: str | None) -> dict[str, dict[str, Split]]:
-    """The features that a command line asks for: from its file, or else extracted, and kept in the file."""
+def read_options(description: str | None) -> argparse.Namespace:
+    """What a command line says about the backbone, the images, and the file that keeps the features."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="safetensors of timm's vit_small_patch14_dinov2")
+    parser.add_argument("--backbone", default="vit_small_patch14_dinov2", help="as model.backbone.name")
+    parser.add_argument("--weights", required=True, help="as model.backbone.weights")
     parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="CSV files of more tasks")
     parser.add_argument("--size", type=int, default=98)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592])
     parser.add_argument("--features", type=Path, help="file that keeps the features for the next time")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def read_features(options: argparse.Namespace) -> dict[str, dict[str, Split]]:
+    """The features that a command line asks for: from its file, or else extracted, and kept in the file."""
     if options.features and options.features.exists():
         kept: dict[str, dict[str, Split]] = torch.load(options.features)
         return kept
@@ -96,7 +102,7 @@ def read_features(description: str | None) -> dict[str, dict[str, Split]]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    found = read_features(__doc__)
+    found = read_features(read_options(__doc__))
     results: dict[tuple[int, str], dict[str, list[tuple[float, float]]]] = {}
     accuracies = []
     for name, splits in found.items():
@@ -121,16 +127,16 @@ def main() -> None:
         print(f"| {bits} | {way} | {change:+.2f} | ±{wide:.2f} | {same:.1f} | {size} |")
 
 
-def size_of(bits: int) -> int:
-    """Bytes of the file of a task of five classes with 48 coefficients on ViT-S."""
+def size_of(bits: int, features: int = 384, coefficients: int = 48, method: Sequence[str] = ("Recast",)) -> int:
+    """Bytes of the file of a task of five classes."""
     classes, metrics = (
         ["clocks", "flags", "led", "map_symbols", "weather"],
         {"accuracy": 88.1356, "probe_accuracy": 87.7119},
     )
-    head = {"weight": torch.randn(5, 384), "bias": torch.randn(5)}
-    state = [{"coefficients": torch.randn(48)}]
+    head = {"weight": torch.randn(5, features), "bias": torch.randn(5)}
+    states = [{"coefficients": torch.randn(coefficients)}, *({} for _ in method[1:])]
     colours = [0.5, 0.5, 0.5]
-    patch = TaskPatch("signs", classes, head, state, ["Recast"], 98, colours, colours, "0" * 64, metrics)
+    patch = TaskPatch("signs", classes, head, states, list(method), 98, colours, colours, "0" * 64, metrics)
     return len(patch.compacted(bits).to_bytes())
 
 

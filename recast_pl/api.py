@@ -35,6 +35,7 @@ from recast_pl.methods.lora_xs import LoRAXS
 from recast_pl.methods.lwf import LwF
 from recast_pl.methods.piece import Piece
 from recast_pl.methods.piggyback import Piggyback
+from recast_pl.methods.projection import Projection
 from recast_pl.methods.recast import Recast
 from recast_pl.methods.rosa import RoSA
 from recast_pl.methods.scale import Scale

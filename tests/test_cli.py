@@ -23,6 +23,8 @@ from recast_pl.data.download import extract
 CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")})
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 ON_RESNET = ("recast_resnet34", "recast_clr", "recast_piggyback")
+ON_OTHERS = dict.fromkeys(ON_RESNET, ("resnet34.yaml", "torchvision/resnet34"))
+ON_OTHERS["recast_projection"] = ("quickstart.yaml", "mobilenetv2_050")
 # optimizer, rate, epochs and clipping where the authors of a method have their own
 PROTOCOLS = {
     "inflora": ("torch.optim.Adam", 5e-4, 10, None),
@@ -64,9 +66,8 @@ def test_every_method_config_changes_only_the_method_and_its_protocol(method, ca
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_evaluates_to_the_same_numbers(method, tiny_fit, tmp_path):
     words = tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")
-    if method in ON_RESNET:
-        words[2] = "resnet34.yaml"
-        words[words.index("vit_tiny_patch16_224")] = "torchvision/resnet34"
+    if method in ON_OTHERS:
+        words[2], words[words.index("vit_tiny_patch16_224")] = ON_OTHERS[method]
         words[words.index(json.dumps(TINY_VIT))] = "{}"
     else:  # wide enough for a density of one entry in a hundred thousand
         wide = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 2}

@@ -63,7 +63,8 @@ def python_blocks(part):
 
 @pytest.mark.slow
 def test_all_commands_run_in_the_order_of_the_pages(folder):
-    (folder / "targets.yaml").write_text(FILES["targets.yaml"])
+    for name in ("targets.yaml", "mine.yaml"):
+        (folder / name).write_text(FILES[name])
     first, *others = (shlex.split(command) for command in COMMANDS)
     run(first, folder)
     with fork_server(folder=folder) as (ask, _):  # so that the library is imported once for all of them
@@ -144,8 +145,8 @@ def test_the_pages_name_files_of_the_code_that_exist():
 
 
 def test_the_documentation_names_every_config():
-    assert len(COMMANDS) == 24
-    for folder in (".", "methods", "sweeps"):
+    assert len(COMMANDS) == 26
+    for folder in (".", "methods", "sweeps", "board"):
         for config in (ROOT / "configs" / folder).glob("*.yaml"):
             assert f"`{config.name}`" in TEXT
 

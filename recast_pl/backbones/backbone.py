@@ -77,6 +77,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    projection: nn.Parameter | None
+    """The matrix (width, D) of `project`."""
 
     def __init__(self, net: nn.Module, mean: Statistics, std: Statistics, image_size: ImageSize, name: str) -> None:
         super().__init__()
@@ -84,12 +86,19 @@ class Backbone(nn.Module):
         self.name, self.image_size = name, image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_parameter("projection", None)
         self.num_features = self.check_size(image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, S, S) with values in [0, 1]."""
         features: Tensor = self.net((images - self.mean).div_(self.std))
-        return features
+        return features if self.projection is None else features @ self.projection.T
+
+    def project(self, matrix: Tensor) -> None:
+        """Multiplies features by a fixed matrix (width, D) from now on, so that D becomes the width."""
+        # a frozen parameter, not a buffer: DDP broadcasts buffers at every forward pass
+        self.projection = nn.Parameter(matrix.to(self.mean), requires_grad=False)
+        self.num_features = len(matrix)
 
     def _remedy(self) -> str:
         """What to do about a network that does not take the images."""

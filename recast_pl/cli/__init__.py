@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "Train several methods with several seeds, into one table; run it again to continue.",
     "analyze": "Analyse a decomposition: diversity and similarity of templates, parameters saved.",
     "sweep": "Train over a grid of options and seeds, into a table and a figure; run it again to continue.",
+    "board": "Train methods on streams with several seeds, into results and one page; run it again to continue.",
     "reproduce": "Train a table or figure of the paper, and print ours beside it; run it again to continue.",
     "imagenet": "Compare a pretrained classifier before and after decomposition, on images.",
     "report": "Write one page of tables and figures about runs.",

@@ -191,7 +191,7 @@ def dense_copy(module: TILModule) -> DenseModel:
 
     `remove_parametrizations` would change a class that the copy shares with the original.
     """
-    network = DenseModel(*copy.deepcopy(module.current())).cpu().requires_grad_(False).eval()
+    network = DenseModel(*_without_projection(*copy.deepcopy(module.current()))).cpu().requires_grad_(False).eval()
     for layer in network.modules():
         if parametrize.is_parametrized(layer):
             dense = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
@@ -200,6 +200,17 @@ def dense_copy(module: TILModule) -> DenseModel:
             for name, weight in dense.items():
                 layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return network
+
+
+def _without_projection(backbone: Backbone, head: nn.Linear) -> tuple[Backbone, nn.Linear]:
+    """The same with a head over all features of the network: W·(P·f) is (W·P)·f."""
+    if backbone.projection is None:
+        return backbone, head
+    classes, features = head.out_features, backbone.projection.shape[1]
+    whole = nn.Linear(features, classes).to(head.weight)
+    whole.load_state_dict({"weight": head.weight @ backbone.projection, "bias": head.bias})
+    backbone.projection, backbone.num_features = None, features
+    return backbone, whole
 
 
 @torch.no_grad()

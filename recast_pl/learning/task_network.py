@@ -60,6 +60,9 @@ class TaskNetwork(nn.Module):
             backbone = self.backbone_config.build(image_size).requires_grad_(False)
             # without the buffers of pieces, which every process computes for itself and which may differ by rounding
             buffers = dict(backbone.named_buffers())
+            for matrix in [piece.project(backbone.net, backbone.num_features) for piece in self.pieces]:
+                if matrix is not None:
+                    backbone.project(matrix)
             for piece in self.pieces:
                 piece.attach(backbone.net)
             skip_unread_tokens(backbone.net, image_size)

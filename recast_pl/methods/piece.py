@@ -116,10 +116,10 @@ class Memory(nn.Module):
 class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
-    Calls come in this order: `join`, `load_base`, `attach`, `save_base`. Each task then brings `begin_task`,
-    `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the end of the
-    task `end_task`, `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at any time
-    after `attach`. At the end of an epoch a checkpoint stores `training_state`; resumed training passes it to
+    Calls come in this order: `join`, `load_base`, `project`, `attach`, `save_base`. Each task then brings
+    `begin_task`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the
+    end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at
+    any time after `attach`. At the end of an epoch a checkpoint stores `training_state`; resumed training passes it to
     `load_training_state` before `begin_fit`, and leaves `begin_training` out.
 
     A piece is not an `nn.Module`: what it trains lies inside the network and must be named there only, it refers to the
@@ -167,6 +167,18 @@ class Piece:
             MethodError: If the piece does not work with the others.
         """
         self.number = sum(type(piece) is type(self) for piece in pieces[: pieces.index(self)])
+
+    def project(self, network: nn.Module, features: int) -> Tensor | None:
+        """Chooses fewer features for the heads, before any piece is attached.
+
+        Args:
+            network: The backbone's network, pretrained.
+            features: D, how many features it has.
+
+        Returns:
+            The matrix (width, D) by which the features of all tasks are multiplied; None to leave them as they are.
+        """
+        return None
 
     def attach(self, network: nn.Module) -> None:
         """Puts the piece into the backbone's network, whose parameters are frozen, in place."""

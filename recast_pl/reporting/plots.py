@@ -4,7 +4,7 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,6 +151,28 @@ def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)", t
     if any(series):
         _add_legend(figure, axes, len(series))
     _write_names(figure, axes, [mark for mark in marks if mark.name])
+    return figure
+
+
+def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average accuracy (%)") -> Figure:
+    """Draws points over a logarithmic axis, in several panels with one legend.
+
+    Args:
+        panels: At least one point each, by title.
+        x: Name of the horizontal axis.
+        y: Name and unit of the vertical axis.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(6.4, 3.6 * columns), 0.8 + 3 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    series = list(dict.fromkeys(mark.series for marks in panels.values() for mark in marks))
+    for axes, (title, marks) in zip(grid, panels.items(), strict=False):
+        _draw_lines(axes, marks, series)
+        axes.set(xscale="log", xlabel=x, ylabel=y, title=plain_label(title))
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    _add_legend(figure, figure.axes[0], len(series))
     return figure
 
 

@@ -1,9 +1,11 @@
 """When, where and with which versions a task was trained."""
 
+import os
 import platform
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -37,3 +39,12 @@ def origin(device: torch.device | None = None) -> Origin:
         versions=versions,
         machine=", ".join(part for part in parts if part),
     )
+
+
+def processor() -> str:
+    """Name of this machine's processor, and its number of cores."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

@@ -90,7 +90,7 @@ class SweepConfig:
             configs = [*self.base, *base, *plan.configs]
             if plan.fragment:
                 path = folder / name / "point.yaml"
-                fragment = _filled(plan.fragment, {_FOLDER: (None, str(folder))})
+                fragment = filled(plan.fragment, {_FOLDER: (None, str(folder))})
                 write_atomic(path, yaml.safe_dump(fragment, sort_keys=False, allow_unicode=True))
                 configs.append(str(path))
             points.append(Point(name, [*config_words(configs), *plan.options], plan.labels, plan.published))
@@ -151,21 +151,45 @@ def _plan(values: Values, config: Mapping[str, Any]) -> PlannedPoint:
         elif key not in used:
             configs += _config_names(value)
     labels = {key: label for key, (label, _) in values.items() if label is not None}
-    return PlannedPoint(labels, configs, _filled(config, values), options, published)
+    return PlannedPoint(labels, configs, filled(config, values), options, published)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_entries(path: Path, kinds: Mapping[str, type], what: str = "sweep") -> dict[str, Any]:
+    """Reads a YAML file of entries; raises RunError if it is damaged, or an entry is unknown or of another type.
+
+    Args:
+        path: The file.
+        kinds: Type of each entry by its name.
+        what: What the file is, for messages.
+    """
     try:
         content = get_loader("yaml")(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
         raise RunError(f"cannot read {path} ({cause}); fix it") from cause
     if not isinstance(content, dict):
-        raise RunError(f"{path} is not a sweep; it needs a grid or points")
+        raise RunError(f"{path} is not a {what}; it needs some of {', '.join(kinds)}")
+    check_entries(content, kinds, f"{path}: a {what}")
+    return content
+
+
+def check_entries(content: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> None:
+    """Raises RunError if an entry is unknown or of another type."""
     for key, value in content.items():
-        if key not in _KINDS:
-            raise RunError(f"{path}: a sweep has no entry {key!r}; choose one of {', '.join(_KINDS)}")
-        if not isinstance(value, _KINDS[key]):
-            raise RunError(f"{path}: {key} is {value!r}; it must be a {_KINDS[key].__name__}")
+        if key not in kinds:
+            raise RunError(f"{what} has no entry {key!r}; choose one of {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise RunError(f"{what}: {key} is {value!r}; it must be a {kinds[key].__name__}")
+
+
+def check_seeds(seeds: Sequence[Any], path: Path) -> None:
+    """Raises RunError if a seed in a file is not an integer."""
+    wrong = [seed for seed in seeds if not isinstance(seed, int)]
+    if wrong:
+        raise RunError(f"{path}: seed {wrong[0]!r} is not an integer; correct it")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_entries(path, _KINDS)
     if {"grid", "points"} <= content.keys():
         raise RunError(f"{path} has both of grid and points; give one")
     if not content.keys() & {"grid", "points", "fits", "after"}:
@@ -173,9 +197,7 @@ def _read(path: Path) -> dict[str, Any]:
     for name, configs in content.get("fits", {}).items():
         if not (isinstance(configs, list) and _config_names(configs)):
             raise RunError(f"{path}: fits has {name}: {configs}; it must be a list of configs")
-    wrong = [seed for seed in content.get("seeds", []) if not isinstance(seed, int)]
-    if wrong:
-        raise RunError(f"{path}: seed {wrong[0]!r} is not an integer; correct it")
+    check_seeds(content.get("seeds", []), path)
     return content
 
 
@@ -248,12 +270,12 @@ def _first_numeric(points: Sequence[Values], keys: Sequence[str]) -> str:
     return next(numeric, TASK_PARAMETERS)
 
 
-def _filled(part: Any, values: Values) -> Any:
+def filled(part: Any, values: Values) -> Any:
     """Replaces ${KEY} in a config by values; a text that is only ${KEY} becomes the value itself, with its type."""
     if isinstance(part, dict):
-        return {key: _filled(value, values) for key, value in part.items()}
+        return {key: filled(value, values) for key, value in part.items()}
     if isinstance(part, list):
-        return [_filled(value, values) for value in part]
+        return [filled(value, values) for value in part]
     if not isinstance(part, str):
         return part
     single = _PLACEHOLDER.fullmatch(part)

@@ -1,0 +1,237 @@
+r"""A board: methods × streams × seeds. Each method has the learning rate that is best on validation images.
+
+```yaml
+seeds: [42, 1998]
+rates: [2.0e-3, 8.0e-3]              # the same for every method; one without trained numbers needs none
+variables: {photos: data/photos}     # values for ${photos}, which the command line may replace
+methods:                             # a config, or a list of pieces
+  probe: methods/probe.yaml
+  lora: [{class_path: recast_pl.LoRA, init_args: {rank: 1}}]
+streams:
+  photos:
+    base: [vit.yaml]
+    config: {data: {tasks: [{name: birds, path: '${photos}/birds'}]}}  # laid over the base
+    methods: {lora: methods/melo.yaml}                                 # in place of those of the same name
+```
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import RenderableType
+
+from recast_pl.errors import RunError
+from recast_pl.files import write_atomic
+from recast_pl.reporting.board import (
+    PAGE,
+    Measured,
+    Results,
+    read_results,
+    results_file,
+    results_text,
+    stream_cells,
+    write_board,
+)
+from recast_pl.reporting.tables import terminal_table
+from recast_pl.rules import TASK_RULE, is_task_name
+from recast_pl.runs.folder import Summary
+from recast_pl.runs.metrics import final_accuracies
+from recast_pl.runs.origin import origin, processor
+from recast_pl.studies.comparison import Comparison, Point
+from recast_pl.studies.engines import Engine
+from recast_pl.studies.sweep_file import Values, check_entries, check_seeds, filled, read_entries
+
+_KINDS: dict[str, type] = {"seeds": list, "rates": list, "variables": dict, "methods": dict, "streams": dict}
+
+_STREAM: dict[str, type] = {"base": list, "config": dict, "methods": dict}
+
+Method = str | list[Any]
+"""Name of a config, or a list of pieces."""
+
+
+class StreamConfig(NamedTuple):
+    """A stream of a board: its configs, a config laid over them, and its methods by name."""
+
+    base: Sequence[str]
+    config: Mapping[str, Any]
+    methods: Mapping[str, Method]
+
+
+class BoardConfig(NamedTuple):
+    """The entries of a board's file; streams by name."""
+
+    seeds: Sequence[int]
+    rates: Sequence[float]
+    streams: Mapping[str, StreamConfig]
+
+
+def read_board(path: Path, variables: Mapping[str, str]) -> BoardConfig:
+    """Reads the file of a board.
+
+    Args:
+        path: The file; the top of this module describes the format.
+        variables: Values by name, in place of those of the file.
+
+    Raises:
+        RunError: If the file is damaged, or an entry is wrong; the message names the entry.
+    """
+    content = read_entries(path, _KINDS, "board")
+    known = content.get("variables", {})
+    for missing in [key for key in ("seeds", "rates", "methods", "streams") if not content.get(key)]:
+        raise RunError(f"{path} has no {missing}; give at least one")
+    for unknown in sorted(variables.keys() - known.keys()):
+        raise RunError(f"{path} has no variable {unknown!r}; it has {', '.join(known) or 'none'}")
+    check_seeds(content["seeds"], path)
+    for rate in content["rates"]:
+        if not isinstance(rate, int | float) or rate <= 0:
+            raise RunError(f"{path}: rate {rate!r} is not a number above 0; write it as 2.0e-3")
+    values: Values = {str(key): (None, value) for key, value in (known | variables).items()}
+    methods, streams = filled([content["methods"], content["streams"]], values)
+    read = {name: _read_stream(path, name, entry, methods) for name, entry in streams.items()}
+    return BoardConfig(content["seeds"], content["rates"], read)
+
+
+def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) -> StreamConfig:
+    what = f"{path}: stream {name!r}"
+    if not isinstance(entry, dict):
+        raise RunError(f"{what} is {entry!r}; give it base, config or methods")
+    check_entries(entry, _STREAM, what)
+    methods = {**methods, **entry.get("methods", {})}
+    for key in (name, *methods):
+        if not is_task_name(str(key)):
+            raise RunError(f"{path}: {key!r} cannot name a file; choose {TASK_RULE}")
+    for key, method in methods.items():
+        if not isinstance(method, str | list):
+            raise RunError(f"{what}: method {key!r} is {method!r}; give a config or a list of pieces")
+    return StreamConfig(entry.get("base", []), entry.get("config", {}), methods)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method on a stream: it chooses the rate with the first seed, trains all seeds, and writes the results.
+
+    Args:
+        folder: Folder of the board; the results are in STREAM/METHOD.json.
+        runs: Folder of the runs, POINT/SEED in it.
+        stream: Name of the stream.
+        method: Name of the method.
+        points: One for each rate, with the label `rate`; a single one without labels if the method trains no numbers.
+        seeds: Seeds; the first one chooses the rate.
+        options: Further options of `fit`, for all runs.
+        command: The command line that is recorded with the results.
+    """
+
+    folder: Path
+    runs: Path
+    stream: str
+    method: str
+    points: Sequence[Point]
+    seeds: Sequence[int]
+    options: Sequence[str]
+    command: str
+
+    FILE = PAGE
+    """Name of the page, without suffix."""
+
+    def units(self) -> dict[str, list[str]]:
+        """Returns the command line of each run that is known to be needed, by name."""
+        known = self._known()
+        units = self._search().units() if known is None else self._rest(known).units()
+        return {f"{self.stream}, {self.method}: {name}": words for name, words in units.items()}
+
+    def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
+        """Trains the runs that are not finished, and writes the results and the page.
+
+        Args:
+            engine: Where to train.
+            is_finished: Returns whether the run of a command line is finished.
+
+        Returns:
+            0, or the status of the first run that failed.
+        """
+        known, search = self._known(), self._search()
+        if known is None:
+            if status := search.run(engine, is_finished):
+                return status
+            known = self._choose(search)
+        rest = self._rest(known)
+        if status := rest.run(engine, is_finished):
+            return status
+        self._write(known, rest)
+        return 0
+
+    @property
+    def file(self) -> Path:
+        """The results."""
+        return results_file(self.folder, self.stream, self.method)
+
+    @property
+    def has_results(self) -> bool:
+        """Returns whether some seeds have results."""
+        return self.file.is_file()
+
+    def table(self) -> RenderableType:
+        """Returns the table of the stream for the terminal."""
+        return terminal_table(stream_cells(read_results(self.folder)[self.stream]), title=self.stream)
+
+    def _known(self) -> Results | None:
+        return read_results(self.folder)[self.stream][self.method] if self.file.is_file() else None
+
+    def _search(self) -> Comparison:
+        return Comparison(self.runs, self.points, self.seeds[:1], self.options)
+
+    def _rest(self, known: Results) -> Comparison:
+        """The runs of the chosen rate that have no results."""
+        point = next((point for point in self.points if point.labels.get("rate") == known["rate"]), None)
+        if point is None:
+            raise RunError(f"{self.file} has rate {known['rate']}, which is not among the rates; add it, or delete it")
+        return Comparison(self.runs, [point], [s for s in self.seeds if str(s) not in known["runs"]], self.options)
+
+    def _write(self, known: Results, rest: Comparison) -> None:
+        """Writes the results with those of further runs, and the page."""
+        runs = rest.finished().get(rest.points[0].name, {})
+        new = {str(seed): _run_results(runs[seed]) for seed in rest.seeds}
+        made, versions = origin(), ("recast-pl", "torch")
+        measured = Measured(
+            command=self.command,
+            date=made["date"],
+            machine=processor(),
+            seeds=list(rest.seeds),
+            versions={name: made["versions"][name] for name in versions if name in made["versions"]},
+        )
+        results = Results({**known, "runs": known["runs"] | new, "measured": [*known["measured"], measured]})
+        write_atomic(self.file, results_text(results))
+        write_board(self.folder)
+
+    def _choose(self, search: Comparison) -> Results:
+        """Results without runs, of the rate with the highest validation accuracy, then the lowest loss."""
+        rates: dict[float, dict[str, float]] = {}
+        if len(self.points) > 1:
+            found = {name: runs[self.seeds[0]] for name, runs in search.finished().items()}
+            rates = {float(point.labels["rate"]): _validation(found[point.name]) for point in self.points}
+        best = min(rates, key=lambda r: (-rates[r]["validation_accuracy"], rates[r]["validation_loss"]), default=None)
+        texts = {str(rate): values for rate, values in rates.items()}
+        return Results(stream=self.stream, method=self.method, rate=best, rates=texts, runs={}, measured=[])
+
+
+_KEPT = ("probe_accuracy", "task_parameters", "patch_bytes", "seconds", "train_images", "test_images")
+
+
+def _validation(run: Summary) -> dict[str, float]:
+    """Means over the tasks of a run of accuracy and loss on validation images."""
+    tasks: Sequence[Mapping[str, Any]] = run["tasks"]
+    keys = ("validation_accuracy", "validation_loss")
+    try:
+        return {key: statistics.mean(task[key] for task in tasks) for key in keys}
+    except KeyError as cause:
+        raise RunError(f"a task of the run with seed {run['seed']} has no {cause}; train it again") from cause
+
+
+def _run_results(run: Summary) -> dict[str, dict[str, Any]]:
+    """What the board keeps of each task of a run."""
+    final = final_accuracies(run)
+    tasks: Sequence[Mapping[str, Any]] = run["tasks"]
+    return {task["name"]: {key: task[key] for key in _KEPT} | {"accuracy": final[task["name"]]} for task in tasks}
