@@ -107,7 +107,8 @@ class WeightPiece(Piece, Generic[AdaptationT]):
             if adaptation in self.adaptations.values():
                 continue
             self.adaptations[name] = adaptation
-            trained = {key: p for key, p in adaptation.named_parameters() if p.requires_grad}
+            known = set(self.parameters.values())  # of adaptations that share parameters
+            trained = {key: p for key, p in adaptation.named_parameters() if p.requires_grad and p not in known}
             self.parameters |= {f"{name}:{key}": p for key, p in trained.items()}
         self.begin_task()  # so that the network computes what it did before
 
@@ -127,11 +128,11 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         return weight[0]
 
 
-class CompactPiece(WeightPiece[AdaptationT]):
-    """A piece with few numbers for each weight, which go into a patch as one tensor: naming each costs 80 bytes."""
+class CompactState(Piece):
+    """A piece whose numbers go into a patch as one tensor: naming each parameter costs 80 bytes."""
 
     def task_state(self) -> dict[str, Tensor]:
-        """The numbers, weight after weight (Σ,)."""
+        """The numbers, parameter after parameter (Σ,)."""
         return {"numbers": torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()]).cpu()}
 
     @torch.no_grad()
@@ -142,7 +143,11 @@ class CompactPiece(WeightPiece[AdaptationT]):
             parameter.copy_(numbers)
 
     def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
-        """The numbers of T tasks (T, *shape) for each weight."""
+        """The numbers of T tasks (T, *shape) for each parameter."""
         parameters = list(self.parameters.values())
         parts = states["numbers"].split([parameter.numel() for parameter in parameters], 1)
         return {p: part.unflatten(1, p.shape).to(p.dtype) for p, part in zip(parameters, parts, strict=True)}
+
+
+class CompactPiece(CompactState, WeightPiece[AdaptationT]):
+    """A piece with few numbers for each weight."""

@@ -1,5 +1,7 @@
 """Fine-tuning of all weights: by one task after the other (lower bound), or in a copy for each task (upper bound)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from recast_pl.methods.piece import Piece, copies
@@ -19,11 +21,16 @@ class FineTune(Piece):
         self.start: dict[str, Tensor] = {}
 
     def attach(self, network: nn.Module) -> None:
-        """Takes all parameters of the network that no piece before trains."""
-        self.parameters = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        """Takes parameters of the network that no piece before trains."""
+        frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        self.parameters = {name: frozen[name] for name in self.choose(list(frozen))}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.start = copies(self.parameters)
+
+    def choose(self, names: Sequence[str]) -> Sequence[str]:
+        """Which of the parameters with these names to train: all."""
+        return names
 
     def restart(self) -> None:
         """Restores the pretrained weights."""
