@@ -56,7 +56,7 @@ ON_BOTH = {
     "spectral": lambda: [rp.Spectral(learning_rate=2e-2)],
     "chosen": lambda: [rp.Chosen(count=7, rank=2, learning_rate=2e-2)],
     "tinylora": lambda: [rp.TinyLoRA(count=3, tied=2, learning_rate=2e-2)],
-    "unilora": lambda: [rp.UniLoRA(count=20)],
+    "unilora": lambda: [rp.UniLoRA(count=20, learning_rate=2e-2)],
     "bias": lambda: [rp.PartialFineTune()],
     "norm": lambda: [rp.PartialFineTune([r"(norm|bn)\w*\.(weight|bias)$"])],
     "projection": lambda: [rp.Projection(8)],

@@ -250,6 +250,10 @@ def test_methods_that_share_numbers_or_scale_weights_are_exported_as_a_plain_net
         {"class_path": "LoRA", "init_args": {"shared": True, "targets": ["mlp"]}},
         {"class_path": "DoRA", "init_args": {"train_magnitude": False}},
         {"class_path": "Chosen", "init_args": {"count": 9, "rank": 4, "diagonal": False}},
+        {"class_path": "TinyLoRA", "init_args": {"count": 3, "tied": 2}},
+        {"class_path": "UniLoRA"},
+        {"class_path": "HeadScale"},
+        {"class_path": "PartialFineTune"},
     ]
     backbone = ["--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.args", json.dumps(TINY_VIT), *RANDOM]
     method = ["--model.pieces", json.dumps(pieces), "--model.optimizer.init_args.lr", "0.05"]

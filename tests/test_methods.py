@@ -10,12 +10,30 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT
+from test_all_methods import VIT
 from torch import nn
 from torch.nn.utils import parametrize
 
 import recast_pl
-from recast_pl import CLR, AdaptFormer, BankLayout, DoRA, FullFineTune, LoRA, LoRAXS, Piggyback, RoSA, Scale, Spectral
-from recast_pl.errors import MethodError
+from recast_pl import (
+    CLR,
+    AdaptFormer,
+    BankLayout,
+    DoRA,
+    FullFineTune,
+    HeadScale,
+    LoRA,
+    LoRAXS,
+    PartialFineTune,
+    Piggyback,
+    RoSA,
+    Scale,
+    Spectral,
+    TILModule,
+    TinyLoRA,
+    UniLoRA,
+)
+from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
 
@@ -337,6 +355,163 @@ def test_a_fused_weight_has_a_factor_for_each_of_its_parts():
     assert piece.task_state()["numbers"].tolist() == [1.0, 2.0, -0.5]
 
 
+class Two(nn.Module):
+    """Two linear layers of different shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_tinylora_computes_what_peft_does():
+    torch.manual_seed(7)
+    network, x = Two(), torch.randn(4, 6)
+    config = peft.TinyLoraConfig(r=2, u=3, weight_tying=1.0, target_modules=["first", "second"])
+    theirs = peft.get_peft_model(copy.deepcopy(network), config).base_model.model
+    plain, names = network(x).detach(), ("first", "second")
+    weights = {name: network.get_submodule(name).weight.detach().clone() for name in names}
+    piece = attached(TinyLoRA(count=3, tied=2, rank=2, targets=["weight"], seed=3), network)
+    assert torch.equal(network(x), plain)
+    randomise(piece)
+    (values,) = piece.parameters.values()
+    matrices = []
+    for name in names:
+        core = network.get_submodule(name).parametrizations.weight[0]
+        matrices.append(core.matrices.detach())
+        # they have U√Σ·R·√Σ·Vᵀ, and other signs of singular directions
+        u, s, _ = torch.linalg.svd(weights[name])
+        signs = torch.stack([u[u[:, k].abs().argmax(), k].sign() for k in range(2)])
+        left, right = s[:2].sqrt() * signs, signs / s[:2].sqrt()
+        theirs.get_submodule(name).tinylora_P["default"] = left[:, None] * matrices[-1].view(3, 2, 2) * right
+    shared = theirs.get_submodule("first").tinylora_v["default"]
+    with torch.no_grad():
+        shared["0"].copy_(values)
+    assert list(shared) == ["0"]
+    assert torch.allclose(network(x), theirs(x), atol=1e-5)
+    assert not torch.allclose(network(x), plain, atol=0.1)
+    uniform = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(3))  # of variance 1/12, and here 1/2
+    assert torch.allclose(torch.stack(matrices), (uniform - 0.5) * 6**0.5)
+
+
+@pytest.mark.parametrize(("count", "tied", "numbers"), [(1, 1, 2), (3, 1, 6), (3, 2, 3), (3, 5, 3)])
+def test_tied_weights_share_a_vector_of_tinylora(count, tied, numbers):
+    network = Two()
+    piece = attached(TinyLoRA(count, tied, targets=["weight"]), network)
+    randomise(piece)
+    state = piece.task_state()
+    assert [(name, tensor.shape) for name, tensor in state.items()] == [("numbers", (numbers,))]
+    weights = [network.first.weight.detach(), network.second.weight.detach()]
+    piece.begin_task()
+    piece.load_task_state(state)
+    assert all(map(torch.equal, weights, (network.first.weight, network.second.weight)))
+
+
+def test_unilora_computes_what_peft_does_with_an_isometric_projection():
+    torch.manual_seed(8)
+    network, count = Two(), 5
+    config = peft.UniLoraConfig(r=2, theta_d_length=count, target_modules=["first", "second"])
+    theirs = peft.get_peft_model(copy.deepcopy(network), config).base_model
+    weights = {name: network.get_submodule(name).weight.detach().clone() for name in ("first", "second")}
+    piece = attached(UniLoRA(count, rank=2, targets=["weight"]), network)
+    assert all(torch.equal(network.get_submodule(name).weight, weight) for name, weight in weights.items())
+    randomise(piece)
+    (moved,), updates = piece.parameters.values(), {}
+    every = {name: network.get_submodule(name).parametrizations.weight[0] for name in weights}
+    assert 0 < piece.start.abs().max() <= 0.02
+    assert piece.start.unique().numel() == count
+    for name, ours in every.items():
+        layer = theirs.model.get_submodule(name)
+        left, right = ours.places.view(2, -1).split([ours.rows, ours.columns], 1)
+        layer.unilora_indices_A["default"], layer.unilora_indices_B["default"] = right, left.T
+        scales = 1 / torch.bincount(torch.cat([each.places for each in every.values()])).sqrt()
+        layer.update_scaling("default", scales[right], scales[left.T])
+        for key, vector in (("start", piece.start), ("end", piece.start + moved)):
+            with torch.no_grad():
+                theirs.unilora_theta_d["default"].copy_((54 / count) ** 0.5 * vector)  # s, which they do not have
+                updates[name, key] = layer.get_delta_weight("default").detach()
+    for name, weight in weights.items():
+        wanted = weight + updates[name, "end"] - updates[name, "start"]
+        assert torch.allclose(network.get_submodule(name).weight, wanted, atol=1e-5)
+        assert not torch.allclose(wanted, weight, atol=0.01)
+    parts = [part.reshape(count, -1) for each in every.values() for part in each.entries(torch.eye(count))]
+    projection = torch.cat(parts, 1)  # (count, 54)
+    assert torch.allclose(projection @ projection.T, 54 / count * torch.eye(count), atol=1e-5)
+    assert (projection.count_nonzero(0) == 1).all()
+
+
+def test_unilora_flattens_the_columns_of_a_convolution():
+    torch.manual_seed(9)
+    network = Small()
+    weight = network.conv.weight.detach().clone()
+    piece = attached(UniLoRA(7, rank=2, targets=["conv"]), network)
+    randomise(piece)
+    change = network.conv.parametrizations.weight[0]
+    left, right = change.entries(piece.start + piece.values)
+    old_left, old_right = change.entries(piece.start)
+    update = left.T.double() @ right.double() - old_left.T.double() @ old_right.double()
+    assert torch.allclose(network.conv.weight.double(), weight + update.view_as(weight), atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [TinyLoRA, UniLoRA])
+def test_a_patch_of_another_seed_is_refused(cls):
+    modules = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        module = TILModule(VIT, [cls(seed=seed)])
+        module.build(32)
+        module.begin_task("any", ["a", "b"])
+        modules.append(module)
+    patch = modules[0].patch({})
+    modules[1].activate(patch)
+    with pytest.raises(PatchError):
+        modules[2].activate(patch)
+
+
+def test_a_head_scale_multiplies_the_output_of_its_head():
+    torch.manual_seed(10)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=3, depth=1, num_classes=0)
+    attention, seen = network.eval().blocks[0].attn, []
+    x, plain = torch.randn(2, 5, 12), copy.deepcopy(attention.proj)
+    piece = attached(HeadScale(), network)
+    factors = torch.tensor([1.0, 2.0, -0.5])
+    assert list(piece.parameters) == ["blocks.0.attn.proj.weight:factors"]
+    attention.proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    assert torch.equal(attention.proj.weight, plain.weight)
+    with torch.no_grad():
+        piece.parameters["blocks.0.attn.proj.weight:factors"].copy_(factors)
+    output = attention(x)
+    heads = seen[0].unflatten(-1, (3, 4)) * factors[:, None]  # outputs of three heads of width 4
+    assert torch.allclose(output, plain(heads.flatten(-2)), atol=1e-6)
+
+
+# parameters of the network
+
+
+@pytest.mark.parametrize(("name", "count"), [("bias", 51_456), ("norm", 19_200)])
+def test_biases_and_norms_are_those_that_peft_trains(vit_small, name, count):
+    (piece,) = of_file(name)
+    attached(piece, copy.deepcopy(vit_small))
+    if name == "bias":
+        config = peft.LoraConfig(target_modules=["qkv"], bias="all")
+    else:
+        config = peft.LNTuningConfig(target_modules=r"(blocks\.\d+\.)?norm\d?")
+    theirs = peft.get_peft_model(copy.deepcopy(vit_small), config)
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad and "lora" not in n}
+    assert len(trained) == len(piece.parameters)
+    assert sum(p.numel() for p in trained.values()) == sum(p.numel() for p in piece.parameters.values()) == count
+
+
+def test_norms_of_resnet34_are_all_of_batch_normalisation(resnet34):
+    (piece,) = of_file("norm")
+    network = copy.deepcopy(resnet34)
+    attached(piece, network)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert sum(p.numel() for p in piece.parameters.values()) == sum(2 * m.num_features for m in norms) == 17_024
+
+
 # activations
 
 
@@ -420,6 +595,10 @@ def resnet34():
         (Scale, 72),
         (Spectral, 48),
         (LoRAXS, 96),
+        (TinyLoRA, 48),
+        (lambda: TinyLoRA(count=13, tied=48), 13),
+        (UniLoRA, 48),
+        (HeadScale, 72),
         (lambda: RoSA(density=0.003, targets=[ATTENTION]), 12 * int(0.003 * 384 * 1152)),
         (lambda: LoRA(parts=["q"], shared=True), 768),
         (lambda: LoRA(shared=True), 1_536),
@@ -533,6 +712,13 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: LoRA(parts=()), "parts"),
         (lambda: Spectral(rank=6, targets=["layer"]), "Spectral: rank=6 must be from 1 to 5"),
         (lambda: LoRAXS(rank=0, targets=["layer"]), "LoRAXS: rank=0"),
+        (lambda: TinyLoRA(rank=6, targets=["layer"]), "TinyLoRA: rank=6 must be from 1 to 5"),
+        (lambda: TinyLoRA(count=0), "TinyLoRA: count=0 and tied=1"),
+        (lambda: TinyLoRA(tied=0), "TinyLoRA: count=1 and tied=0"),
+        (lambda: UniLoRA(count=0), "UniLoRA: count=0"),
+        (lambda: UniLoRA(rank=0), "UniLoRA: .*rank=0"),
+        (lambda: HeadScale(targets=["layer"]), "HeadScale: layer.weight has no num_heads"),
+        (lambda: PartialFineTune(["nothing"]), "PartialFineTune: targets .* match none of 4 names"),
         (lambda: AdaptFormer(dropout=1), "AdaptFormer: dropout=1"),
         (AdaptFormer, "AdaptFormer: targets .* match none"),
         (lambda: AdaptFormer(targets=["layer"]), "AdaptFormer fits none of the 1 modules"),

@@ -80,6 +80,7 @@ QUICK = {
     *FURTHER.keys() - {"same-padding", "strided"},
 }
 NO_PRODUCTS = {  # at any layer
+    *("bias-vit", "bias-resnet", "norm-vit", "norm-resnet", "headscale-vit"),
     *("probe-vit", "probe-resnet", "dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
     *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet", "dropout-vit", "dropout-resnet"),
     *("dora-norms-vit", "dora-norms-resnet", "recast+dora-norms-vit"),

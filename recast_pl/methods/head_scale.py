@@ -18,7 +18,8 @@ class ColumnScales(Scales):
     def change(self, weight: Tensor) -> Tensor:
         """The weight (rows, columns) with its parts scaled."""
         parts = weight.unflatten(1, (len(self.factors), -1))  # (rows, parts, columns of a part)
-        return (self.factors[:, None] * parts).flatten(1)
+        scaled: Tensor = self.factors[:, None] * parts
+        return scaled.flatten(1)
 
 
 class HeadScale(CompactPiece[ColumnScales]):
@@ -46,5 +47,7 @@ class HeadScale(CompactPiece[ColumnScales]):
         """A factor for each head that the weight projects."""
         attention = ".".join(name.split(".")[:-2])
         if attention not in self._heads:
-            raise MethodError(f"HeadScale: {attention or name} has no num_heads; target projections that follow attention")
+            raise MethodError(
+                f"HeadScale: {attention or name} has no num_heads; target projections that follow attention"
+            )
         return ColumnScales(weight, self._heads[attention])

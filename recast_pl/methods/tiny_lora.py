@@ -39,12 +39,13 @@ class RandomCore(SingularDirections):
         self.matrices = nn.Parameter((math.sqrt(3 / rank) * uniform).to(weight), requires_grad=False)
 
     def reset(self, weight: Tensor) -> None:
-        """v = 0, so that nothing changes."""
+        """All of v is 0, so that nothing changes."""
         nn.init.zeros_(self.values)
 
     def numbers(self) -> Tensor:
         """R (r, r), or one for each of B samples (B, r, r)."""
-        return (self.values @ self.matrices).unflatten(-1, self.shape)
+        core: Tensor = self.values @ self.matrices  # (…, r²)
+        return core.unflatten(-1, self.shape)
 
 
 class TinyLoRA(CompactPiece[RandomCore]):
