@@ -22,7 +22,7 @@ RATES = [2.0e-3, 3.0e-1]
 METHODS = {
     "probe": "methods/probe.yaml",
     "scale": [{"class_path": "recast_pl.Scale", "init_args": {"targets": ["fc1"]}}],
-    "lora": "methods/lora.yaml",
+    "lora": "methods/melo.yaml",
 }
 
 
