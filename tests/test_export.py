@@ -244,11 +244,12 @@ def test_a_method_that_changes_activations_is_exported_as_a_graph(method, tiny_f
     check_onnx(run, run / "export" / "second.onnx", "second")
 
 
-def test_methods_that_share_factors_or_scale_weights_are_exported_as_a_plain_network(tmp_path):
+def test_methods_that_share_numbers_or_scale_weights_are_exported_as_a_plain_network(tmp_path):
     pieces = [
         {"class_path": "RoSA", "init_args": {"density": 0.1, "warm_up": 1, "relative": True}},
         {"class_path": "LoRA", "init_args": {"shared": True, "targets": ["mlp"]}},
         {"class_path": "DoRA", "init_args": {"train_magnitude": False}},
+        {"class_path": "Chosen", "init_args": {"count": 9, "rank": 4, "diagonal": False}},
     ]
     backbone = ["--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.args", json.dumps(TINY_VIT), *RANDOM]
     method = ["--model.pieces", json.dumps(pieces), "--model.optimizer.init_args.lr", "0.05"]

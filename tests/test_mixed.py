@@ -11,15 +11,14 @@ from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from recast_pl import BackboneConfig, BankLayout, Piece, Predictor, Recast, RoSA, Scale, TILModule
+from recast_pl import BackboneConfig, BankLayout, Chosen, Piece, Predictor, Recast, RoSA, Scale, TILModule
 from recast_pl.inference.mixed_batch import MixedBatch
 
 COUNTS = [2, 1, 3]
 APART = {
     *("piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"),
-    *("lora-shared-vit", "lora-shared-resnet"),
 }
-"""Methods whose tasks need too much memory, more than new values of parameters, or share these between layers."""
+"""Methods whose tasks need too much memory, or more than new values of parameters."""
 
 
 class TokenOffset(Piece):
@@ -77,6 +76,7 @@ FURTHER = {
 METHODS = {**ISOLATED, **FURTHER}
 QUICK = {
     *("recast-vit", "recast-resnet", "rosa-vit", "adaptformer-vit", "clr-resnet", "piggyback-vit"),
+    *("chosen-vit", "chosen-resnet", "lora-shared-vit"),
     *FURTHER.keys() - {"same-padding", "strided"},
 }
 NO_PRODUCTS = {  # at any layer
@@ -102,6 +102,8 @@ def trained(name, count=3):
                 for sparse in piece.adaptations.values() if isinstance(piece, RoSA) else ():
                     sparse.indices = torch.randperm(sparse.shape.numel())[: len(sparse.indices)].sort().values
                     sparse.chosen = True
+                if isinstance(piece, Chosen):
+                    piece.load_training_state({"indices": torch.randperm(piece.total)[: piece.count].sort().values})
         states.append([piece.task_state() for piece in module.pieces])
     return module.eval(), states
 

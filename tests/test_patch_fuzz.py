@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from recast_pl import (
     BackboneConfig,
     BankLayout,
+    Chosen,
     LoRA,
     Piggyback,
     Predictor,
@@ -46,6 +47,7 @@ METHODS = {
     "lora": LoRA,
     "rosa": lambda: RoSA(density=1e-3, targets=(r"mlp\.fc1\.weight",)),
     "piggyback": Piggyback,
+    "chosen": lambda: Chosen(count=9, rank=2),
 }
 
 

@@ -58,8 +58,8 @@ class PackedState(NamedTuple):
 class MixedBatch:
     """Computes the features of a batch whose images belong to several tasks.
 
-    One pass of the network serves all tasks if each of them changes the same parameters, if each of these belongs to
-    one layer, and if the first dimension of all that such a layer receives and returns is that of the images.
+    One pass of the network serves all tasks if each of them changes the same parameters, and if the first dimension of
+    all that a layer with such a parameter receives and returns is that of the images.
     Otherwise, and on a CPU also from `_ENOUGH_IMAGES` per task on, the network runs once for each task.
 
     In a common pass, each layer that differs between tasks uses one of two strategies:
@@ -291,17 +291,16 @@ class TaskLayer:
 
 
 def find_layers(network: nn.Module, tensors: Iterable[Tensor]) -> list[TaskLayer] | None:
-    """The layers that use some tensors of a network; None if a tensor is shared, or if a layer contains another."""
+    """The layers that use some tensors of a network, which they may share; None if a layer contains another."""
     names: dict[Tensor, list[str]] = defaultdict(list)
     parameters, buffers = network.named_parameters, network.named_buffers
     for name, tensor in (*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)):
         names[tensor].append(name)
     found: dict[nn.Module, dict[str, Tensor]] = defaultdict(dict)
     for tensor in tensors:
-        if len(names[tensor]) != 1:
-            return None
-        path = _layer_of(network, names[tensor][0])
-        found[network.get_submodule(path)][names[tensor][0].removeprefix(f"{path}.")] = tensor
+        for name in names[tensor]:
+            path = _layer_of(network, name)
+            found[network.get_submodule(path)][name.removeprefix(f"{path}.")] = tensor
     for module in found:
         parts = (child for name, child in module.named_children() if name != ADDED)  # those run in hooks
         if any(inner in found for part in parts for inner in part.modules()):

@@ -138,12 +138,14 @@ class TILModule(TaskNetwork, LightningModule):
             labels = torch.cat([labels for _, labels in self.batches("train")])
             self.class_weights = class_weights(labels, len(self.classes)).float()
         if not self.trainer.ckpt_path:
-            self._start_head()
+            solved = self._start_head()
+            for piece in self.pieces:
+                piece.begin_training(solved)
         if self.head_kind != "sgd" and not self.task_parameters:
             self.trainer.should_stop = True  # the head is solved, and nothing else is trained
 
-    def _start_head(self) -> None:
-        """Fits the probes to the features that the task starts from, and starts the head from one of them."""
+    def _start_head(self) -> nn.Linear:
+        """Fits the probes to the features that the task starts from, starts the head, and returns a solved one."""
         train, val, test = self.features("train", "val", "test")
         head, classes = self.current()[1], len(self.classes)
         probe = solve_head("logistic", train, classes)
@@ -158,6 +160,7 @@ class TILModule(TaskNetwork, LightningModule):
         if self.head_kind != "sgd" or self.warm_start:
             head.load_state_dict(start.state_dict())
             self.probes = replace(self.probes, start=val.score(start))
+        return probe if self.head_kind == "sgd" else start
 
     @torch.inference_mode(mode=False)
     @torch.enable_grad()
@@ -217,7 +220,7 @@ class TILModule(TaskNetwork, LightningModule):
         logits = incoming = self.own_logits(features, tasks)  # (B, C)
         for piece in self.pieces:
             incoming = piece.incoming(incoming, labels)
-        loss = classification_loss(incoming, labels, self._weights(tasks, labels), self.label_smoothing)
+        loss = self.loss(incoming, labels, tasks)
         share = self._data().share_of_step(batch_idx)
         step = Step(images, labels, features, logits, counts=share > 0)
         for term in (piece.loss(step) for piece in self.pieces):
@@ -226,6 +229,17 @@ class TILModule(TaskNetwork, LightningModule):
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
         self._log_mean("train/accuracy", (logits.argmax(1) == labels)[: len(labels) if step.counts else 0])
         return loss if share == 1 else share * loss
+
+    def loss(self, logits: Tensor, labels: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """Cross-entropy as training computes it, the mean over images.
+
+        Args:
+            logits: (B, C).
+            labels: (B,).
+            tasks: Positions of the images' tasks (B,); None for the current one.
+        """
+        tasks = torch.full_like(labels, len(self.old_heads)) if tasks is None else tasks
+        return classification_loss(logits, labels, self._weights(tasks, labels), self.label_smoothing)
 
     def _weights(self, tasks: Tensor, labels: Tensor) -> Tensor | None:
         """Weights (B,) of images by their classes, 1 for images of earlier tasks; None if all are 1."""

@@ -18,7 +18,7 @@ from recast_pl.errors import MethodError
 from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, Adaptation, CompactPiece
 
 
-class SingularCore(Adaptation):
+class SingularDirections(Adaptation):
     """W + UΣ·R·Vᵀ, with the r leading singular directions of the weight that it is put on.
 
     Args:
@@ -40,22 +40,47 @@ class SingularCore(Adaptation):
         left, right = (u * s * signs)[:, ::-1], (signs[:, None] * vt)[::-1]
         self.register_buffer("left", torch.from_numpy(left.copy()).to(weight), persistent=False)
         self.register_buffer("right", torch.from_numpy(right.copy()).to(weight), persistent=False)
-        self.core = nn.Parameter(weight.new_zeros(rank) if diagonal else weight.new_zeros(rank, rank))
+        self.shape = (rank,) if diagonal else (rank, rank)
+        """Shape of R; of its diagonal if the rest is 0."""
+
+    def numbers(self) -> Tensor:
+        """R (*shape)."""
+        raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W + UΣ·R·Vᵀ."""
+        core = self.numbers()
+        left = self.left * core if core.ndim == 1 else self.left @ core  # (rows, r)
+        return weight + (left @ self.right).view_as(weight)
+
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """Adds UΣ·R·Vᵀ·x to y."""
+        hidden, core = inputs.times(self.right), self.numbers()  # (B, N, r), (B, *shape)
+        hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
+        y.add_(hidden @ self.left.T)
+
+
+class SingularCore(SingularDirections):
+    """W + UΣ·R·Vᵀ, where all numbers of R are trained; arguments as for `SingularDirections`."""
+
+    def __init__(self, weight: Tensor, rank: int, diagonal: bool) -> None:
+        super().__init__(weight, rank, diagonal)
+        self.core = nn.Parameter(weight.new_zeros(self.shape))
 
     def reset(self, weight: Tensor) -> None:
         """R = 0, so that nothing changes."""
         nn.init.zeros_(self.core)
 
-    def change(self, weight: Tensor) -> Tensor:
-        """W + UΣ·R·Vᵀ."""
-        left = self.left * self.core if self.core.ndim == 1 else self.left @ self.core  # (rows, r)
-        return weight + (left @ self.right).view_as(weight)
+    def numbers(self) -> Tensor:
+        """R (*shape)."""
+        return self.core
 
-    def product(self, inputs: Inputs, y: Tensor) -> None:
-        """Adds UΣ·R·Vᵀ·x to y."""
-        hidden, core = inputs.times(self.right), self.core  # (B, N, r)
-        hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
-        y.add_(hidden @ self.left.T)
+
+def check_rank(owner: str, rank: int, name: str, weight: Tensor) -> None:
+    """Raises MethodError unless a weight has so many singular directions, and one more; `owner` names the class."""
+    largest = min(weight.flatten(1).shape) - 1
+    if not 1 <= rank <= largest:
+        raise MethodError(f"{owner}: rank={rank} must be from 1 to {largest} for {name}")
 
 
 class LoRAXS(CompactPiece[SingularCore]):
@@ -80,7 +105,5 @@ class LoRAXS(CompactPiece[SingularCore]):
 
     def adapt(self, name: str, weight: Tensor) -> SingularCore:
         """A core between the leading singular directions of the weight."""
-        largest = min(weight.flatten(1).shape) - 1
-        if not 1 <= self.rank <= largest:
-            raise MethodError(f"{type(self).__name__}: rank={self.rank} must be from 1 to {largest} for {name}")
+        check_rank(type(self).__name__, self.rank, name, weight)
         return SingularCore(weight, self.rank, self.diagonal)

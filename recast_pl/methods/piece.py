@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from rich.console import RenderableType
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from recast_pl.errors import MethodError, PatchError
 
@@ -59,6 +59,9 @@ class Learner(Protocol):
 
     def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images in [0, 1] and labels of a split of the current task, in order, not augmented, on the device."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the current task as training computes it, the mean over logits (B, C) and labels (B,)."""
 
     @property
     def plain_images(self) -> Tensor:
@@ -113,11 +116,11 @@ class Memory(nn.Module):
 class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
-    Calls come in this order: `join`, `load_base`, `project`, `attach`, `save_base`. Each task then brings `begin_task`
-    and `begin_fit`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the end of the task `end_task`,
-    `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at any time after `attach`. At
-    the end of an epoch a checkpoint stores `training_state`; resumed training passes it to `load_training_state`
-    before `begin_fit`.
+    Calls come in this order: `join`, `load_base`, `project`, `attach`, `save_base`. Each task then brings
+    `begin_task`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the
+    end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at
+    any time after `attach`. At the end of an epoch a checkpoint stores `training_state`; resumed training passes it to
+    `load_training_state` before `begin_fit`, and leaves `begin_training` out.
 
     A piece is not an `nn.Module`: what it trains lies inside the network and must be named there only, it refers to the
     module that trains, and its dictionary `parameters` has the name of a module's method.
@@ -190,6 +193,13 @@ class Piece:
 
     def begin_fit(self) -> None:
         """Called when training starts or resumes, with the module on its device and data available."""
+
+    def begin_training(self, head: nn.Linear) -> None:
+        """Called after `begin_fit` of all pieces when training starts, but not when it resumes.
+
+        Args:
+            head: A head that is solved on the features that the task starts from, also if its own is trained instead.
+        """
 
     def begin_step(self, progress: float) -> None:
         """Called before the forward pass of each training step.
@@ -272,6 +282,12 @@ class Piece:
         check_state(type(self).__name__, state, {name: tuple(p.shape) for name, p in parameters.items()})
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
+
+
+def sum_over_processes(tensor: Tensor) -> None:
+    """Replaces a tensor by its sum over all processes, which is the same on each of them in every bit."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import CONVOLUTIONS, MLP, Adaptation, WeightPiece
-from recast_pl.methods.piece import check_state
+from recast_pl.methods.piece import check_state, sum_over_processes
 
 
 class Sparse(Adaptation):
@@ -57,8 +57,7 @@ class Sparse(Adaptation):
     def choose(self) -> None:
         """Chooses the entries of the largest mean squared gradient over all processes."""
         assert self.squares is not None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.squares)
+        sum_over_processes(self.squares)
         self.indices = self.squares.topk(len(self.indices)).indices.sort().values
         self.chosen, self.squares, self.dense = True, None, None
 
