@@ -66,7 +66,7 @@ class ProjectedFactors(Adaptation):
         y.add_(inputs.rows() @ right.mT @ left.mT)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Factors (…, rows, 2r) and (…, 2r, columns) of B·A − B₀·A₀ = (B − B₀)·A + B₀·(A − A₀), so of exactly 0 at first."""
+        """Factors (…, rows, 2r) and (…, 2r, columns) of B·A − B₀·A₀ = (B − B₀)·A + B₀·(A − A₀), first exactly 0."""
         moved_left, moved_right = self.entries(self.values)
         left, right = self.entries(self.start)
         left = torch.cat([moved_left, left.expand_as(moved_left)], -2)
