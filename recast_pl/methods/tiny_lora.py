@@ -44,8 +44,8 @@ class RandomCore(SingularDirections):
 
     def numbers(self) -> Tensor:
         """R (r, r), or one for each of B samples (B, r, r)."""
-        core: Tensor = self.values @ self.matrices  # (…, r²)
-        return core.unflatten(-1, self.shape)
+        core: Tensor = (self.values @ self.matrices).unflatten(-1, self.shape)
+        return core
 
 
 class TinyLoRA(CompactPiece[RandomCore]):
