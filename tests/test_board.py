@@ -307,8 +307,8 @@ def test_every_shipped_stream_is_accepted_with_every_method(board_name, stream, 
     assert all(list(trial.options[:2]) == ["--data.root", str(tmp_path)] for trial in planned)
     parser, recorded = command_parser("board"), shlex.split(planned[0].command)
     assert parser.parse_args(recorded[4:]) == parse_options(parser, words)  # which finds the config
-    assert len(planned) == len(BOARDS[board_name]["methods"])
+    methods = BOARDS[board_name]["methods"] | BOARDS[board_name]["streams"][stream].get("methods", {})
+    assert len(planned) == len(methods)
     assert {trial.method: len(trial.points) for trial in planned} == {
-        method: 1 if method.startswith("probe") else len(BOARDS[board_name]["rates"])
-        for method in BOARDS[board_name]["methods"]
+        method: 1 if method.startswith("probe") else len(BOARDS[board_name]["rates"]) for method in methods
     }
