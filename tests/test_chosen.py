@@ -7,22 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_all_methods import VIT, fit
+from test_methods import Two
 from torch import nn
 
 from recast_pl import Chosen, TaskPatch, TILModule
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import ATTENTION, MLP
-
-
-class Two(nn.Module):
-    """Two layers with 3 and 4 entries on the diagonal, or 9 and 9 in all, at rank 3."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.second(self.first(x))
 
 
 def attached(piece, network):

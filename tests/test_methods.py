@@ -356,7 +356,7 @@ def test_a_fused_weight_has_a_factor_for_each_of_its_parts():
 
 
 class Two(nn.Module):
-    """Two linear layers of different shape."""
+    """Two linear layers of different shape, with 3 and 4 entries on the diagonal at rank 3."""
 
     def __init__(self):
         super().__init__()

@@ -12,6 +12,7 @@ from conftest import RANDOM, ROOT, TINY_VIT, learn
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_export import check_bank, check_onnx, check_plain, check_program, expected, export
+from test_recast import check_one_batch
 from test_stream import patches, read_summary
 from torch import nn
 
@@ -123,10 +124,7 @@ def test_graphs_and_programs_predict_the_same(run):
 
 def test_tasks_predict_alone_and_in_one_batch(run):
     model = recast_pl.load(run)
-    images = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:2]
-    alone = [model.predict(image, task)[0] for image, task in zip(images, ("signs", "people"), strict=True)]
-    together = model.predict(images, tasks=["signs", "people"])
-    assert [f.probabilities for f in together] == [pytest.approx(f.probabilities, abs=1e-5) for f in alone]
+    images = check_one_batch(model)
     plain = expected(run, "signs")[1].softmax(1).max(1).values[:2]
     assert [f.probability for f in model.predict(images, "signs")] == pytest.approx(plain.tolist(), abs=1e-5)
 

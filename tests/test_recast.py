@@ -59,12 +59,17 @@ def test_every_command_works_on_the_run(run, tmp_path, capsys):
     assert "Recast + Recast" in capsys.readouterr().err
 
 
-def test_tasks_predict_alone_and_in_one_batch(run):
-    model = recast_pl.load(run)
+def check_one_batch(model):
+    """Images predict the same alone and in a batch of both tasks."""
     images = sorted((ROOT / "data" / "clipart" / "signs").rglob("*.jpg"))[:2]
     alone = [model.predict(image, task)[0] for image, task in zip(images, ("signs", "people"), strict=True)]
     together = model.predict(images, tasks=["signs", "people"])
     assert [f.probabilities for f in together] == [pytest.approx(f.probabilities, abs=1e-5) for f in alone]
+    return images
+
+
+def test_tasks_predict_alone_and_in_one_batch(run):
+    check_one_batch(recast_pl.load(run))
 
 
 def test_curves_and_histograms_tell_the_pieces_apart(run):

@@ -647,3 +647,13 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path):
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
         assert not is_whole_checkpoint(path)
+
+
+def test_without_validation_the_last_epoch_is_kept_and_no_validation_is_recorded(tiny_fit, tmp_path):
+    assert main(tiny_fit("--trainer.limit_val_batches", "0", run_dir=tmp_path / "run")) == 0
+    first, *_ = read_summary(tmp_path / "run")["tasks"]
+    assert first["epochs"] == 3
+    assert not [name for name in first if "validation" in name]
+    assert main(tiny_fit("--config", "methods/probe.yaml", run_dir=tmp_path / "probe")) == 0
+    first, *_ = read_summary(tmp_path / "probe")["tasks"]
+    assert (first["epochs"], 0 <= first["validation_accuracy"] <= 100) == (0, True)

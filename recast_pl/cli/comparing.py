@@ -14,10 +14,7 @@ from recast_pl.config.elements import parse_options
 from recast_pl.config.run import config_text
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
-from recast_pl.studies.board import Trial
-from recast_pl.studies.comparison import Comparison
-from recast_pl.studies.engines import ONE_DEVICE, Endings, Engine, Outcome
-from recast_pl.studies.fits import Fits
+from recast_pl.studies.engines import ONE_DEVICE, Endings, Engine, Outcome, Study
 from recast_pl.terminal import open_console
 
 DEFAULT_SEEDS = (42, 1998, 3142592)
@@ -65,7 +62,7 @@ def fit_options(options: str, engine: Engine | None) -> list[str]:
     return [*words, *one_device]
 
 
-def run_studies(studies: Sequence[Comparison | Fits | Trial], engine: Engine | None) -> int:
+def run_studies(studies: Sequence[Study], engine: Engine | None) -> int:
     """Trains the runs that are not finished, prints the tables, and returns the exit status.
 
     Args:

@@ -160,7 +160,7 @@ class BestEpoch(Callback):
             load_trainable_state(pl_module, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps."""
+        """What the checkpoint keeps; the loss with a minus sign, as earlier versions wrote it."""
         return {"score": self.score and [self.score[0], -self.score[1]], "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

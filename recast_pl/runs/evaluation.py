@@ -1,5 +1,7 @@
 """Evaluates the trained tasks of a run."""
 
+import math
+
 import numpy as np
 import torch
 from lightning import Trainer
@@ -9,11 +11,12 @@ from recast_pl.data.batches import TaskSplit
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import PatchError, RunError
 from recast_pl.learning.patch import SharedState, TaskPatch
+from recast_pl.learning.probe import Probes
 from recast_pl.learning.til_module import TILModule
-from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.learning.trainer import Score, TrainerFactory
 from recast_pl.methods.recast import Recast
 from recast_pl.rules import ImageSize
-from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.folder import RunFolder, Validation
 from recast_pl.runs.images import check_images
 from recast_pl.runs.metrics import accuracy_matrix
 
@@ -124,3 +127,16 @@ def measure(
 def rounded(percentage: float) -> float:
     """A percentage that reads the same wherever it is printed."""
     return round(percentage, 4)
+
+
+def probe_accuracies(probes: Probes) -> dict[str, float]:
+    """Test accuracies in percent of the probes of a task, by their names in `ProbeAccuracies`."""
+    found = {"probe_accuracy": probes.converged, "sgd_probe_accuracy": probes.budgeted}
+    return {name: rounded(100 * accuracy) for name, accuracy in found.items() if accuracy is not None}
+
+
+def validation(score: Score | None) -> Validation:
+    """What a run reports about a validation score; nothing if there is none, or no validation image."""
+    if score is None or not math.isfinite(score[1]):
+        return {}
+    return {"validation_accuracy": rounded(100 * score[0]), "validation_loss": rounded(score[1])}

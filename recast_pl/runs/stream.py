@@ -1,7 +1,6 @@
 """Trains a stream of tasks: one Trainer per task, a run folder that holds every result, and resume."""
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -28,13 +27,12 @@ from recast_pl.learning.trainer import (
     CoefficientHistograms,
     FiniteLoss,
     LastEpoch,
-    Score,
     SeedEpochs,
     TrainerFactory,
     TrainingTime,
 )
 from recast_pl.runs.class_results import balanced_accuracy, class_results
-from recast_pl.runs.evaluation import measure, rounded
+from recast_pl.runs.evaluation import measure, probe_accuracies, rounded, validation
 from recast_pl.runs.folder import (
     ProbeAccuracies,
     Record,
@@ -263,7 +261,8 @@ class Stream:
         trainer = self.trainers.for_training(self.folder.path, files.name, [*keeping, *watching])
         with lightning_errors():
             trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
-        self._finish(index, trainer.current_epoch, timer.seconds, best.score)
+        kept = best.score if trainer.global_step else self.module.probes.start
+        self._finish(index, trainer.current_epoch, timer.seconds, validation(kept))
 
     def _checkpoint(self, files: TaskFiles) -> Path | None:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
@@ -286,9 +285,9 @@ class Stream:
         if self.evaluator.is_global_zero:
             write_atomic(files.configs, json_text({"configs": self._configs}).encode())
 
-    def _finish(self, index: int, epochs: int, seconds: float, best: Score | None) -> None:
+    def _finish(self, index: int, epochs: int, seconds: float, validated: Validation) -> None:
         """Measures the task, and those before it if they may have changed; then writes its files."""
-        probes, trained = self._probe_accuracies(), self.module.task_parameters
+        probes, trained = probe_accuracies(self.module.probes), self.module.task_parameters
         patch = self._stored(self.module.patch(probes))
         seen = {i: p for i, p in self.patches.items() if i < index} | {index: patch}
         accuracies = {p.task: measure(self.module, self.data, i, p, self.evaluator) for i, p in seen.items()}
@@ -302,7 +301,7 @@ class Stream:
             accuracy=accuracies[patch.task],
             balanced_accuracy=rounded(balanced_accuracy(classes)),
             **cast(ProbeAccuracies, probes),
-            **_validation(best or self.module.probes.start),
+            **validated,
             task_parameters=trained,
             head_parameters=sum(tensor.numel() for tensor in patch.head.values()),
             patch_bytes=len(content),
@@ -390,17 +389,5 @@ class Stream:
             wall_seconds=round(sum(record["wall_seconds"] for record in records), 2),
         )
 
-    def _probe_accuracies(self) -> dict[str, float]:
-        """Test accuracies in percent of the probes of the current task."""
-        probes = self.module.probes
-        found = {"probe_accuracy": probes.converged, "sgd_probe_accuracy": probes.budgeted}
-        return {name: rounded(100 * accuracy) for name, accuracy in found.items() if accuracy is not None}
-
     def _files(self, index: int) -> TaskFiles:
         return self.folder.files(index, self._names[index])
-
-
-def _validation(best: Score | None) -> Validation:
-    if best is None or not math.isfinite(best[1]):
-        return {}
-    return {"validation_accuracy": rounded(100 * best[0]), "validation_loss": rounded(best[1])}

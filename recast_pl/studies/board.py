@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from rich.console import RenderableType
 
@@ -133,7 +133,7 @@ class Trial:
     options: Sequence[str]
     command: str
 
-    FILE = PAGE
+    FILE: ClassVar[str] = PAGE
     """Name of the page, without suffix."""
 
     def units(self) -> dict[str, list[str]]:
@@ -143,15 +143,7 @@ class Trial:
         return {f"{self.stream}, {self.method}: {name}": words for name, words in units.items()}
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
-        """Trains the runs that are not finished, and writes the results and the page.
-
-        Args:
-            engine: Where to train.
-            is_finished: Returns whether the run of a command line is finished.
-
-        Returns:
-            0, or the status of the first run that failed.
-        """
+        """Trains what is not trained, and writes the results and the page; arguments as in `Study`."""
         known, search = self._known(), self._search()
         if known is None:
             if status := search.run(engine, is_finished):

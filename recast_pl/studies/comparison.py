@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from rich.console import RenderableType
 
@@ -63,7 +63,7 @@ class Comparison:
     options: Sequence[str] = ()
     alone: str | None = None
 
-    FILE = "comparison"
+    FILE: ClassVar[str] = "comparison"
     """Name of the output files, without suffix."""
     HEADING = "method"
     """The word for a point in tables and errors."""
@@ -84,15 +84,7 @@ class Comparison:
         return {f"{p.name} with seed {seed}": self._words(p, seed) for p in self.points for seed in self.seeds}
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
-        """Trains the runs that are not finished, and writes the table: at the end, and now and then before.
-
-        Args:
-            engine: Where to train.
-            is_finished: Returns whether the run of a command line is finished.
-
-        Returns:
-            0, or the status of the first run that failed.
-        """
+        """Trains what is not trained, and writes the table now and then, and at the end; arguments as in `Study`."""
         write_atomic(self.folder / PLAN, json_text(self.plan()))
         pace = Pace()
         try:

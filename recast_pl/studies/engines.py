@@ -16,7 +16,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from rich.console import RenderableType
 
 from recast_pl.errors import RunError
 from recast_pl.optional_imports import extra
@@ -259,6 +261,38 @@ def run_units(engine: Engine, units: Mapping[str, Sequence[str]], succeeded: Cal
             last = "".join(f"\n    {line}" for line in outcome.output.strip().splitlines()[-20:])
             print(f"{names[index]} failed with status {outcome.status}{':' if last else ''}{last}", file=sys.stderr)
     return first
+
+
+class Study(Protocol):
+    """Runs that belong together, and their table."""
+
+    FILE: ClassVar[str]
+    """Name of the output files, without suffix."""
+
+    @property
+    def folder(self) -> Path:
+        """Output folder."""
+
+    @property
+    def has_results(self) -> bool:
+        """Whether there is something to show in the table."""
+
+    def units(self) -> dict[str, list[str]]:
+        """Command lines of the runs that are known to be needed, by name."""
+
+    def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
+        """Makes the runs that are not finished, and writes the results.
+
+        Args:
+            engine: Where to run.
+            is_finished: Returns whether the run of a command line is finished.
+
+        Returns:
+            0, or the status of the first run that failed.
+        """
+
+    def table(self) -> RenderableType:
+        """The table for the terminal."""
 
 
 def run_unfinished(

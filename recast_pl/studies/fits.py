@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import RenderableType
 
@@ -32,7 +33,7 @@ class Fits:
     fits: Mapping[str, Sequence[str]]
     options: Sequence[str] = ()
 
-    FILE = "fits"
+    FILE: ClassVar[str] = "fits"
     """Name of the output files, without suffix."""
 
     def units(self) -> dict[str, list[str]]:
@@ -51,15 +52,7 @@ class Fits:
         }
 
     def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
-        """Fits what is not fitted, and writes the table as CSV and Markdown and the figures as PNG and SVG.
-
-        Args:
-            engine: Where to fit.
-            is_finished: Returns whether the fit of a command line is finished.
-
-        Returns:
-            0, or the status of the first fit that failed.
-        """
+        """Fits what is not fitted, and writes table and figures; arguments as in `Study`."""
         status = run_unfinished(engine, self.units(), is_finished, lambda name: None)
         banks, cells = self._banks(), self._cells()
         write_atomic(self.folder / f"{self.FILE}.csv", table_csv(*cells))

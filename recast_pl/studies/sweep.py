@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -36,7 +36,7 @@ class Sweep(Comparison):
     over: str | None = None
     notes: Sequence[str] = ()
 
-    FILE = "sweep"
+    FILE: ClassVar[str] = "sweep"
     HEADING = "point"
 
     def write(self) -> None:
