@@ -17,6 +17,7 @@ from recast_pl.inference.mixed_batch import MixedBatch
 COUNTS = [2, 1, 3]
 APART = {
     *("piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"),
+    *("projection+finetune-vit", "projection+finetune-resnet"),
 }
 """Methods whose tasks need too much memory, or more than new values of parameters."""
 
@@ -61,6 +62,9 @@ def function(make):
     return BackboneConfig(f"{__name__}.{make.__name__}", "hub")
 
 
+UNTRAINED = {"probe-vit", "probe-resnet", "projection-vit", "projection-resnet"}
+"""Methods that change nothing of the network."""
+
 FURTHER = {
     "offset": lambda: (VIT, [TokenOffset()]),
     "own-loading": lambda: (VIT, [Doubled()]),
@@ -80,8 +84,9 @@ QUICK = {
     *FURTHER.keys() - {"same-padding", "strided"},
 }
 NO_PRODUCTS = {  # at any layer
+    *UNTRAINED,
     *("bias-vit", "bias-resnet", "norm-vit", "norm-resnet", "headscale-vit"),
-    *("probe-vit", "probe-resnet", "dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
+    *("dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
     *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet", "dropout-vit", "dropout-resnet"),
     *("dora-norms-vit", "dora-norms-resnet", "recast+dora-norms-vit"),
     *("rosa-relative-vit", "rosa-relative-resnet", "recast+rosa-relative-vit"),
@@ -130,7 +135,7 @@ def test_every_strategy_gives_each_image_the_features_of_its_task(name):
     module, states = trained(name)
     images = torch.rand(sum(COUNTS), 3, 32, 32)
     wanted = alone(module, states, images)
-    if name not in ("probe-vit", "probe-resnet"):
+    if name not in UNTRAINED:
         other = alone(module, states, images.roll(1, 0)).roll(-1, 0)  # some images by another task
         assert (other - wanted).abs().max() > 1e-3
     mixed = MixedBatch(module.backbone, module.pieces)
