@@ -23,6 +23,7 @@ from recast_pl import (
     TaskPatch,
     TILModule,
 )
+from recast_pl.learning.acceleration import OutputChanges
 from recast_pl.learning.checkpoint import trainable_state
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
@@ -327,6 +328,27 @@ def test_two_processes_end_with_the_same_state(image_folder, tmp_path):
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert list(one) == ONCE
     assert [name for name in ONCE if one[name] != other[name]] == []
+
+
+def test_changes_of_outputs_train_as_changes_of_weights_do(module):
+    module.build(32)
+    module.begin_task("first", ["a", "b"])
+    trained = [p for piece in module.pieces for p in piece.parameters.values()]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    images = torch.rand(2, 3, 32, 32)
+    backbone, _ = module.current()
+    backbone.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_()
+    features = [backbone.eval()(images)]
+    with OutputChanges(backbone).apply():
+        features.append(backbone(images))
+    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-5)
+    if trained:
+        gradients = [torch.autograd.grad(f.square().sum(), trained, materialize_grads=True) for f in features]
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ class Inputs:
     def __init__(self, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
         self.layer, self.x = layer, x
         self.size: tuple[int, ...] | None = None
-        """Height and width of the output of a convolution; None until `times` has computed them."""
+        """Height and width of the output of a convolution; None until `times` or `products` has computed them."""
 
     def rows(self) -> Tensor:
         """The N rows of each sample (B, N, columns): its tokens, or the patches under the kernel."""
@@ -37,13 +37,25 @@ class Inputs:
         layer, x = self.layer, self.x
         if isinstance(layer, nn.Linear):
             return F.linear(self.rows(), matrix)
-        maps: Tensor = convolve(layer, x, matrix.view(len(matrix), -1, *layer.kernel_size))  # (B, m, H, W)
-        self.size = maps.shape[2:]
-        return maps.flatten(2).mT  # (B, N, m)
+        return self.products(convolve(layer, x, matrix.view(len(matrix), -1, *layer.kernel_size)))
+
+    def products(self, output: Tensor) -> Tensor:
+        """Reshapes the output of the layer to products (B, N, rows)."""
+        if isinstance(self.layer, nn.Linear):
+            return output.reshape(len(output), -1, output.shape[-1])
+        self.size = output.shape[2:]
+        return output.flatten(2).mT
 
     def output(self, y: Tensor) -> Tensor:
         """Reshapes products (B, N, rows) to the output of the layer."""
         return y.view(*self.x.shape[:-1], -1) if self.size is None else y.mT.unflatten(2, self.size)
+
+
+def multiplies_only(layer: nn.Module) -> bool:
+    """Whether a layer multiplies its input by its weight as `Inputs` does, adds its bias, and does no more."""
+    if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer).forward is nn.Linear.forward
 
 
 class Mixture(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from recast_pl.backbones.backbone import Backbone
-from recast_pl.decomposition.parametrization import Inputs, Mixture
+from recast_pl.decomposition.parametrization import Inputs, Mixture, multiplies_only
 from recast_pl.learning.acceleration import MergedWeights
 from recast_pl.methods.adaptation import Adaptation
 from recast_pl.methods.piece import ADDED, Piece
@@ -190,7 +190,7 @@ class TaskLayer:
         self._chain: Any = module.parametrizations["weight"] if generated else ()  # type: ignore[index]
         self._mixture = next((part for part in self._chain if isinstance(part, Mixture)), None)
         self._changes = {index: part for index, part in enumerate(self._chain) if part is not self._mixture}
-        self.has_products = generated and self._is_plain() and self._knows_products()
+        self.has_products = generated and multiplies_only(module) and self._knows_products()
         """Whether the layer can use products."""
 
     @contextmanager
@@ -253,18 +253,10 @@ class TaskLayer:
         products = rows * max(n - 1, 0) * r * c + _ENTRY_COST * rows * changes * (r + c)
         return products < weights
 
-    def _is_plain(self) -> bool:
-        """Whether the layer multiplies its input by the weight, adds the bias, and does no more."""
-        layer = self.module
-        if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
-            return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return type(layer).forward is nn.Linear.forward
-
     def _knows_products(self) -> bool:
         """Whether the parts of the weight have products, and hold all tensors that differ and all that are trained."""
-        for change in self._changes.values():
-            if not isinstance(change, Adaptation) or type(change).product is Adaptation.product:
-                return False
+        if not all(isinstance(change, Adaptation) and change.has_product for change in self._changes.values()):
+            return False
         named = {**dict(self._chain.named_parameters()), **dict(self._chain.named_buffers())}
         trained = {_CHAIN + name for name, tensor in named.items() if tensor.requires_grad}
         return trained <= self.tensors.keys() <= {_CHAIN + name for name in named if name != "original"}

@@ -1,5 +1,10 @@
-"""Computes the same results with less work: skips unused tokens, and generates weights once for each evaluation."""
+"""Computes the same results with less work.
 
+It skips unused tokens, generates weights once for each evaluation, and trains small changes of frozen weights through
+the outputs of their layers.
+"""
+
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from recast_pl.compat.torch import fixed_weights, has_forward_hooks
 from recast_pl.decomposition.bank import TemplateBank
-from recast_pl.decomposition.parametrization import Mixture
+from recast_pl.decomposition.parametrization import Inputs, Mixture, multiplies_only
+from recast_pl.methods.adaptation import Adaptation
 from recast_pl.rules import ImageSize, height_and_width
 
 _TOKENWISE = ("attn.proj", "mlp")
@@ -86,6 +93,45 @@ class MergedWeights:
             with torch.inference_mode(mode=False):  # tensors of the inference mode cannot be written to outside of it
                 memory = self._memory[owner] = torch.empty(shape, dtype=like.dtype, device=like.device)
         return memory
+
+
+class OutputChanges:
+    """Adds small changes of frozen weights to the outputs of their layers, in training.
+
+    The weight of such a layer needs no gradient then, which is a third of the work of its training step.
+
+    Args:
+        network: The network; the pieces are attached.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._chains: dict[nn.Module, Any] = {}
+        for module in network.modules():
+            if multiplies_only(module) and parametrize.is_parametrized(module, "weight"):
+                chain: Any = module.parametrizations["weight"]  # type: ignore[index]
+                if all(isinstance(p, Adaptation) and p.has_product and p.trains_by_products for p in chain):
+                    self._chains[module] = chain
+
+    @contextmanager
+    def apply(self) -> Iterator[None]:
+        """A context in which the current thread trains so."""
+        chains = {module: chain for module, chain in self._chains.items() if not chain.original.requires_grad}
+        thread = threading.get_ident()
+
+        def add(module: Any, args: Any, output: Tensor) -> Tensor | None:
+            if threading.get_ident() != thread:
+                return None
+            inputs = Inputs(module, args[0])
+            y = inputs.products(output)
+            for change in chains[module]:
+                change.product(inputs, y)
+            return inputs.output(y)
+
+        with ExitStack() as stack:
+            stack.enter_context(fixed_weights({chain: chain.original for chain in chains.values()}))
+            for module in chains:
+                stack.enter_context(module.register_forward_hook(add, prepend=True))
+            yield
 
 
 class EvaluateMerged(Callback):

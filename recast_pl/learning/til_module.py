@@ -17,7 +17,7 @@ from recast_pl.backbones.backbone import BackboneConfig
 from recast_pl.compat.lightning import early_stopping
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError, one_line
-from recast_pl.learning.acceleration import EvaluateMerged
+from recast_pl.learning.acceleration import EvaluateMerged, OutputChanges
 from recast_pl.learning.checkpoint import change_rates, trainable_state
 from recast_pl.learning.features import Features, extract_features, gather_features
 from recast_pl.learning.heads import HeadKind, check_head_options, class_weights, classification_loss, solve_head
@@ -134,6 +134,7 @@ class TILModule(TaskNetwork, LightningModule):
             raise RunError(f"task {self.task_name!r} was trained before, and {self.method} train a task only once")
         for piece in self.pieces:
             piece.begin_fit()
+        self.output_changes = OutputChanges(self.current()[0])
         if self.balanced:
             labels = torch.cat([labels for _, labels in self.batches("train")])
             self.class_weights = class_weights(labels, len(self.classes)).float()
@@ -216,7 +217,8 @@ class TILModule(TaskNetwork, LightningModule):
         backbone, _ = self.current()
         for piece in self.pieces:
             piece.begin_step(batch_idx / max(1, self.trainer.num_training_batches - 1))
-        features = backbone(images)  # (B, D)
+        with self.output_changes.apply():
+            features = backbone(images)  # (B, D)
         logits = incoming = self.own_logits(features, tasks)  # (B, C)
         for piece in self.pieces:
             incoming = piece.incoming(incoming, labels)

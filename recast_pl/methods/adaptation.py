@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,18 @@ class Adaptation(nn.Module):
     that RECAST generates. So pieces on one weight act in the order of their list.
     """
 
+    trains_by_products: ClassVar[bool] = False
+    """Whether training uses `product` where it can: it saves the gradient of the whole weight, a third of the work."""
+
     def __init_subclass__(cls) -> None:
         """Lets a subclass with a `change` of its own not inherit a `product` that computes something else."""
         if "change" in vars(cls) and "product" not in vars(cls):
             cls.product = Adaptation.product  # type: ignore[method-assign]
+
+    @property
+    def has_product(self) -> bool:
+        """Whether there is a `product`."""
+        return type(self).product is not Adaptation.product
 
     def reset(self, weight: Tensor) -> None:
         """Resets the parameters to the start of every task, where `change` receives this weight (*shape)."""
@@ -60,7 +68,7 @@ class Adaptation(nn.Module):
     def product(self, inputs: Inputs, y: Tensor) -> None:
         """Changes a layer's output in place as `change` would have done through the weight; optional.
 
-        It serves batches in which each sample has parameters of its own, with a first dimension (B, …).
+        It serves training, and batches in which each sample has parameters of its own, with a first dimension (B, …).
 
         Args:
             inputs: The layer's input, B samples.

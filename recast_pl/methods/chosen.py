@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import EVERY_LAYER, WeightPiece
 from recast_pl.methods.lora_xs import SingularDirections, check_rank
@@ -38,8 +39,8 @@ class ChosenCore(SingularDirections):
         self.size = torch.Size(self.shape).numel()
         places = torch.full((len(values),), self.size, device=weight.device)
         self.register_buffer("places", places, persistent=False)
-        self.used = False
-        """Whether an entry of this weight is chosen."""
+        self.own = places[:0]
+        """Which of the chosen entries are of this weight (m,)."""
         self.candidates: Tensor | None = None
         """All entries (*shape) while the gradient chooses some of them; None at other times."""
 
@@ -51,7 +52,7 @@ class ChosenCore(SingularDirections):
         """Takes over which entries are chosen, by their numbers (k,)."""
         places = self.places_of(indices)
         self.places.copy_(places)
-        self.used = bool((places < self.size).any())
+        self.own = torch.where(places < self.size)[0].to(self.places.device)
 
     def places_of(self, indices: Tensor) -> Tensor:
         """Places within R of entries by number (…, k); `size` for an entry of another weight."""
@@ -68,8 +69,18 @@ class ChosenCore(SingularDirections):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The changed weight; a weight without chosen entries takes no time in training, nor does its gradient."""
-        skipped = torch.is_grad_enabled() and not self.used and self.candidates is None
+        skipped = torch.is_grad_enabled() and not len(self.own) and self.candidates is None
         return weight if skipped else super().forward(weight)
+
+    def product(self, inputs: Inputs, y: Tensor) -> None:
+        """Adds UΣ·R·Vᵀ·x to y; in training from the chosen entries alone."""
+        if self.candidates is not None or self.places.ndim > 1:
+            super().product(inputs, y)
+        elif len(self.own):
+            places, rank = self.places[self.own], len(self.right)
+            lefts, rights = (places, places) if len(self.shape) == 1 else (places // rank, places % rank)
+            hidden = inputs.times(self.right[rights]) * self.values[self.own]  # (B, N, m)
+            y.add_(hidden @ self.left[:, lefts].T)
 
 
 class Chosen(WeightPiece[ChosenCore]):

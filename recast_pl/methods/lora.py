@@ -32,6 +32,7 @@ class LowRank(Adaptation):
     """
 
     blocks: Tensor
+    trains_by_products = True
 
     def __init__(self, weight: Tensor, rank: int, scale: float, parts: Sequence[int] | None) -> None:
         super().__init__()

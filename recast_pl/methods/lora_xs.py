@@ -29,6 +29,7 @@ class SingularDirections(Adaptation):
 
     left: Tensor
     right: Tensor
+    trains_by_products = True
 
     def __init__(self, weight: Tensor, rank: int, diagonal: bool) -> None:
         super().__init__()
@@ -55,8 +56,8 @@ class SingularDirections(Adaptation):
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
         """Adds UΣ·R·Vᵀ·x to y."""
-        hidden, core = inputs.times(self.right), self.numbers()  # (B, N, r), (B, *shape)
-        hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
+        hidden, core = inputs.times(self.right), self.numbers()  # (B, N, r); (*shape) or (B, *shape)
+        hidden = hidden * core.unsqueeze(-2) if len(self.shape) == 1 else hidden @ core.mT
         y.add_(hidden @ self.left.T)
 
 
