@@ -341,6 +341,11 @@ def _check_facts(facts: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
         raise PatchError(f"{wrong[0]} is {facts[wrong[0]]!r:.80} and must be {rules[wrong[0]].text}")
 
 
+def check_identity(facts: Mapping[str, Any]) -> None:
+    """Raises PatchError unless facts are a task, classes, a base and an image size, each as a patch may have it."""
+    _check_facts(facts, {name: _PATCH_FACTS[name] for name in ("task", "classes", "base", "image_size")})
+
+
 def _flat(kind: str, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of several states, named `KIND/INDEX/NAME`."""
     return {f"{kind}/{i}/{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
