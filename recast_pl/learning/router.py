@@ -1,10 +1,232 @@
-"""A router: finds the task of an image from its features by the frozen network, without any training.
+"""A router: finds the task of an image from its features by the frozen network. It has a closed form.
 
-    P = ((1 − ρ)·S/f + ρ·(tr S/(f·D))·I)⁻¹ with f = images − classes, the scatters S of all tasks being added up
-    s_c(x) = xᵀPμ_c − ½·μ_cᵀPμ_c for every class c of every task (linear discriminant analysis, equal priors)
+    P = ((1 − ρ)·S/f + ρ·tr(S)/(f·D)·I)⁻¹ with the sum S of the scatters of all tasks, and f = images − classes
+    s_c(x) = xᵀPμ_c − ½·μ_cᵀPμ_c for every class c of every task: linear discriminant analysis with equal priors
     p(task | x) = the sum of softmax(s(x)/T) over the classes of the task
 
-ρ has a closed form that needs S alone ("oracle approximating shrinkage": Chen, Wiesel, Eldar and Hero, "Shrinkage
-Algorithms for MMSE Covariance Estimation", IEEE Transactions on Signal Processing 2010, equation 23, without the terms
-2/D, as in scikit-learn). T is the temperature with which the tasks of validation images are most probable.
+ρ has a closed form, too ("oracle approximating shrinkage": Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE
+Covariance Estimation", IEEE Transactions on Signal Processing 2010, equation 23, without the terms 2/D, as in
+scikit-learn). T is the temperature at which the tasks of validation images are most probable.
+
+An image is strange if it is far from all classes, or between tasks. How strange it is, is the sum of two numbers: the
+squared Mahalanobis distance (x − μ)ᵀP(x − μ) to the nearest class, and 1 − max p(task | x), each less its mean over
+validation images and divided by its standard deviation there. On tasks that were left out, the sum tells unknown images
+from known ones better than either, and than the relative Mahalanobis distance (`benchmarks/routing.py`).
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recast_pl.errors import PatchError, RunError
+from recast_pl.learning.compact import narrowed
+from recast_pl.learning.signature import Signature
+
+_SAMPLE = 4096  # validation images of all tasks together
+_SCORES = 2**22  # their scores that are in memory at a time; with many classes, fewer images are used
+
+_TINY = 1e-9  # of the mean variance, added to the variance of each direction
+
+_HOTTEST, _COLDEST = 3.0, -2.0  # decimal logarithms of the temperatures to choose from
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where a router sends images.
+
+    Args:
+        tasks: Probability of each task (B, T), in the router's order of tasks.
+        familiar: For each image (B,), the share of the known validation images that are at least as strange. If images
+            below 0.05 are refused, 5 % of the images that belong to a task are.
+    """
+
+    tasks: Tensor
+    familiar: Tensor
+
+
+class Router:
+    """Finds the tasks of images; it needs the signature of each task, in any order.
+
+    It keeps the mean of each class in half precision, and one matrix for all. To add or remove a task, make another
+    router from the signatures that are left; sums are exact, so that nothing of the task stays.
+
+    Args:
+        signatures: Those of different tasks on one base. Each is used once and can be read from its file on demand.
+
+    Raises:
+        RunError: If there is no signature, or a task comes twice.
+        PatchError: If signatures belong to different bases or image sizes.
+    """
+
+    def __init__(self, signatures: Iterable[Signature]) -> None:
+        pool = _Pool()
+        for signature in signatures:
+            pool.add(signature)
+        if not pool.tasks:
+            raise RunError("a router needs the signature of at least one task; make signatures with 'patch sign'")
+        self.tasks: list[str] = pool.tasks
+        """Names of the tasks."""
+        self.classes: list[list[str]] = pool.classes
+        """Class names of each task."""
+        counts = torch.tensor([len(names) for names in self.classes])
+        self.task_of = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+        """Position of the task of each class (K,)."""
+        self._solve(pool)
+        self.temperature = 1.0
+        self._strange = torch.zeros(0)
+        features, labels = pool.sample(_SAMPLE, len(self.task_of))
+        if len(labels):
+            self._calibrate(features, labels)
+
+    def _solve(self, pool: "_Pool") -> None:
+        """Solves the discriminant. Features are counted from the mean of all classes, which changes no probability."""
+        means = torch.cat(pool.means)
+        precision, self.shrinkage = precision_matrix(pool.scatter, pool.images - len(means))
+        known = torch.cat(pool.counts) > 0
+        self._centre = narrowed(means[known].mean(0).float()).double()  # the same bits in any order of tasks
+        self._means = narrowed((means - self._centre).float())  # (K, D)
+        wide = self._means.double()
+        self._bias = (-((wide @ precision) * wide).sum(1) / 2).masked_fill(~known, -torch.inf).float()  # (K,)
+        self._precision = precision.float()
+
+    def _calibrate(self, features: Tensor, labels: Tensor) -> None:
+        """Fits the temperature, and how strange images are, to validation images (V, D) of tasks (V,)."""
+        scores = self.scores(features)
+        self.temperature = fit_temperature(scores, self.task_of, labels)
+        evidence = self._evidence(features, scores)  # (V, 2)
+        self._usual, self._spread = evidence.mean(0), evidence.std(0, correction=0).clamp_min(1e-6)
+        self._strange = ((evidence - self._usual) / self._spread).sum(1).sort().values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory that grow with the number of classes."""
+        return sum(tensor.nbytes for tensor in (self._means, self._bias, self.task_of))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores s (B, K) of the classes of all tasks for features (B, D); the largest is that of the likeliest."""
+        x = (features.detach().cpu().double() - self._centre).float() @ self._precision  # (B, D)
+        return torch.addmm(self._bias, x, self._means.float().T)
+
+    def route(self, features: Tensor) -> Routes:
+        """Finds the tasks of images from their features (B, D), on any device.
+
+        Raises:
+            PatchError: If a feature is NaN or infinite.
+        """
+        if not features.isfinite().all():
+            raise PatchError("the frozen network gives NaN or infinity for an image; check the weights of its backbone")
+        scores = self.scores(features)
+        probabilities = task_probabilities(scores, self.task_of, self.temperature)
+        if not len(self._strange):
+            return Routes(probabilities, torch.ones(len(features)))
+        strange = ((self._evidence(features, scores) - self._usual) / self._spread).sum(1)
+        below = torch.searchsorted(self._strange, strange)
+        count = len(self._strange)
+        return Routes(probabilities, (count - below + 1) / (count + 1))
+
+    def _evidence(self, features: Tensor, scores: Tensor) -> Tensor:
+        """Squared distance to the nearest class, and 1 less the probability of the likeliest task (B, 2)."""
+        x = (features.detach().cpu().double() - self._centre).float()
+        distance = ((x @ self._precision) * x).sum(1) - 2 * scores.amax(1)
+        likeliest = task_probabilities(scores, self.task_of, self.temperature).amax(1)
+        return torch.stack([distance, 1 - likeliest], 1)
+
+
+class _Pool:
+    """Sums over the signatures of all tasks, and some of their validation images."""
+
+    def __init__(self) -> None:
+        self.tasks, self.classes = list[str](), list[list[str]]()
+        self.means, self.counts = list[Tensor](), list[Tensor]()
+        self.images = 0
+        self._first: Signature | None = None
+        self._held_out: list[Tensor] = []
+
+    def add(self, signature: Signature) -> None:
+        """Adds a task."""
+        if self._first is None:
+            self._first, self.scatter = signature, torch.zeros_like(signature.scatter)
+        signature.check(self._first.base, self._first.image_size)
+        if signature.task in self.tasks:
+            raise RunError(f"task {signature.task!r} has two signatures; give each task one")
+        self.scatter += signature.scatter
+        self.tasks.append(signature.task)
+        self.classes.append(signature.classes)
+        self.means.append(signature.means)
+        self.counts.append(signature.counts)
+        self.images += int(signature.counts.sum())
+        features = signature.held_out.features
+        self._held_out.append(narrowed(_spaced(features, _SAMPLE // len(self.tasks))))
+
+    def sample(self, most: int, classes: int) -> tuple[Tensor, Tensor]:
+        """Features (V, D) of validation images, about as many of each task, and the positions of their tasks (V,)."""
+        each = max(1, min(most, _SCORES // classes) // len(self.tasks))
+        parts = [_spaced(features, each).float() for features in self._held_out]
+        sizes = torch.tensor([len(part) for part in parts])
+        return torch.cat(parts), torch.arange(len(parts)).repeat_interleave(sizes)
+
+
+def _spaced(values: Tensor, count: int) -> Tensor:
+    """Up to `count` rows, at least one, evenly spaced."""
+    chosen = torch.linspace(0, len(values) - 1, min(max(1, count), len(values))).round().long()
+    return values[chosen]
+
+
+def precision_matrix(scatter: Tensor, free: int) -> tuple[Tensor, float]:
+    """The inverse P of the shrunk covariance.
+
+    Args:
+        scatter: S (D, D), in double precision.
+        free: f, the degrees of freedom.
+
+    Returns:
+        P (D, D), the identity if S is 0, as where each class has one image; and the shrinkage ρ, from 0 to 1.
+    """
+    width = len(scatter)
+    covariance = scatter / max(1, free)
+    variance = float(covariance.trace()) / width
+    if not variance > 0:
+        return torch.eye(width, dtype=scatter.dtype), 1.0
+    shrinkage = oas_shrinkage(covariance, free)
+    shrunk = (1 - shrinkage) * covariance
+    shrunk.diagonal().add_((shrinkage + _TINY) * variance)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shrunk)), shrinkage
+
+
+def oas_shrinkage(covariance: Tensor, free: int) -> float:
+    """The shrinkage ρ, from 0 to 1, of a covariance (D, D) with some degrees of freedom."""
+    mean = float(covariance.trace()) / len(covariance)
+    square = float(covariance.square().mean())
+    apart = (free + 1) * (square - mean**2 / len(covariance))
+    return min(1.0, (square + mean**2) / apart) if apart > 0 else 1.0
+
+
+def task_probabilities(scores: Tensor, task_of: Tensor, temperature: float) -> Tensor:
+    """Probabilities (B, T) of tasks from scores (B, K) of classes, which belong to tasks (K,)."""
+    classes = (scores / temperature).softmax(1)
+    tasks = classes.new_zeros(len(scores), int(task_of[-1]) + 1)
+    return tasks.index_add_(1, task_of, classes)
+
+
+def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
+    """The temperature at which the tasks of images are most probable; 1 if all have the same task.
+
+    Args:
+        scores: Of the classes of all tasks (V, K).
+        task_of: Position of the task of each class (K,).
+        tasks: Position of the task of each image (V,).
+    """
+    if not int(task_of[-1]):
+        return 1.0
+
+    def loss(exponent: float) -> float:
+        found = task_probabilities(scores, task_of, 10**exponent).gather(1, tasks[:, None])
+        return -float(found.clamp_min(1e-30).log().mean())
+
+    best, step = (_HOTTEST + _COLDEST) / 2, (_HOTTEST - _COLDEST) / 10
+    for _ in range(3):  # each time on a grid that is five times as fine
+        best = min((best + step * k for k in range(-5, 6)), key=loss)
+        step /= 5
+    return float(10**best)

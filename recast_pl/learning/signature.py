@@ -170,7 +170,7 @@ class Signature:
         try:
             _check(tensors, facts)
         except (PatchError, KeyError, TypeError, ValueError) as cause:
-            raise PatchError(f"a signature cannot be used ({one_line(cause)}); make it again with 'patch sign'") from cause
+            raise PatchError(f"a signature is damaged ({one_line(cause)}); make it again with 'patch sign'") from cause
         width = tensors["means"].shape[1]
         scatter, upper = torch.zeros(width, width, dtype=torch.float64), _upper(width)
         scatter[upper] = tensors["scatter"].double()

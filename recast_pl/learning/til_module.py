@@ -24,6 +24,7 @@ from recast_pl.learning.heads import HeadKind, check_head_options, class_weights
 from recast_pl.learning.metrics import Percent, Predictions
 from recast_pl.learning.probe import Probes, fit_probe
 from recast_pl.learning.schedule import followed_metric, step_schedule
+from recast_pl.learning.signature import Signature
 from recast_pl.learning.task_network import TaskNetwork
 from recast_pl.methods.piece import Piece, Step
 
@@ -78,6 +79,7 @@ class TILModule(TaskNetwork, LightningModule):
         self.optimizer, self.lr_scheduler, self.warm_start = optimizer, lr_scheduler, warm_start
         self.strict_loading = False  # checkpoints lack the frozen network; on_load_checkpoint checks the rest
         self.probes = Probes()
+        self.signature: Signature | None = None  # of the current task; None if tasks share weights
         self.class_weights = torch.empty(0)  # of the current task (C,); empty if all images count the same
         names = ("train/accuracy", "val/accuracy", "val/loss", "test/accuracy", "test/loss")
         self.means = nn.ModuleDict({name: Percent() if "accuracy" in name else MeanMetric() for name in names})
@@ -148,6 +150,7 @@ class TILModule(TaskNetwork, LightningModule):
     def _start_head(self) -> nn.Linear:
         """Fits the probes to the features that the task starts from, starts the head, and returns a solved one."""
         train, val, test = self.features("train", "val", "test")
+        self.signature = self.sign(train, val) if self.isolated else None
         head, classes = self.current()[1], len(self.classes)
         probe = solve_head("logistic", train, classes)
         self.probes = Probes(test.score(probe)[0])
@@ -162,6 +165,11 @@ class TILModule(TaskNetwork, LightningModule):
             head.load_state_dict(start.state_dict())
             self.probes = replace(self.probes, start=val.score(start))
         return probe if self.head_kind == "sgd" else start
+
+    def sign(self, train: Features, validation: Features) -> Signature:
+        """The signature of the current task, from features that it starts from."""
+        size = self.current()[0].image_size
+        return Signature.of(train, validation, self.task_name, self.classes, self.base, size)
 
     @torch.inference_mode(mode=False)
     @torch.enable_grad()
@@ -272,6 +280,7 @@ class TILModule(TaskNetwork, LightningModule):
         checkpoint["state_dict"] = trainable_state(self)
         checkpoint["pieces"] = [piece.training_state() for piece in self.pieces]
         checkpoint["probe"] = asdict(self.probes)
+        checkpoint["signature"] = self.signature and (self.signature.tensors, self.signature.facts)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads what `on_save_checkpoint` kept, except the learning rates; raises RunError if it does not fit."""
@@ -281,6 +290,8 @@ class TILModule(TaskNetwork, LightningModule):
             piece.load_training_state(state)
         change_rates(checkpoint, self.configure_optimizers()[0][0])
         self.probes = Probes.of(checkpoint["probe"])
+        kept = checkpoint.get("signature")  # checkpoints of earlier versions have none
+        self.signature = kept and Signature.from_parts(*kept)
 
     # -- evaluation ----------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, writing
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.signature import Signature
 from recast_pl.runs.class_results import ClassResults
 from recast_pl.runs.origin import Origin
 
@@ -102,8 +103,9 @@ class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
     The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared`
-    holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `checkpoints`
-    is a folder that exists while the task is trained; `configs` in it names the configurations so far.
+    holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `signature` is
+    absent if it does not, and in older runs. `checkpoints` is a folder that exists while the task is trained; `configs`
+    in it names the configurations so far.
 
     Args:
         run: The run folder.
@@ -115,6 +117,7 @@ class TaskFiles:
         self.position, self.task, self.name = position, task, f"{position:02d}_{task}"
         self.plain, self.compact = (run / "patches" / f"{self.name}{suffix}" for suffix in _PATCHES)
         self.record = run / "tasks" / f"{self.name}.json"
+        self.signature = run / "signatures" / f"{self.name}.safetensors"
         self.shared = run / "shared" / f"{self.name}.safetensors"
         self.checkpoints = run / "checkpoints" / self.name
         self.configs = self.checkpoints / "configs.json"
@@ -144,6 +147,22 @@ class TaskFiles:
                 f"{self.patch} is not the patch that tasks/{self.record.name} describes; restore the original patch"
             )
         return patch, record
+
+    def load_signature(self, base: str) -> Signature:
+        """Reads the signature of the task, which must belong to a base.
+
+        Raises:
+            RunError: If there is none.
+            PatchError: If it is damaged, or belongs to another task or base.
+        """
+        if not self.signature.is_file():
+            run = self.signature.parents[1]
+            raise RunError(f"task {self.task!r} has no signature; make it with 'patch sign --run_dir {run}'")
+        signature = Signature.load(self.signature)
+        if signature.task != self.task:
+            raise PatchError(f"{self.signature} is of task {signature.task!r}; make it again with 'patch sign'")
+        signature.check(base, signature.image_size)
+        return signature
 
 
 class RunFolder:

@@ -346,6 +346,8 @@ class Stream:
             shared.save(files.shared)
         if self.presentation:
             self.presentation.write_task(self.folder, files.name, self.records[index])
+        if self.module.signature is not None:
+            self.module.signature.save(files.signature)
         write_atomic(files.record, sealed_json(self.records[index]))
         write_atomic(files.compact if self.precision in BITS else files.plain, patch)
         for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
