@@ -12,9 +12,12 @@ from recast_pl.decomposition.parametrization import install
 from recast_pl.decomposition.sources import FreeCoefficients, FreeTemplates
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
-from recast_pl.inference.predictor import Prediction, Predictor, load
+from recast_pl.inference.prediction import Choice, Prediction, RoutedPrediction
+from recast_pl.inference.predictor import Predictor, load
 from recast_pl.learning.patch import SharedState, TaskPatch
+from recast_pl.learning.router import Router
 from recast_pl.learning.schedule import QuarterCosine, WarmUp
+from recast_pl.learning.signature import Signature
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.adaptformer import AdaptFormer
 from recast_pl.methods.chosen import Chosen

@@ -5,7 +5,10 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-TASK_RULE = "a name of at most 200 bytes: letters, digits and '_', then also '-', '.' and spaces"
+ANY_TASK, NO_TASK = "auto", "none"
+"""What stands for a task where it is to be found, and where an image belongs to none; no task has such a name."""
+
+TASK_RULE = "a name of at most 200 bytes, not 'auto' or 'none': letters, digits and '_', then also '-', '.' and spaces"
 
 LABEL_RULE = "a text of 1 to 1,000 characters without line breaks and other control characters"
 
@@ -41,7 +44,12 @@ def read_size(value: Any) -> ImageSize | None:
 
 def is_task_name(name: str) -> bool:
     """Whether a task may have this name, which becomes part of file names: it follows `TASK_RULE`."""
-    return re.fullmatch(r"\w[\w.\- ]*", name) is not None and len(name.encode()) <= 200
+    return re.fullmatch(r"\w[\w.\- ]*", name) is not None and len(name.encode()) <= 200 and not is_reserved(name)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name stands for something else than a task, in any case of its letters."""
+    return name.casefold() in (ANY_TASK, NO_TASK)
 
 
 def is_label(text: str) -> bool:

@@ -1,10 +1,11 @@
-"""The command `predict`: classifies images with a trained task."""
+"""The command `predict`: classifies images with a trained task, or with one that it finds for each image."""
 
 import csv
 import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,10 @@ from recast_pl.data.datamodule import BadImagePolicy
 from recast_pl.errors import DataError
 from recast_pl.files import STANDARD_OUTPUT, is_standard_output, write_atomic
 from recast_pl.inference.files import classify_files, find_files, read_names
-from recast_pl.inference.predictor import Prediction, Predictor, load
+from recast_pl.inference.prediction import REFUSE, Prediction, RoutedPrediction
+from recast_pl.inference.predictor import Predictor, load
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.rules import ANY_TASK
 from recast_pl.runs.evaluation import check_choice
 from recast_pl.runs.folder import RunFolder
 from recast_pl.terminal import open_console
@@ -32,16 +35,21 @@ _NAMED = 20  # bad images that are named one by one
 def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
-    parser.add_argument("--task", type=str | None, help="Name of a trained task.")
+    parser.add_argument("--task", type=str | None, help="Name of a trained task; auto to find that of each image.")
     parser.add_argument("--patch", type=str | None, help="Or a patch file, as 'patch average' and 'quantize' write.")
     images = "Image files, folders (searched at any depth), and patterns such as 'photos/**/*.jpg'."
     parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
     parser.add_argument("--list", type=str | None, help="Text file with one image or folder a line; - for its input.")
     parser.add_argument("--output", type=str, default=STANDARD_OUTPUT, help="File to write; - for standard output.")
-    formats = "csv: path,label,probability; jsonl: an object for each image (default: by the ending of --output)."
+    formats = (
+        "csv: path,label,probability, or path,task,label,probability,task_probability with --task auto; "
+        "jsonl: an object for each image (default: by the ending of --output)."
+    )
     parser.add_argument("--format", type=Literal["csv", "jsonl"] | None, help=formats)
     classes = "How many classes to write for each image, the most probable first; 0 for all."
     parser.add_argument("--top_k", type=NonNegativeInt, default=1, help=classes)
+    refuse = "With --task auto: share of known images that may be refused as of task 'none'; 0 to refuse no image."
+    parser.add_argument("--refuse", type=float, default=REFUSE, help=refuse)
     bad = "What to do with an image that cannot be read: skip it and exit with status 3, or stop with an error."
     parser.add_argument("--on_bad_image", type=BadImagePolicy, default="skip", help=bad)
     declare_device(parser)
@@ -59,16 +67,20 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     rows_on_screen = is_standard_output(config.output) and sys.stdout.isatty()
     log = _Log(len(files), stop=config.on_bad_image == "error", bar=not rows_on_screen)
     with log.progress:
-        found = log.follow(classify_files(model, task, files, log.on_bad))
+        found = log.follow(classify_files(model, task, files, log.on_bad, config.refuse))
         ending = Path(config.output).suffix.lower()
         write = _FORMATS[config.format or ("jsonl" if ending in (".jsonl", ".ndjson") else "csv")]
-        write_atomic(config.output, write(found, config.top_k or len(model.classes(task))))
+        write_atomic(config.output, write(found, config.top_k or None, task is None))
     return log.report(others)
 
 
-def _load(config: Namespace) -> tuple[Predictor, str]:
-    """The predictor, and the name of the task to use."""
+def _load(config: Namespace) -> tuple[Predictor, str | None]:
+    """The predictor, and the name of the task to use; None if tasks are to be found."""
     task = config.task
+    if task == ANY_TASK:
+        model = load(config.run_dir, device=chosen_device(config), trust=config.trust)
+        _ = model.router  # so that a missing signature is found before any image is read
+        return model, None
     first = [task or next(iter(RunFolder(config.run_dir).finished()))]
     model = load(config.run_dir, device=chosen_device(config), tasks=first, trust=config.trust)
     if config.patch is not None:
@@ -131,22 +143,25 @@ class _Log:
         self.progress.console.print(text, soft_wrap=True)
 
 
-def _csv_rows(found: Iterable[tuple[Path, Prediction]], top_k: int) -> Iterator[str]:
-    yield "path,label,probability\n"
+def _csv_rows(found: Iterable[tuple[Path, Prediction]], top_k: int | None, routed: bool) -> Iterator[str]:
+    yield "path,task,label,probability,task_probability\n" if routed else "path,label,probability\n"
     for path, prediction in found:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows((path, label, f"{p:.6f}") for label, p in prediction.ranked(top_k).items())
+        for label, p in (prediction.ranked(top_k) or {prediction.label: prediction.probability}).items():
+            row = [path, label, f"{p:.6f}"]
+            if isinstance(prediction, RoutedPrediction):
+                row = [path, prediction.task, *row[1:], f"{prediction.task_probability:.6f}"]
+            csv.writer(text, lineterminator="\n").writerow(row)
         yield text.getvalue()
 
 
-def _json_rows(found: Iterable[tuple[Path, Prediction]], top_k: int) -> Iterator[str]:
+def _json_rows(found: Iterable[tuple[Path, Prediction]], top_k: int | None, routed: bool) -> Iterator[str]:
     for path, prediction in found:
-        best = {"task": prediction.task, "label": prediction.label, "probability": prediction.probability}
-        yield json.dumps({"path": str(path), **best, "probabilities": prediction.ranked(top_k)}) + "\n"
+        row = {"path": str(path), **asdict(prediction), "probabilities": prediction.ranked(top_k)}
+        yield json.dumps(row) + "\n"
 
 
-_FORMATS: dict[str, Callable[[Iterable[tuple[Path, Prediction]], int], Iterator[str]]] = {
+_FORMATS: dict[str, Callable[[Iterable[tuple[Path, Prediction]], int | None, bool], Iterator[str]]] = {
     "csv": _csv_rows,
     "jsonl": _json_rows,
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from recast_pl.data.images import decode_file, files_below, is_image_file
 from recast_pl.errors import DataError
-from recast_pl.inference.predictor import Prediction, Predictor
+from recast_pl.inference.prediction import REFUSE, Prediction
+from recast_pl.inference.predictor import Predictor
 
 _BATCH = 64  # images that are in memory at a time
 
@@ -56,20 +57,25 @@ def read_names(file: str) -> list[str]:
 
 
 def classify_files(
-    predictor: Predictor, task: str, files: Sequence[Path], on_bad: Callable[[DataError], object]
+    predictor: Predictor,
+    task: str | None,
+    files: Sequence[Path],
+    on_bad: Callable[[DataError], object],
+    refuse: float = REFUSE,
 ) -> Iterator[tuple[Path, Prediction | None]]:
     """Classifies files in memory that does not grow with their number.
 
     Args:
         predictor: Has the task.
-        task: Name of the task.
+        task: Name of the task; None to find that of each image.
         files: The files.
         on_bad: Called with the error of each file that cannot be read.
+        refuse: The share of known images that may be refused where tasks are found, as in `Predictor.predict`.
 
     Yields:
         Each file, in order, and its prediction; None if it cannot be read.
     """
-    size = predictor.image_size(task)
+    size = predictor.any_size if task is None else predictor.image_size(task)
     for start in range(0, len(files), _BATCH):
         chunk, images = files[start : start + _BATCH], {}
         for file in chunk:
@@ -77,7 +83,11 @@ def classify_files(
                 images[file] = decode_file(file, size)
             except DataError as error:
                 on_bad(error)
-        predictions = predictor.predict_tensors(list(images.values()), [task] * len(images))
+        predictions: Sequence[Prediction]
+        if task is None:
+            predictions = predictor.route_tensors(list(images.values()), refuse)
+        else:
+            predictions = predictor.predict_tensors(list(images.values()), [task] * len(images))
         found = dict(zip(images, predictions, strict=True))
         yield from ((file, found.get(file)) for file in chunk)
 

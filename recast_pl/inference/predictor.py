@@ -2,55 +2,40 @@
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.inference.mixed_batch import MixedBatch, PackedState
+from recast_pl.inference.pictures import Picture, as_list
+from recast_pl.inference.prediction import REFUSE, Prediction, RoutedPrediction, find_candidates
 from recast_pl.learning.device import find_device
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.router import Router
+from recast_pl.learning.signature import Signature
 from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.rules import ImageSize, height_and_width
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
-Picture = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor
-"""A path, the bytes of an image file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W).
-
-Arrays and tensors are uint8, or floating point in [0, 1]; those without channels are grey.
-"""
-
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
 
+SignatureSource = str | Path | Signature | Callable[[], Signature] | None
+"""The signature of a task, its file or a function that reads it; None if there is none."""
+
 _lock = threading.Lock()  # of all predictors, because a precision may set the default type of the entire process
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """How a task classifies an image: the most probable class, and the probabilities of all classes by name."""
-
-    task: str
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-    def ranked(self, count: int) -> dict[str, float]:
-        """The `count` most probable classes and their probabilities, in descending order."""
-        return dict(sorted(self.probabilities.items(), key=lambda item: -item[1])[:count])
 
 
 def load(
@@ -87,11 +72,11 @@ def load(
         if module is None:
             module, precision = _from_config(run_dir, place, trust)
         folder = RunFolder(run_dir)
-        patches = list(folder.load_patches(tasks).values())
+        patches, files = list(folder.load_patches(tasks).values()), folder.finished()
         restore(module, folder, patches[-1].image_size)
     predictor = Predictor(precision.convert_module(module.to(place)), precision)  # type: ignore[arg-type]
     for patch in patches:
-        predictor._add(patch)
+        predictor._add(patch, files[patch.task].load_signature)
     return predictor
 
 
@@ -114,6 +99,8 @@ class Predictor:
         self._module, self._precision = module.eval(), precision or Precision()
         self._network = MixedBatch(module.backbone, module.pieces)
         self._tasks: dict[str, _LoadedTask] = {}
+        self._router: Router | None = None  # made when it is needed, and again after tasks have changed
+        self._frozen: PackedState | None = None  # the states of the pieces that every task starts from
 
     def __reduce__(self) -> NoReturn:
         raise RunError("a Predictor cannot be copied or sent to another process; call recast_pl.load there")
@@ -136,25 +123,30 @@ class Predictor:
         images: Picture | Sequence[Picture],
         task: str | None = None,
         tasks: Sequence[str] | None = None,
+        refuse: float = REFUSE,
     ) -> list[Prediction]:
-        """Classifies images, preprocessed as in training, all by the same task or each by its own.
+        """Classifies images, preprocessed as in training, all by the same task, each by its own, or by one to be found.
 
         Args:
             images: One image or several: paths, bytes of image files, PIL images, arrays (H, W, 3) or tensors (3, H, W)
                 of any size, also grey (H, W); or a batch (N, H, W, 3) or (N, 3, H, W). Values are uint8, or floating
                 point in [0, 1], rounded to uint8.
-            task: The task for all images; None where `tasks` is given.
-            tasks: The task of each image; None where `task` is given.
+            task: The task for all images.
+            tasks: The task of each image. If this and `task` are None, the task of each image is found.
+            refuse: If tasks are to be found, the share of images of the known tasks that may be refused, from 0 to 1:
+                as many are refused as their validation images, and more of those that belong to no task.
 
         Returns:
-            A prediction for each image, in order.
+            A prediction for each image, in order; `RoutedPrediction` if tasks were found.
 
         Raises:
-            RunError: If there is no such task.
-            PatchError: If the probabilities of a task are not finite numbers.
-            DataError: If an image cannot be read, or if not exactly one of `task` and `tasks` is given.
+            RunError: If there is no such task, or tasks are to be found and one has no signature.
+            PatchError: If the probabilities of a task are not finite numbers, or a signature does not belong here.
+            DataError: If an image cannot be read, both `task` and `tasks` are given, or `refuse` is out of range.
         """
-        items = _as_list(images)
+        items = as_list(images)
+        if task is None and tasks is None:
+            return [*self._predict_any(items, refuse)]
         names = _task_of_each(len(items), task, tasks)
         sizes = {name: self.image_size(name) for name in dict.fromkeys(names)}
         found: dict[int, Prediction] = {}
@@ -193,11 +185,72 @@ class Predictor:
                 found |= zip(chunk, self._classify(batch, [(tasks[i], entries[tasks[i]]) for i in chunk]), strict=True)
         return [found[i] for i in range(len(tasks))]
 
-    def add_patch(self, patch: str | Path | TaskPatch) -> str:
+    def route_tensors(self, images: Tensor | Sequence[Tensor], refuse: float = REFUSE) -> list[RoutedPrediction]:
+        """Classifies images that are decoded already, each by a task that is found.
+
+        Arguments, results and errors are those of `predict`, of images as for `predict_tensors`, all of `any_size`.
+        """
+        if not 0 <= refuse < 1:
+            raise DataError(f"refuse={refuse} must be at least 0 and below 1: the share of known images to refuse")
+        router, size = self.router, self.any_size
+        for image in images:
+            if image.dtype != torch.uint8 or image.shape != (3, *height_and_width(size)):
+                raise DataError(f"an image is {image.dtype} {tuple(image.shape)}; uint8 of {size} pixels is needed")
+        found: list[RoutedPrediction] = []
+        for chunk in _chunks(range(len(images))):
+            pixels = torch.stack([images[i] for i in chunk])
+            candidates = find_candidates(router.tasks, router.route(self._frozen_features(pixels)), refuse)
+            asked = [(image, task) for image, each in zip(pixels, candidates, strict=True) for task in each.asked]
+            answers = iter(self.predict_tensors([image for image, _ in asked], [task for _, task in asked]))
+            found += [each.answer(list(itertools.islice(answers, len(each.asked)))) for each in candidates]
+        return found
+
+    @property
+    def router(self) -> Router:
+        """Finds the tasks of images by the signatures of all tasks.
+
+        Raises:
+            RunError: If tasks share weights, there is no task, or a task has no signature.
+            PatchError: If a signature is damaged or belongs to another base or image size.
+        """
+        with _lock:
+            if not self._module.isolated:
+                raise RunError(
+                    f"tasks of {self._module.method} share weights, so that there is no frozen network to find the "
+                    "task of an image by; name the task"
+                )
+            if self._router is None:
+                self._router = Router(self._signature(name, task) for name, task in self._tasks.items())
+            return self._router
+
+    def _signature(self, name: str, task: "_LoadedTask") -> Signature:
+        """Reads the signature of a task, which must be of its classes and images, and of this base."""
+        source = task.signature
+        if source is None:
+            raise RunError(f"task {name!r} was added without its signature; remove it, and add it with signature=FILE")
+        signature = (
+            source if isinstance(source, Signature) else source() if callable(source) else Signature.load(source)
+        )
+        signature.check(self._module.base, task.image_size)
+        if (signature.task, signature.classes) != (name, list(task.classes)):
+            raise PatchError(
+                f"the signature of task {signature.task!r} with classes {signature.classes} is not that of task "
+                f"{name!r} with classes {list(task.classes)}; make it again with 'patch sign'"
+            )
+        return signature
+
+    @property
+    def any_size(self) -> ImageSize:
+        """Height and width in pixels of images whose task is to be found; errors are those of `router`."""
+        return self.router.image_size
+
+    def add_patch(self, patch: str | Path | TaskPatch, signature: str | Path | Signature | None = None) -> str:
         """Adds a task that was trained elsewhere, on the same base by the same method.
 
         Args:
             patch: A file of `patches/`, or its content.
+            signature: The file of the same name in `signatures/`, or its content; None if the tasks of images are
+                never to be found.
 
         Returns:
             Name of the task.
@@ -211,7 +264,7 @@ class Predictor:
                 f"tasks of {self._module.method} share weights, which the patch of {patch.task!r} does not hold; "
                 "load the run that it was trained in"
             )
-        self._add(patch)
+        self._add(patch, signature)
         return patch.task
 
     def remove(self, task: str) -> None:
@@ -219,8 +272,28 @@ class Predictor:
         with _lock:
             self._find(task)
             del self._tasks[task]
+            self._router = None
 
-    def _add(self, patch: TaskPatch) -> None:
+    def _predict_any(self, items: Sequence[Any], refuse: float) -> list[RoutedPrediction]:
+        """Predictions for images whose tasks are to be found."""
+        size, found = self.any_size, list[RoutedPrediction]()
+        for chunk in _chunks(range(len(items))):
+            found += self.route_tensors([decode_any(items[i], size) for i in chunk], refuse)
+        return found
+
+    @torch.no_grad()
+    def _frozen_features(self, pixels: Tensor) -> Tensor:
+        """Features (B, D) of uint8 images (B, 3, S, S) by the network that every task starts from."""
+        with _lock, self._precision.forward_context():
+            if self._frozen is None:
+                with isolate_rng():
+                    for piece in self._module.pieces:
+                        piece.begin_task()
+                self._frozen = self._network.pack([piece.task_state() for piece in self._module.pieces])
+            images = tv.to_dtype(pixels.to(self._module.device), torch.float32, scale=True)
+            return self._network.features(self._precision.convert_input(images), [self._frozen], [len(images)]).float()
+
+    def _add(self, patch: TaskPatch, signature: SignatureSource) -> None:
         patch = patch.widened()
         with _lock:
             if patch.task in self._tasks:
@@ -231,7 +304,8 @@ class Predictor:
             head = self._module.head_of(patch)
             weight, bias = (head[name].to(self._module.device) for name in ("weight", "bias"))
             packed = self._network.pack(patch.pieces)
-            self._tasks[patch.task] = _LoadedTask(packed, patch.classes, weight, bias, patch.image_size)
+            self._tasks[patch.task] = _LoadedTask(packed, patch.classes, weight, bias, patch.image_size, signature)
+            self._router = None
 
     def _find(self, name: str) -> "_LoadedTask":
         task = self._tasks.get(name)
@@ -266,13 +340,14 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedTask:
-    """What the predictor keeps of a task: the states of the pieces, and the head's weight and bias."""
+    """What the predictor keeps of a task: the states of the pieces, the head's weight and bias, and its signature."""
 
     state: PackedState
     classes: Sequence[str]
     weight: Tensor
     bias: Tensor
     image_size: ImageSize
+    signature: SignatureSource
 
 
 @contextmanager
@@ -299,17 +374,9 @@ def _from_config(run_dir: str | Path, device: torch.device, trust: bool) -> tupl
     return init.model, TrainerFactory(init.trainer).for_evaluation().precision_plugin
 
 
-def _as_list(images: Any) -> list[Any]:
-    """The images of a sequence or batch, or the one image."""
-    if isinstance(images, np.ndarray | Tensor):
-        return list(images) if images.ndim == 4 else [images]
-    single = str | bytes | bytearray | memoryview
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, single) else [images]
-
-
 def _task_of_each(count: int, task: str | None, tasks: Sequence[str] | None) -> list[str]:
     """The task of each of `count` images."""
-    if (task is None) == (tasks is None):
+    if task is not None and tasks is not None:
         raise DataError("predict takes either task=NAME for all images, or tasks=[NAME, ...] with one for each")
     names = [task] * count if task is not None else list(tasks or ())
     if len(names) != count or isinstance(tasks, str):

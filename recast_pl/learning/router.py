@@ -64,8 +64,10 @@ class Router:
         pool = _Pool()
         for signature in signatures:
             pool.add(signature)
-        if not pool.tasks:
+        if pool.first is None:
             raise RunError("a router needs the signature of at least one task; make signatures with 'patch sign'")
+        self.image_size = pool.first.image_size
+        """Height and width of the images in pixels."""
         self.tasks: list[str] = pool.tasks
         """Names of the tasks."""
         self.classes: list[list[str]] = pool.classes
@@ -141,14 +143,14 @@ class _Pool:
         self.tasks, self.classes = list[str](), list[list[str]]()
         self.means, self.counts = list[Tensor](), list[Tensor]()
         self.images = 0
-        self._first: Signature | None = None
+        self.first: Signature | None = None
         self._held_out: list[Tensor] = []
 
     def add(self, signature: Signature) -> None:
         """Adds a task."""
-        if self._first is None:
-            self._first, self.scatter = signature, torch.zeros_like(signature.scatter)
-        signature.check(self._first.base, self._first.image_size)
+        if self.first is None:
+            self.first, self.scatter = signature, torch.zeros_like(signature.scatter)
+        signature.check(self.first.base, self.first.image_size)
         if signature.task in self.tasks:
             raise RunError(f"task {signature.task!r} has two signatures; give each task one")
         self.scatter += signature.scatter

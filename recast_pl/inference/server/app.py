@@ -18,7 +18,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
 
 from recast_pl.errors import DataError, PatchError, RunError
-from recast_pl.inference.predictor import Prediction, Predictor
+from recast_pl.inference.prediction import Prediction
+from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.batching import Batcher
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, RequestMetrics

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from recast_pl.inference.predictor import Prediction, Predictor
+from recast_pl.inference.prediction import Prediction
+from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.untrusted import check_image, decode
 
