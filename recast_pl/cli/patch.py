@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -17,6 +17,7 @@ from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.evaluation import measure, restore
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, compare_patches, quantize_patch
+from recast_pl.runs.signing import sign_run
 from recast_pl.terminal import open_console
 
 
@@ -52,12 +53,26 @@ def declare(parser: ArgumentParser) -> None:
             weights = "Weights of the patches (default: equal)."
             action.add_argument("--weights", type=float, nargs="+", default=[], help=weights)
         actions.add_subcommand(name, action, help=text)
+    _declare_sign(actions)
+
+
+def _declare_sign(actions: Any) -> None:
+    text = "Make the signatures that 'predict --task auto' needs, for a run that has none."
+    action = ArgumentParser(description=text, **STRICT)
+    action.add_argument("--run_dir", type=str, required=True, help="Folder of a run; its training images are read.")
+    declare_data_root(action)
+    declare_device(action)
+    declare_trust(action)
+    actions.add_subcommand("sign", action, help=text)
 
 
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs one of the actions."""
     actions = {"show": _show, "diff": _diff, "verify": _verify, "average": _average, "quantize": _quantize}
     options = config[config.action]
+    if config.action == "sign":
+        _sign(options)
+        return 0
     actions[config.action]([Path(file) for file in options.files], options)
     return 0
 
@@ -99,6 +114,14 @@ def _quantize(paths: list[Path], options: Namespace) -> None:
         smaller = replace(smaller, metrics={**smaller.metrics, FULL_PRECISION: before, "accuracy": after})
         note = f"test accuracy {before:.2f} % before, {after:.2f} % after"
     _write(smaller, options.output, note)
+
+
+def _sign(options: Namespace) -> None:
+    run_dir, init = opened(options)
+    check_images(init.data)
+    signed = list(sign_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer).for_evaluation()))
+    made = ", ".join(signed) if signed else "none, because every task has one"
+    open_console().print(f"signatures made in {run_dir}: {made}", soft_wrap=True)
 
 
 def _measure(patches: list[TaskPatch], options: Namespace) -> list[float]:
