@@ -136,6 +136,29 @@ def fit(module, data, index=0, **settings):
     return module.patch({})
 
 
+def train_means(module, data):
+    """Mean features of the classes of the current task of the data, by the network as it is."""
+    (images, labels), *others = (data.on_after_batch_transfer(b, 0) for b in data.plain_dataloader("train"))
+    images = torch.cat([images, *(each for each, _ in others)])
+    labels = torch.cat([labels, *(each for _, each in others)])
+    with torch.no_grad():
+        features = module.backbone(images)
+    return torch.stack([features[labels == label].mean(0) for label in range(len(data.classes))])
+
+
+def test_signatures_are_of_the_network_that_every_task_starts_from(isolated, data):
+    fit(isolated, data, max_epochs=1, limit_train_batches=2)
+    torch.manual_seed(5)  # what a piece draws changes nothing
+    isolated.begin_task(data.task_name, data.classes)
+    assert isolated.signature.facts == {
+        "task": "first",
+        "classes": data.classes,
+        "base": isolated.base,
+        "image_size": 32,
+    }
+    torch.testing.assert_close(train_means(isolated, data), isolated.signature.means.float(), rtol=1e-3, atol=1e-4)
+
+
 def snapshot(module):
     return {name: t.clone() for name, t in module.backbone.state_dict(keep_vars=False).items()}
 

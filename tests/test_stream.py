@@ -373,6 +373,8 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit
         resume = ["--resume", "true"]
     assert main(tiny_fit("--resume", "true", run_dir=killed)) == 0
     assert patches(killed) == patches(run)
+    for signature in (run / "signatures").iterdir():
+        assert (killed / "signatures" / signature.name).read_bytes() == signature.read_bytes()
     assert without_times(read_summary(killed)) == without_times(read_summary(run))
     assert not list((killed / "checkpoints").iterdir())
 
