@@ -109,7 +109,7 @@ def test_a_signature_comes_back_from_its_file_bit_by_bit(tmp_path):
     ("change", "fault"),
     [
         ({"means": torch.zeros(3, 5)}, "needs"),
-        ({"counts": torch.tensor([1, -1, 2])}, "negative"),
+        ({"counts": torch.tensor([1, -1, 2], dtype=torch.int32)}, "negative"),
         ({"labels": torch.full((60,), 3)}, "beyond the classes"),
         ({"scatter": torch.full((21,), torch.nan)}, "NaN"),
         ({"classes": ["x", "x", "y"]}, "classes"),
@@ -281,6 +281,27 @@ def test_a_router_of_many_tasks_is_small_and_takes_time_by_its_classes():
 
     assert seconds(large) < 20 * seconds(few)
     assert large.route(large._means[::5].float() + large._centre.float()).tasks.argmax(1).tolist() == list(range(1000))
+
+
+def test_a_small_signature_has_a_mean_and_a_count_for_each_class_and_is_found_all_the_same(tmp_path):
+    sizes = []
+    for classes in (5, 10):
+        train = features(classes, 40, 3, width=384, spread=1.0)
+        signature = sign(train, "new", classes)
+        signature.small().save(tmp_path / "small")
+        sizes.append((tmp_path / "small").stat().st_size)
+    assert (sizes[1] - sizes[0]) / 5 <= 800
+    small = Signature.load(tmp_path / "small")
+    assert small.to_bytes() == signature.small().to_bytes()
+    known = sign(features(5, 40, 4, width=384, spread=1.0), "known", 5)
+    router, full = Router([known, small]), Router([known, signature])
+    assert torch.equal(router._precision, Router([known])._precision)  # the scatter of the known task alone
+    assert float((router.route(train.features).tasks.argmax(1) == 1).double().mean()) > 0.95
+    same = router.scores(train.features).argmax(1) == full.scores(train.features).argmax(1)
+    assert float(same.double().mean()) > 0.95
+    for first, second in ((small, signature), (signature, small)):
+        with pytest.raises(PatchError, match="a small signature of task 'new' cannot be merged"):
+            first.merged(second)
 
 
 # candidates

@@ -85,7 +85,7 @@ class Router:
     def _solve(self, pool: "_Pool") -> None:
         """Solves the discriminant. Features are counted from the mean of all classes, which changes no probability."""
         means = torch.cat(pool.means)
-        precision, self.shrinkage = precision_matrix(pool.scatter, pool.images - len(means))
+        precision, self.shrinkage = precision_matrix(pool.scatter, pool.free)
         known = torch.cat(pool.counts) > 0
         self._centre = narrowed(means[known].mean(0).float()).double()  # the same bits in any order of tasks
         self._means = narrowed((means - self._centre).float())  # (K, D)
@@ -142,23 +142,25 @@ class _Pool:
     def __init__(self) -> None:
         self.tasks, self.classes = list[str](), list[list[str]]()
         self.means, self.counts = list[Tensor](), list[Tensor]()
-        self.images = 0
+        self.free = 0  # images less classes
         self.first: Signature | None = None
         self._held_out: list[Tensor] = []
 
     def add(self, signature: Signature) -> None:
         """Adds a task."""
         if self.first is None:
-            self.first, self.scatter = signature, torch.zeros_like(signature.scatter)
+            width = signature.means.shape[1]
+            self.first, self.scatter = signature, torch.zeros(width, width, dtype=torch.float64)
         signature.check(self.first.base, self.first.image_size)
         if signature.task in self.tasks:
             raise RunError(f"task {signature.task!r} has two signatures; give each task one")
-        self.scatter += signature.scatter
+        if not signature.is_small:
+            self.scatter += signature.scatter
+            self.free += int(signature.counts.sum()) - len(signature.classes)
         self.tasks.append(signature.task)
         self.classes.append(signature.classes)
         self.means.append(signature.means)
         self.counts.append(signature.counts)
-        self.images += int(signature.counts.sum())
         features = signature.held_out.features
         self._held_out.append(narrowed(_spaced(features, _SAMPLE // len(self.tasks))))
 

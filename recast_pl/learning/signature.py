@@ -11,7 +11,7 @@ Algorithm for Computing Sample Variances", COMPSTAT 1982):
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Signature:
         image_size: Height and width of its input.
         counts: Training images of each class (C,), int64.
         means: Mean features of each class (C, D), double precision; 0 for a class without images.
-        scatter: Scatter within classes (D, D), double precision.
+        scatter: Scatter within classes (D, D), double precision; (0, 0) in a small signature, which has none.
         held_out: Features (V, D) and labels (V,) of some validation images, which temperatures and thresholds are
             fitted to.
     """
@@ -100,17 +100,32 @@ class Signature:
         )
 
     @property
-    def features(self) -> int:
-        """D, the number of features."""
-        return self.means.shape[1]
+    def is_small(self) -> bool:
+        """Whether it has counts and means alone."""
+        return not len(self.scatter)
+
+    def small(self) -> "Signature":
+        """A copy with counts and means alone: 772 bytes a class for 384 features.
+
+        A router that knows the scatter of other tasks can find the task with it.
+        """
+        width = self.means.shape[1]
+        means, nothing = (
+            narrowed(self.means.float()).double(),
+            Features(torch.zeros(0, width), self.held_out.labels[:0]),
+        )
+        return replace(self, means=means, scatter=torch.zeros(0, 0, dtype=torch.float64), held_out=nothing)
 
     def merged(self, other: "Signature") -> "Signature":
         """The signature of all images, from those of two parts of them, such as those of two machines.
 
         Raises:
-            PatchError: If the other one has other classes, or belongs to another task, base or image size.
+            PatchError: If the other one has other classes, or belongs to another task, base or image size, or one of
+                the two is small.
         """
         self.check(other.base, other.image_size)
+        if self.is_small or other.is_small:
+            raise PatchError(f"a small signature of task {self.task!r} cannot be merged; merge those of 'signatures/'")
         if (self.task, self.classes) != (other.task, other.classes):
             raise PatchError(
                 f"signatures of task {self.task!r} with classes {self.classes} and of task {other.task!r} with classes "
@@ -152,9 +167,9 @@ class Signature:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name as the file keeps them: of the scatter, which is symmetric, the upper triangle."""
         return {
-            "counts": self.counts,
-            "means": self.means.float(),
-            "scatter": self.scatter[_upper(self.features)].float(),
+            "counts": self.counts.int(),
+            "means": narrowed(self.means.float()) if self.is_small else self.means.float(),
+            "scatter": self.scatter[_upper(len(self.scatter))].float(),
             "features": narrowed(self.held_out.features),
             "labels": self.held_out.labels,
         }
@@ -171,7 +186,7 @@ class Signature:
             _check(tensors, facts)
         except (PatchError, KeyError, TypeError, ValueError) as cause:
             raise PatchError(f"a signature is damaged ({one_line(cause)}); make it again with 'patch sign'") from cause
-        width = tensors["means"].shape[1]
+        width = tensors["means"].shape[1] if len(tensors["scatter"]) else 0
         scatter, upper = torch.zeros(width, width, dtype=torch.float64), _upper(width)
         scatter[upper] = tensors["scatter"].double()
         scatter.T[upper] = tensors["scatter"].double()
@@ -179,7 +194,7 @@ class Signature:
         size = read_size(facts["image_size"])
         assert size is not None  # it is checked
         values = (facts["task"], facts["classes"], facts["base"], size)
-        return cls(*values, tensors["counts"], tensors["means"].double(), scatter, held_out)
+        return cls(*values, tensors["counts"].long(), tensors["means"].double(), scatter, held_out)
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; equal signatures give equal bytes."""
@@ -224,9 +239,11 @@ def _check(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     check_identity(facts)
     classes, width = len(facts["classes"]), tensors["means"].shape[-1]
     held = len(tensors["labels"])
-    shapes = {"counts": (classes,), "means": (classes, width), "scatter": (width * (width + 1) // 2,)}
+    shapes = {"counts": (classes,), "means": (classes, width), "scatter": tensors["scatter"].shape}
+    if len(tensors["scatter"]):
+        shapes["scatter"] = (width * (width + 1) // 2,)
     shapes |= {"features": (held, width), "labels": (held,)}
-    check_state("the signature", tensors, shapes, counts=torch.int64, labels=torch.int64)
+    check_state("the signature", tensors, shapes, counts=torch.int32, labels=torch.int64)
     labels = tensors["labels"]
     if tensors["counts"].min() < 0 or (held and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
         raise ValueError("a number of images is negative, or a label is beyond the classes")
