@@ -13,6 +13,7 @@ from recast_pl.decomposition.sources import FreeCoefficients, FreeTemplates
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
 from recast_pl.inference.predictor import Prediction, Predictor, load
+from recast_pl.learning.averaging import AverageEpochs
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.schedule import QuarterCosine, WarmUp
 from recast_pl.learning.til_module import TILModule
@@ -29,6 +30,7 @@ from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
 from recast_pl.methods.inflora import InfLoRA
+from recast_pl.methods.l2_sp import L2SP
 from recast_pl.methods.l2p import L2P
 from recast_pl.methods.linear_probe import LinearProbe
 from recast_pl.methods.lora import LoRA
