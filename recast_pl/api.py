@@ -18,6 +18,7 @@ from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.schedule import QuarterCosine, WarmUp
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.adaptformer import AdaptFormer
+from recast_pl.methods.atlas import ATLAS
 from recast_pl.methods.chosen import Chosen
 from recast_pl.methods.clr import CLR
 from recast_pl.methods.derpp import DERPP
