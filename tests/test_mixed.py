@@ -18,6 +18,7 @@ COUNTS = [2, 1, 3]
 APART = {
     *("piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"),
     *("projection+finetune-vit", "projection+finetune-resnet"),
+    "atlas-vit",  # the network itself owns the class token
 }
 """Methods whose tasks need too much memory, or more than new values of parameters."""
 
@@ -85,6 +86,7 @@ QUICK = {
 }
 NO_PRODUCTS = {  # at any layer
     *UNTRAINED,
+    *("atlas-resnet", "recast+atlas-vit"),
     *("bias-vit", "bias-resnet", "norm-vit", "norm-resnet", "headscale-vit"),
     *("dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
     *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet", "dropout-vit", "dropout-resnet"),
