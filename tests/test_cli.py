@@ -336,9 +336,9 @@ def test_compare_trains_methods_and_seeds_and_continues_where_it_stopped(tiny_fi
     words = ["compare", "--base", "vit.yaml", "--configs", "methods/probe.yaml", "methods/melo.yaml"]
     words += ["--output", str(tmp_path / "table"), "--options", shlex.join(options), "--seeds", "1"]
     assert main(words) == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("patches/*.safetensors")}
     assert main([*words, "2"]) == 0
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("*.safetensors")}
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("patches/*.safetensors")}
     assert len(before) == 4
     assert len(after) == 8
     assert before.items() <= after.items()  # nothing was trained twice

@@ -8,10 +8,11 @@
 Covariance Estimation", IEEE Transactions on Signal Processing 2010, equation 23, without the terms 2/D, as in
 scikit-learn). T is the temperature at which the tasks of validation images are most probable.
 
-An image is strange if it is far from all classes, or between tasks. How strange it is, is the sum of two numbers: the
-squared Mahalanobis distance (x − μ)ᵀP(x − μ) to the nearest class, and 1 − max p(task | x), each less its mean over
-validation images and divided by its standard deviation there. On tasks that were left out, the sum tells unknown images
-from known ones better than either, and than the relative Mahalanobis distance (`benchmarks/routing.py`).
+An image is strange if it is far from all classes, or between tasks. Two numbers are added up: the squared Mahalanobis
+distance (x − μ)ᵀP(x − μ) to the nearest class, and 1 − max p(task | x), each less its mean over validation images and
+divided by its standard deviation there. Where tasks are alike, the sum tells images of a task that was left out from
+known ones better than either number; images unlike all tasks, the distance alone tells better
+(`benchmarks/routing.py`).
 """
 
 from collections.abc import Iterable
