@@ -162,8 +162,7 @@ class Chosen(WeightPiece[ChosenCore]):
 
     def _sample(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of evenly spaced training images, and their labels; a split lists images by class."""
-        batches = sum(1 for _ in self.learner.batches("train"))
-        step = 1 if self.batches is None else -(-batches // self.batches)
+        step = 1 if self.batches is None else -(-self.learner.batch_count("train") // self.batches)
         parts = self._every(step)
         while group := list(islice(parts, step)):
             images, labels = (torch.cat(part) for part in zip(*group, strict=True))
