@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import RANDOM, ROOT, TINY_VIT, clipart_words
 from safetensors.torch import load_file
-from test_stream import killed_by_itself, patches
+from test_stream import kill_and_resume, patches
 
 import recast_pl
 from recast_pl import TaskPatch
@@ -147,7 +147,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
     for hook, task, epoch in moments:
         callback = {"class_path": "crash_callbacks.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
         callbacks = ["--trainer.callbacks", json.dumps([callback])]
-        killed_by_itself(words(killed, "--trainer.max_epochs", 2, *callbacks, *resume), killed)
+        kill_and_resume(words(killed, "--trainer.max_epochs", 2, *callbacks, *resume), killed)
         resume = ["--resume", "true"]
     assert main(words(killed, "--trainer.max_epochs", 2, *resume)) == 0
     assert patches(killed) == patches(tmp_path / "whole")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RANDOM, ROOT, clipart_words, learn
-from test_stream import killed_by_itself, patches, read_summary, without_times
+from test_stream import kill_and_resume, patches, read_summary, without_times
 
 from recast_pl import TaskPatch, load
 from recast_pl.cli import main
@@ -309,7 +309,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(run, tiny_fit, tmp_path):
     callback = {"class_path": "crash_callbacks.KillAt"}
     callback["init_args"] = {"hook": "on_train_end", "task": "second", "epoch": 3}
     words = tiny_fit("--patch_precision", "int4", "--trainer.callbacks", json.dumps([callback]), run_dir=killed)
-    killed_by_itself(words, killed)
+    kill_and_resume(words, killed)
     assert main(tiny_fit("--patch_precision", "int4", "--resume", "true", run_dir=killed)) == 0
     assert patches(killed) == patches(run)
     assert without_times(read_summary(killed)) == without_times(read_summary(run))

@@ -38,7 +38,7 @@ from recast_pl.runs.metrics import (
 from recast_pl.runs.stream import Stream
 
 # methods of each kind of state that resuming needs
-ISOLATED = ("rosa", "chosen", "recast_dora", "adaptformer")
+ISOLATED = ("rosa", "chosen", "recast_dora", "recast_l2sp", "adaptformer")
 SHARED = ("ewc", "gdumb", "derpp", "hat", "inflora")
 GATHERING = ("derpp", "inflora")  # shared methods whose training depends on the images of all processes
 TIMES = ("seconds", "wall_seconds")
@@ -339,7 +339,7 @@ def test_a_task_without_a_patch_is_trained_again_from_the_shared_state_before_it
         "class_path": "crash_callbacks.KillAt",
         "init_args": {"hook": "on_train_start", "task": "second", "epoch": 0},
     }
-    killed_by_itself(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=first), first)
+    kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=first), first)
     before = without_times(read_summary(run)), patches(run), (run / "shared" / "01_second.safetensors").read_bytes()
     (run / "patches" / "01_second.safetensors").unlink()
     shutil.copy(first / "shared" / "00_first.safetensors", run / "shared")
@@ -350,7 +350,7 @@ def test_a_task_without_a_patch_is_trained_again_from_the_shared_state_before_it
     assert len(list((run / "shared").iterdir())) == 1
 
 
-def killed_by_itself(words, run):
+def kill_and_resume(words, run):
     """Trains in a process that a callback kills."""
     log = run.parent / "log"
     assert forks()(words=words, log=str(log)) == -signal.SIGKILL, log.read_text()
@@ -366,7 +366,7 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit
     resume = []
     for hook, task, epoch in moments:
         callback = {"class_path": "crash_callbacks.KillAt", "init_args": {"hook": hook, "task": task, "epoch": epoch}}
-        killed_by_itself(tiny_fit("--trainer.callbacks", json.dumps([callback]), *resume, run_dir=killed), killed)
+        kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback]), *resume, run_dir=killed), killed)
         resume = ["--resume", "true"]
     assert main(tiny_fit("--resume", "true", run_dir=killed)) == 0
     assert patches(killed) == patches(run)
@@ -384,7 +384,7 @@ def test_warm_starts_schedules_accumulation_and_clipping_survive_a_kill(tiny_fit
         "init_args": {"hook": "on_validation_end", "task": "first", "epoch": 2},
     }
     killed = tmp_path / "killed"
-    killed_by_itself(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
+    kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
     assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
     assert patches(killed) == patches(tmp_path / "whole")
 
@@ -400,7 +400,7 @@ def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
         "init_args": {"hook": "on_train_batch_start", "task": task, "epoch": 1},
     }
     killed = tmp_path / "killed"
-    killed_by_itself(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
+    kill_and_resume(tiny_fit(*more, "--trainer.callbacks", json.dumps([callback]), run_dir=killed), killed)
     assert main(tiny_fit(*more, "--resume", "true", run_dir=killed)) == 0
     assert patches(killed) == patches(tmp_path / "whole")
     if method in SHARED:
@@ -553,7 +553,7 @@ def test_checkpoints_hold_nothing_of_the_frozen_network(tiny_fit, tmp_path):
         "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3},
     }
     run = tmp_path / "run"
-    killed_by_itself(tiny_fit("--trainer.callbacks", json.dumps([callback])), run)
+    kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback])), run)
     checkpoint = torch.load(run / "checkpoints" / "00_first" / "last.ckpt", weights_only=True)
     assert sum(t.numel() for t in checkpoint["state_dict"].values()) == 96 + 3 * 33
     shutil.rmtree(run)
@@ -619,7 +619,7 @@ def test_a_damaged_checkpoint_is_named_and_the_task_trained_from_its_start(run, 
         "class_path": "crash_callbacks.KillAt",
         "init_args": {"hook": "on_train_end", "task": "first", "epoch": 3},
     }
-    killed_by_itself(tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=damaged), damaged)
+    kill_and_resume(tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=damaged), damaged)
     last = damaged / "checkpoints" / "00_first" / "last.ckpt"
     content = bytearray(last.read_bytes())
     with zipfile.ZipFile(last) as archive:
