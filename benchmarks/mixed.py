@@ -4,11 +4,12 @@
     uv run python benchmarks/mixed.py --weights random --device cuda --size 224
 
 64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of `vit_best.yaml` (48).
-The contenders take turns, and the median of the ratios of all rounds is printed. `switching` activates each image's
-task and runs the merged network for it; `one by one` is the same within the library; `weights` and `products` are one
-pass for all tasks, in which every layer uses that strategy; `rule` lets each layer choose as
-`recast_pl.inference.mixed_batch` does. Before that, the memory of 10,000 tasks is measured, without their heads and
-class names.
+Each task of `--method chosen` has entries drawn at random; real tasks share more of them, which costs less. The
+contenders take turns, and the median of the ratios of all rounds is printed. `switching` activates each image's task
+and runs the merged network for it; `one by one` is the same within the library; `weights` and `products` are one pass
+for all tasks, in which every layer uses that strategy; `rule` lets each layer choose as
+`recast_pl.inference.mixed_batch` does. `one task` is an ordinary pass as if all images were of one task, which no pass
+for several tasks can beat. Before that, the memory of 10,000 tasks is measured, without their heads and class names.
 """
 
 import argparse
@@ -20,11 +21,14 @@ from pathlib import Path
 
 import torch
 
-from recast_pl import AdaptFormer, BackboneConfig, BankLayout, LoRA, Predictor, Recast, Spectral, TILModule
+from recast_pl import AdaptFormer, BackboneConfig, BankLayout, Chosen, LoRA, Predictor, Recast, Spectral, TILModule
 
 BACKBONE = "vit_small_patch14_dinov2"
 MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
-METHODS = {"recast": lambda: Recast(MLP), "spectral": Spectral, "lora": LoRA, "adaptformer": AdaptFormer}
+METHODS = {
+    **{"recast": lambda: Recast(MLP), "spectral": Spectral, "chosen": Chosen},
+    **{"lora": LoRA, "adaptformer": AdaptFormer},
+}
 
 
 def build(options):
@@ -34,13 +38,17 @@ def build(options):
     module.build(options.size)
     module.begin_task("task", list("abcde"))
     patch = module.patch({})
-    tasks = [dataclasses.replace(patch, task=f"task{i}", pieces=[moved(patch.pieces[0])]) for i in range(options.tasks)]
+    tasks = [dataclasses.replace(patch, task=f"task{i}", pieces=[moved(piece)]) for i in range(options.tasks)]
     return module.to(options.device).eval(), tasks
 
 
-def moved(state):
+def moved(piece):
     """The state of another task: the time that it takes does not depend on the values."""
-    return {n: t + 0.1 * (float(t.abs().mean()) or 1.0) * torch.randn_like(t) for n, t in state.items()}
+    if isinstance(piece, Chosen):
+        piece.load_training_state({"indices": torch.randperm(piece.total)[: piece.count].sort().values})
+    state = piece.task_state()
+    numbers = {n: t for n, t in state.items() if t.is_floating_point()}
+    return state | {n: t + 0.1 * (float(t.abs().mean()) or 1.0) * torch.randn_like(t) for n, t in numbers.items()}
 
 
 def wait(device):
@@ -81,6 +89,10 @@ def speed(module, patches, options):
                     parts.append(module.backbone(image[None]))
         return torch.cat(parts)
 
+    def one_task():
+        with module.merged():
+            module.backbone(images)
+
     layers = mixed.layers(images, tasks)
     actions = {"switching": switching, "one by one": lambda: mixed.one_by_one(images, tasks, counts)}
     for name, products in (("weights", False), ("products", True), ("rule", None)):
@@ -88,7 +100,7 @@ def speed(module, patches, options):
     wanted = switching()
     for name, action in actions.items():
         print(f"{name}: largest difference from switching {(action() - wanted).abs().max():.1e}")
-    found = turns(actions, options)
+    found = turns(actions | {"one task": one_task}, options)
     for name, taken in found.items():
         gain = statistics.median(a / b for a, b in zip(found["switching"], taken, strict=True))
         print(f"{name}: {1000 * statistics.median(taken):.0f} ms, {gain:.2f} times as fast as switching", flush=True)

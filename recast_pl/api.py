@@ -13,10 +13,12 @@ from recast_pl.decomposition.sources import FreeCoefficients, FreeTemplates
 from recast_pl.decomposition.targets import BankLayout
 from recast_pl.errors import RecastError
 from recast_pl.inference.predictor import Prediction, Predictor, load
+from recast_pl.learning.averaging import AverageEpochs
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.schedule import QuarterCosine, WarmUp
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.adaptformer import AdaptFormer
+from recast_pl.methods.atlas import ATLAS
 from recast_pl.methods.chosen import Chosen
 from recast_pl.methods.clr import CLR
 from recast_pl.methods.derpp import DERPP
@@ -29,6 +31,7 @@ from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
 from recast_pl.methods.inflora import InfLoRA
+from recast_pl.methods.l2_sp import L2SP
 from recast_pl.methods.l2p import L2P
 from recast_pl.methods.linear_probe import LinearProbe
 from recast_pl.methods.lora import LoRA

@@ -3,15 +3,18 @@
 A method is one line of `METHODS`.
 """
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 
 import lightning as L
 import pytest
 import torch
 from conftest import ROOT, TINY_VIT
 from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import save_file
 
 import recast_pl as rp
 from recast_pl import (
@@ -38,6 +41,22 @@ def recast(layout=VIT_MLP):
     return rp.Recast(layout, learning_rate=2.5e-3)
 
 
+FOLDER = tempfile.TemporaryDirectory()  # of this process
+
+
+@functools.cache
+def vectors(name):
+    """Files of two networks that were fine-tuned, or rather shaken."""
+    backbone = {"vit": VIT, "resnet": RESNET}[name]
+    files = [f"{FOLDER.name}/{name}{seed}.safetensors" for seed in range(2)]
+    with torch.random.fork_rng(devices=[]):
+        for seed, file in enumerate(files):
+            torch.manual_seed(seed)
+            network = backbone.build(32).net
+            save_file({key: p + 0.1 * torch.randn_like(p) for key, p in network.named_parameters()}, file)
+    return files
+
+
 ON_BOTH = {
     "probe": lambda: [rp.LinearProbe()],
     "melo": lambda: [rp.LoRA()],
@@ -60,6 +79,7 @@ ON_BOTH = {
     "unilora": lambda: [rp.UniLoRA(count=20, learning_rate=2e-2)],
     "bias": lambda: [rp.PartialFineTune()],
     "norm": lambda: [rp.PartialFineTune([r"(norm|bn)\w*\.(weight|bias)$"])],
+    "l2sp": lambda: [rp.Scale(learning_rate=2e-2), rp.L2SP(0.1)],
     "projection": lambda: [rp.Projection(8)],
     "projection+finetune": lambda: [rp.FullFineTune(), rp.Projection(8)],
     "sequential": lambda: [rp.FineTune()],
@@ -71,6 +91,8 @@ ON_BOTH = {
     "hat": lambda: [rp.FineTune(), rp.HAT()],
 }
 ON_VIT = {
+    "atlas": lambda: [rp.ATLAS(vectors("vit"))],
+    "recast+atlas": lambda: [recast(), rp.ATLAS(vectors("vit"), [r"mlp"])],
     "recast": lambda: [recast()],
     "two-recasts": lambda: [recast(), recast(VIT_ATTENTION)],
     "recast+adaptformer": lambda: [recast(), rp.AdaptFormer(dropout=0)],
@@ -82,6 +104,7 @@ ON_VIT = {
     "recast+rosa-sparse": lambda: [recast(), rp.RoSA(0.001, 2)],
     "recast+spectral": lambda: [recast(), rp.Spectral(learning_rate=2e-2)],
     "recast+chosen": lambda: [recast(), rp.Chosen(count=9, rank=4, diagonal=False, learning_rate=2e-2)],
+    "recast+l2sp": lambda: [recast(), rp.L2SP(0.1)],
     "recast+projection": lambda: [recast(), rp.Projection(8)],
     "recast+growth": lambda: [recast(), rp.Growth(learning_rate=2e-2)],
     "lossy": lambda: [recast(VIT_ATTENTION)],
@@ -93,6 +116,7 @@ ON_VIT = {
     "l2p": lambda: [rp.L2P()],
 }
 ON_RESNET = {
+    "atlas": lambda: [rp.ATLAS(vectors("resnet"))],
     "recast": lambda: [recast(RESNET_CONV)],
     "recast+piggyback": lambda: [recast(RESNET_CONV), rp.Piggyback(learning_rate=1e-2)],
     "recast+clr": lambda: [recast(RESNET_CONV), rp.CLR()],

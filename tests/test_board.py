@@ -224,8 +224,17 @@ def test_the_page_is_made_from_results_alone_with_the_intervals_of_scipy(tmp_pat
     assert summary["few"]["share of LoRA's gain"] == f"{100 * gains['few'] / gains['lora']:.0f} %"
     assert (summary["lora"]["share of LoRA's gain"], summary["lora"]["streams shared"]) == ("100 %", "2")
     assert (summary["alone"]["first"], summary["alone"]["streams shared"]) == ("–", "1")
+    few, probe = (
+        np.mean([scores[stream, name].mean(1) for stream in ("first", "second")], 0) for name in ("few", "probe")
+    )
+    low, high = ttest_rel(few, probe).confidence_interval(0.95)
+    assert summary["few"]["mean of all streams"] == f"{(few - probe).mean():+.2f} [{low:+.2f}, {high:+.2f}] better"
+    assert summary["alone"]["mean of all streams"] == "–"
+    axis = "bytes of a whole task, head included"
     svg = (tmp_path / "figures" / "board_accuracy.svg").read_text()
-    assert all(f"<!-- {text} -->" in svg for text in ("first", "second", *shifts, "bytes of a whole task"))
+    assert all(f"<!-- {text} -->" in svg for text in ("first", "second", *shifts, axis))
+    mean = (tmp_path / "figures" / "board_mean.svg").read_text()
+    assert [f"<!-- {text} -->" in mean for text in (*shifts, axis, "alone")] == [True] * 6 + [False]
     before = page, svg
     assert main(["board", "--output", str(tmp_path)]) == 0
     after = (tmp_path / "board.md").read_text(), (tmp_path / "figures" / "board_accuracy.svg").read_text()

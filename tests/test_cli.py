@@ -66,7 +66,13 @@ def test_every_method_config_changes_only_the_method_and_its_protocol(method, ca
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_evaluates_to_the_same_numbers(method, tiny_fit, tmp_path):
     words = tiny_fit("--config", f"methods/{method}.yaml", "--trainer.max_epochs", "1")
-    if method in ON_OTHERS:
+    if method == "atlas":
+        each = tiny_fit(
+            "--config", "methods/finetune_each.yaml", "--trainer.max_epochs", "1", run_dir=tmp_path / "each"
+        )
+        assert main(each) == 0
+        words += ["--model.pieces.vectors", json.dumps([str(tmp_path / "each" / "patches")])]
+    elif method in ON_OTHERS:
         words[2], words[words.index("vit_tiny_patch16_224")] = ON_OTHERS[method]
         words[words.index(json.dumps(TINY_VIT))] = "{}"
     else:  # wide enough for a density of one entry in a hundred thousand

@@ -369,6 +369,38 @@ def test_transforms_differ_between_epochs_and_skip_evaluation(image_folder):
             assert torch.equal(ours[0], theirs[0])
 
 
+AUGMENT = (v2.RandomResizedCrop(16, (0.2, 1)), v2.RandAugment())
+
+
+def test_each_image_of_a_batch_gets_a_crop_and_an_augmentation_of_its_own(tmp_path):
+    # all images are equal, so they differ after the transforms only if each has random numbers of its own
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for label, index in itertools.product("ab", range(12)):
+        write(tmp_path / "equal" / label / f"{index}.png")
+        picture.save(tmp_path / "equal" / label / f"{index}.png")
+    for transform in AUGMENT:
+        data = stream(TaskConfig("equal", str(tmp_path / "equal"), flip=False), transforms=[transform], batch_size=16)
+        epochs = [epoch_of(data, epoch)[0] for epoch in (0, 1, 0)]
+        distinct = [len(torch.unique(images.flatten(1), dim=0)) for images in epochs]
+        assert min(distinct) > 0.6 * len(epochs[0])  # some operations of RandAugment change nothing
+        assert torch.equal(epochs[0], epochs[2])
+        assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_tasks_without_transforms_have_those_of_the_stream(image_folder):
+    folder, own, none = str(image_folder("colours")), (v2.ColorJitter(0.4),), (v2.Identity(),)
+    tasks = TaskConfig("a", folder), TaskConfig("b", folder, transforms=own), TaskConfig("c", folder, transforms=none)
+    data = stream(*tasks, transforms=AUGMENT)
+    assert [task.transforms for task in data.tasks] == [AUGMENT, own, none]
+    alone = stream(TaskConfig("a", folder, transforms=AUGMENT))
+    assert torch.equal(epoch_of(data)[0], epoch_of(alone)[0])
+    plain = stream(TaskConfig("a", folder))
+    assert not torch.equal(epoch_of(data)[0], epoch_of(plain)[0])
+    data.select(2)
+    plain.tasks[0] = TaskConfig("c", folder)
+    assert torch.equal(epoch_of(data)[0], epoch_of(plain)[0])
+
+
 def test_a_data_set_can_be_sent_to_workers(image_folder):
     data = stream(TaskConfig("colours", str(image_folder("colours"))))
     dataset = pickle.loads(pickle.dumps(data.train_dataloader().dataset))

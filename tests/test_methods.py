@@ -1,6 +1,8 @@
 """Formulas of the methods against PEFT, float64 and numbers worked out by hand; counts against the papers'."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import peft
@@ -10,13 +12,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_all_methods import VIT
 from torch import nn
 from torch.nn.utils import parametrize
 
 import recast_pl
 from recast_pl import (
+    ATLAS,
     CLR,
+    L2SP,
     AdaptFormer,
     BankLayout,
     DoRA,
@@ -29,12 +34,15 @@ from recast_pl import (
     RoSA,
     Scale,
     Spectral,
+    TaskPatch,
     TILModule,
     TinyLoRA,
     UniLoRA,
 )
+from recast_pl.cli import main
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
+from recast_pl.methods.recast import load_decompositions
 
 
 class Small(nn.Module):
@@ -695,6 +703,97 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
     assert sum(p.numel() for p in piece.parameters.values()) == sum(p.numel() for p in resnet34.parameters())
 
 
+# L2-SP
+
+
+def test_l2sp_pulls_every_number_towards_where_the_task_starts():
+    network, scale, lora = Small(), Scale(targets=["layer"]), LoRA(targets=["conv"])
+    penalty = L2SP(3.0)
+    for piece in (scale, lora):
+        attached(piece, network)
+    penalty.join([scale, lora, penalty])
+    penalty.attach(network)
+    numbers = [p.requires_grad_() for piece in (scale, lora) for p in piece.parameters.values()]
+    start = [p.detach().double() for p in numbers]
+    penalty.begin_training(nn.Linear(1, 1))
+    assert penalty.loss(None) == 0
+    randomise(scale)
+    randomise(lora)
+    expected = 1.5 * sum(((p.detach().double() - s) ** 2).sum() for p, s in zip(numbers, start, strict=True))
+    loss = penalty.loss(None)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-6)
+    for gradient, p, s in zip(torch.autograd.grad(loss, numbers), numbers, start, strict=True):
+        assert torch.allclose(gradient.double(), 3 * (p.detach().double() - s), atol=1e-5)
+
+
+def test_l2sp_keeps_coefficients_close_to_their_start(tiny_fit, tmp_path):
+    moved = {}
+    for strength in (0, 1000):
+        pieces = ["--config", "methods/recast_l2sp.yaml", "--model.pieces.L2SP.strength", str(strength)]
+        more = ["--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"]
+        run = tmp_path / str(strength)
+        assert main(tiny_fit(*pieces, *more, run_dir=run)) == 0
+        patch = TaskPatch.load(run / "patches" / "00_first.safetensors")
+        start = torch.cat([bank.coefficients.mean(1).flatten() for bank in load_decompositions(run).banks])
+        moved[strength] = (patch.pieces[0]["coefficients"] - start).norm()
+        assert patch.pieces[1] == {}
+    assert 0 < moved[1000] < 0.5 * moved[0]
+
+
+# aTLAS
+
+
+def test_atlas_adds_the_weighted_differences_of_other_networks(tmp_path):
+    network = Small()
+    base = {name: p.detach().double().clone() for name, p in network.named_parameters()}
+    files, generator = [], torch.Generator().manual_seed(0)
+    for number in range(2):
+        tuned = {name: torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        save_file(tuned | {"head.weight": torch.zeros(2 + number, 8)}, tmp_path / f"{number}.safetensors")
+        files.append({name: value.double() for name, value in tuned.items()})
+    piece = attached(ATLAS([str(tmp_path)]), network)
+    assert sum(p.numel() for p in piece.parameters.values()) == 2 * 4  # two weights and two biases
+    randomise(piece)
+    for name, value in base.items():
+        factors = piece.parameters[f"{name}:coefficients"].detach().double()
+        expected = value + sum(f * (tuned[name] - value) for f, tuned in zip(factors, files, strict=True))
+        module, _, attribute = name.rpartition(".")
+        assert torch.allclose(getattr(network.get_submodule(module), attribute).double(), expected, atol=1e-5), name
+    piece.begin_task()
+    assert all(torch.equal(getattr(network, n).weight.double(), base[f"{n}.weight"]) for n in ("layer", "conv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"no tensors", "cannot be read"),
+        (None, "hold no .safetensors file"),
+        ({"layer.weight": torch.zeros(2, 2)}, r"layer.weight is \(2, 2\) in the vectors and \(8, 6\) in the network"),
+        ({"other": torch.zeros(2)}, "match none of 0 names"),
+    ],
+)
+def test_files_that_hold_no_vectors_are_named(content, named, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / "a.safetensors").write_bytes(content)
+    elif content:
+        save_file(content, tmp_path / "a.safetensors")
+    with pytest.raises(MethodError, match=named):
+        attached(ATLAS([str(tmp_path)]), Small())
+
+
+def test_atlas_learns_from_patches_of_fine_tuning_and_then_needs_only_its_run_folder(tiny_fit, tmp_path):
+    vectors = tmp_path / "each" / "patches"
+    few = ("--trainer.max_epochs", "1", "--trainer.logger", "false")
+    assert main(tiny_fit("--config", "methods/finetune_each.yaml", *few, run_dir=vectors.parent)) == 0
+    pieces = ["--model.pieces", json.dumps([{"class_path": "ATLAS", "init_args": {"vectors": [str(vectors)]}}])]
+    assert main(tiny_fit(*pieces, *few)) == 0
+    shutil.rmtree(vectors)
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    patch = TaskPatch.load(tmp_path / "run" / "patches" / "00_first.safetensors")
+    assert patch.pieces[0]["numbers"].shape == (2 * 150,)  # 12 blocks of 12 parameters, 2 tokens, 2 layers beside them
+    assert patch.pieces[0]["numbers"].any()
+
+
 # refusals and combinations
 
 
@@ -718,6 +817,8 @@ def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_paramete
         (lambda: UniLoRA(count=0), "UniLoRA: count=0"),
         (lambda: UniLoRA(rank=0), "UniLoRA: .*rank=0"),
         (lambda: HeadScale(targets=["layer"]), "HeadScale: layer.weight has no num_heads"),
+        (lambda: L2SP(-1), "L2SP: strength=-1"),
+        (lambda: L2SP(1), "L2SP: the pieces before it train nothing"),
         (lambda: PartialFineTune(["nothing"]), "PartialFineTune: targets .* match none of 4 names"),
         (lambda: AdaptFormer(dropout=1), "AdaptFormer: dropout=1"),
         (AdaptFormer, "AdaptFormer: targets .* match none"),

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,7 @@ def fixed_weights(weights: Mapping[ParametrizationList, Tensor]) -> Iterator[Non
     `torch.nn.utils.parametrize.cached` is not used because its cache serves all threads: a thread that trains would
     read weights that it cached at an earlier step as soon as another thread enters the context.
 
-    PyTorch 2.11 to 2.15 get a parametrized weight by calling its `ParametrizationList`, and a module is called by the
-    `forward` of the instance.
+    PyTorch 2.11 to 2.15 get a parametrized weight by calling its `ParametrizationList`.
     """
     fixed, thread = dict(weights), threading.get_ident()
 
@@ -26,18 +25,29 @@ def fixed_weights(weights: Mapping[ParametrizationList, Tensor]) -> Iterator[Non
         here = threading.get_ident() == thread
         return fixed[parametrization] if here and parametrization in fixed else generate()
 
-    before = {parametrization: vars(parametrization).get("forward") for parametrization in fixed}
-    for parametrization in fixed:
-        parametrization.forward = partial(forward, parametrization, parametrization.forward)  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        stack.callback(fixed.clear)  # another thread may have kept this `forward` as its own fallback
+        for parametrization in fixed:
+            generate = partial(forward, parametrization, parametrization.forward)
+            stack.enter_context(replaced_forward(parametrization, generate))
+        yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A context in which a module computes something else, within its hooks.
+
+    PyTorch 2.11 to 2.15 call the `forward` of the instance.
+    """
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        fixed.clear()  # another thread may have kept this `forward` as its own fallback
-        for parametrization, previous in before.items():
-            if previous is None:
-                vars(parametrization).pop("forward", None)
-            else:
-                parametrization.forward = previous  # type: ignore[method-assign]
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ _NOT_IMPORTED = {
     "name",
     "dataset",
     "targets",
+    "vectors",
 }  # plain text, never a function
 
 _UNPICKLED = {"checkpoint_path", "pretrained_cfg"}  # arguments of timm: some versions unpickle such files

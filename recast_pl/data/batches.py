@@ -83,7 +83,7 @@ def check_transforms(task: TaskConfig, size: ImageSize) -> None:
         size: Height and width of the image in pixels.
 
     Raises:
-        DataError: If a transform fails, or returns something else than a uint8 image.
+        DataError: If a transform fails, or returns something else than a uint8 image, or too large a one.
     """
     with torch.random.fork_rng(devices=[]):
         image: Any = torch.randint(256, (3, *height_and_width(size)), dtype=torch.uint8)
@@ -100,6 +100,12 @@ def check_transforms(task: TaskConfig, size: ImageSize) -> None:
                     f"task {task.name!r}: transform {type(transform).__name__} must return a uint8 image like the one "
                     "that it gets; leave it out, because images are converted and normalised after the transforms"
                 )
+        found, wanted = tuple(image.shape[1:]), height_and_width(size)
+        if found[0] > wanted[0] or found[1] > wanted[1]:
+            raise DataError(
+                f"task {task.name!r}: the transforms return images of {size_text(found)} pixels; give them at most the "
+                f"size of data.image_size, {size_text(size)}"
+            )
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_convert
 from torchvision.transforms.v2 import functional as tv
 
@@ -65,6 +66,7 @@ class SequentialTaskDataModule(LightningDataModule):
             task has the same split and batches at every position.
         max_pixels: Images of more pixels, by their headers, cannot be read; None for Pillow's limit, 178,956,970.
             Decoding takes up to 26 bytes for each pixel.
+        transforms: The `transforms` of tasks that have none of their own (any sequence).
 
     Raises:
         DataError: If a size or limit is below 1, or `order_seed` below 0.
@@ -84,6 +86,7 @@ class SequentialTaskDataModule(LightningDataModule):
         on_bad_image: BadImagePolicy = "error",
         order_seed: int | None = None,
         max_pixels: int | None = None,
+        transforms: tuple[nn.Module, ...] = (),
     ) -> None:
         super().__init__()
         images = ((f"tasks.{task.name}.images", task.images) for task in tasks)
@@ -98,7 +101,7 @@ class SequentialTaskDataModule(LightningDataModule):
         if order_seed is not None and order_seed < 0:
             raise DataError(f"data.order_seed={order_seed} must be at least 0, or null for the order given")
         order = range(len(tasks)) if order_seed is None else np.random.default_rng(order_seed).permutation(len(tasks))
-        self.tasks = [tasks[index] for index in order]
+        self.tasks = [replace(tasks[i], transforms=tasks[i].transforms or tuple(transforms)) for i in order]
         self.image_size, self.batch_size, self.num_workers, self.seed = size, batch_size, num_workers, seed
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels

@@ -46,7 +46,7 @@ class TaskConfig:
         args: Further arguments of the data set's torchvision class, such as `{annotation_level: family}`.
         flip: Whether training images are mirrored at random. False for digits and text.
         transforms: Further transforms (of `torchvision.transforms.v2`) for training images, each applied to one
-            uint8 image (3, H, W) and seeded by (seed, task, epoch, image).
+            uint8 image (3, H, W) and seeded by (seed, task, epoch, image). If there are none, those of the datamodule.
         classes: Which folders of `path` are classes, if folders lie in folders: `top`, the uppermost ones, with all
             images below them; `leaf`, the innermost ones, named by their paths, such as `birds/owls`.
         images: How many images to use, of all splits together; which ones depends on their names and the seed alone.

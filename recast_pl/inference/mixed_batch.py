@@ -3,8 +3,9 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from recast_pl.backbones.backbone import Backbone
+from recast_pl.compat.torch import replaced_forward
 from recast_pl.decomposition.parametrization import Inputs, Mixture, multiplies_only
 from recast_pl.learning.acceleration import MergedWeights
 from recast_pl.methods.adaptation import Adaptation
@@ -55,6 +57,20 @@ class PackedState(NamedTuple):
     content: bytes
 
 
+class Mix(NamedTuple):
+    """Which task each image of a batch belongs to, and what the tasks change.
+
+    Args:
+        values: For each parameter or buffer that tasks change its values in T tasks (T, *shape).
+        counts: How many consecutive images belong to each task (T,).
+        task_of: The index of each image's task (B,).
+    """
+
+    values: Mapping[Tensor, Tensor]
+    counts: list[int]
+    task_of: Tensor
+
+
 class MixedBatch:
     """Computes the features of a batch whose images belong to several tasks.
 
@@ -65,8 +81,8 @@ class MixedBatch:
     In a common pass, each layer that differs between tasks uses one of two strategies:
 
     - *weights*: for each task, load its values, generate the weight and apply the layer to the images of the task;
-    - *products*: do so for the first task only. Multiply all other images by the layer's templates (or by its frozen
-      weight), and combine the products with the coefficients of each image's task.
+    - *products*: multiply all images by the layer's templates (or by its frozen weight), and combine the products with
+      the coefficients of each image's task.
 
     A layer that can use products does so where they take fewer operations, see `TaskLayer.products_are_cheaper`.
     These rules depend on shapes and counts alone, so that equal batches give equal results.
@@ -133,12 +149,13 @@ class MixedBatch:
         Arguments are those of `features`; the layers that `layers` has returned; and whether those that can use
         products do so, None for the rule.
         """
-        values = self._values(tasks) or {}
+        task_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(images.device)
+        mix = Mix(self._values(tasks) or {}, list(counts), task_of)
         if torch.is_autocast_enabled(images.device.type):
             products = False  # they would be combined in half precision
         with ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(layer.mixing(values, list(counts), self._buffers, products))
+                stack.enter_context(layer.mixing(mix, self._buffers, products))
             features: Tensor = self._backbone(images)
         return features
 
@@ -153,7 +170,7 @@ class MixedBatch:
         if key not in self._layers:
             values = self._values(tasks[:1])
             layers = None if values is None else find_layers(self._backbone, values)
-            fits = layers is not None and _first_dimension_is_images(self._backbone, layers, images[:1])
+            fits = layers is not None and _measure(self._backbone, layers, images[:1])
             self._layers[key] = layers if fits else None
         return self._layers[key]
 
@@ -192,64 +209,43 @@ class TaskLayer:
         self._changes = {index: part for index, part in enumerate(self._chain) if part is not self._mixture}
         self.has_products = generated and multiplies_only(module) and self._knows_products()
         """Whether the layer can use products."""
+        self.size = 0
+        """How many numbers the layer returns for an image; `_measure` counts them."""
 
     @contextmanager
-    def mixing(
-        self, values: Mapping[Tensor, Tensor], counts: list[int], buffers: dict[Any, Tensor], products: bool | None
-    ) -> Iterator[None]:
+    def mixing(self, mix: Mix, buffers: dict[Any, Tensor], products: bool | None) -> Iterator[None]:
         """A context in which the layer applies to each image the values of its task.
 
-        The layer's own call serves the images of the first task; a hook computes the others.
-
         Args:
-            values: For each parameter or buffer its values in T tasks (T, *shape).
-            counts: How many consecutive images belong to each task (T,).
+            mix: The images and their tasks.
             buffers: Memory for generated weights, shared by all layers; it stays in the processor's cache.
             products: Whether to use products, if the layer can; None for the rule.
         """
-        waiting: list[list[tuple[Any, dict[str, Any]]]] = []
-
-        def apply_first(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            first, *others = _split(args, kwargs, counts)
-            waiting.append(others)
-            self._load(values, 0)
-            return first
-
-        def apply_others(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
-            others = waiting.pop()
-            if self.has_products and (self.products_are_cheaper(output, counts) if products is None else products):
-                return torch.cat([output, self._by_products(others, values, counts)])
-            outputs = [output]
-            for task, (args, kwargs) in enumerate(others, 1):
-                self._load(values, task)
-                outputs.append(self.module.forward(*args, **kwargs))
-            return _join(outputs)
-
-        with (
-            _sharing(buffers, self.module),
-            self.module.register_forward_pre_hook(apply_first, with_kwargs=True),
-            self.module.register_forward_hook(apply_others, with_kwargs=True, prepend=True),
-        ):
+        if self.has_products and (self.products_are_cheaper(mix.counts) if products is None else products):
+            forward = partial(self._by_products, mix)
+        else:
+            forward = partial(self._by_weights, mix, self.module.forward)
+        with _sharing(buffers, self.module), replaced_forward(self.module, forward):
             yield
 
-    def products_are_cheaper(self, output: Tensor, counts: Sequence[int]) -> bool:
-        """The rule that chooses between weights and products, by an estimate of the operations for all but one task.
+    def products_are_cheaper(self, counts: Sequence[int]) -> bool:
+        """The rule that chooses between weights and products, by an estimate of the operations.
 
         With n templates (0 for a frozen weight), c changes on top of them, a weight of R×C, T tasks and N rows (tokens
-        or positions) of the images, the estimates are, in multiplications within a matrix product:
+        or positions) of the images, the estimates of what one way takes and the other does not are, in multiplications
+        within a matrix product:
 
         - weights: `_ENTRY_COST`·T·(n + c)·R·C, one pass over the weight for each template and each change;
         - products: N·(n − 1)·R·C for the further templates, and `_ENTRY_COST`·N·c·(R + C), one pass over the layer's
           input and output for each change.
 
         Args:
-            output: What the layer returns for the images of the first task (images, …).
             counts: How many images belong to each task (T,).
         """
         templates = self._mixture.bank.templates if self._mixture else self._chain.original[None]  # (n or 1, R, …)
         n, changes, (r, c) = len(templates) if self._mixture else 0, len(self._changes), templates[0].flatten(1).shape
-        rows = output.numel() // (r * counts[0]) * sum(counts[1:])
-        weights = _ENTRY_COST * (len(counts) - 1) * (n + changes) * r * c
+        rows = self.size // r * sum(counts)
+        weights = _ENTRY_COST * len(counts) * (n + changes) * r * c
         products = rows * max(n - 1, 0) * r * c + _ENTRY_COST * rows * changes * (r + c)
         return products < weights
 
@@ -261,16 +257,20 @@ class TaskLayer:
         trained = {_CHAIN + name for name, tensor in named.items() if tensor.requires_grad}
         return trained <= self.tensors.keys() <= {_CHAIN + name for name in named if name != "original"}
 
-    def _load(self, values: Mapping[Tensor, Tensor], task: int) -> None:
-        for tensor in self.tensors.values():
-            tensor.copy_(values[tensor][task])
+    def _by_weights(self, mix: Mix, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer's output for all images, by its own `forward` for each task."""
+        outputs = []
+        for task, (own_args, own_kwargs) in enumerate(_split(args, kwargs, mix.counts)):
+            for tensor in self.tensors.values():
+                tensor.copy_(mix.values[tensor][task])
+            outputs.append(forward(*own_args, **own_kwargs))
+        return _join(outputs)
 
-    def _by_products(self, others: Sequence[Any], values: Mapping[Tensor, Tensor], counts: Sequence[int]) -> Tensor:
-        """The layer's output for the images of all tasks but the first."""
+    def _by_products(self, mix: Mix, x: Tensor) -> Tensor:
+        """The layer's output for all images, from products with matrices that all tasks share."""
         layer: Any = self.module
-        task_of = torch.arange(1, len(counts)).repeat_interleave(torch.tensor(counts[1:]))  # of each image
-        own = {name.removeprefix(_CHAIN): values[tensor][task_of] for name, tensor in self.tensors.items()}
-        inputs = Inputs(layer, torch.cat([args[0] for args, _ in others]))
+        own = {name.removeprefix(_CHAIN): mix.values[tensor][mix.task_of] for name, tensor in self.tensors.items()}
+        inputs = Inputs(layer, x)
         if self._mixture is None:
             y = inputs.times(self._chain.original.flatten(1))  # (B, N, rows)
         else:
@@ -310,19 +310,20 @@ def _layer_of(network: nn.Module, name: str) -> str:
     return ".".join(words[:-1])
 
 
-def _first_dimension_is_images(network: nn.Module, layers: Sequence[TaskLayer], image: Tensor) -> bool:
-    """Whether the first dimension of all that the layers receive and return is that of the images."""
+def _measure(network: nn.Module, layers: Sequence[TaskLayer], image: Tensor) -> bool:
+    """Counts what layers return; whether the first dimension of all that they receive and return is that of images."""
     for count in (2, 3):  # another dimension may have one of these lengths, but not both
-        lengths: dict[nn.Module, set[Any]] = {layer.module: set() for layer in layers}
+        lengths: dict[TaskLayer, set[Any]] = {layer: set() for layer in layers}
 
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any, lengths: Any = lengths) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            tensors = (v for v in (*args, *kwargs.values(), *outputs) if isinstance(v, Tensor))
-            lengths[module] |= {tensor.shape[:1] for tensor in tensors}
+        def record(layer: TaskLayer, lengths: set[Any], _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            outputs = [v for v in (output if isinstance(output, tuple) else (output,)) if isinstance(v, Tensor)]
+            layer.size = sum(v.shape[1:].numel() for v in outputs)
+            lengths |= {v.shape[:1] for v in (*args, *kwargs.values(), *outputs) if isinstance(v, Tensor)}
 
         with ExitStack() as stack:
-            for module in lengths:
-                stack.enter_context(module.register_forward_hook(record, with_kwargs=True, prepend=True))
+            for layer, found in lengths.items():
+                hook = partial(record, layer, found)
+                stack.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             network(image.repeat_interleave(count, 0))
         if any(found != {(count,)} for found in lengths.values()):
             return False

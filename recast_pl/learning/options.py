@@ -19,14 +19,14 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from recast_pl.compat.lightning import forks
 from recast_pl.errors import RunError
 
-_AVERAGE = "the weights of the best epoch are kept, not an average"
+_AVERAGE = "the best epoch is kept, not its average; use recast_pl.AverageEpochs"
 _PRETRAINED = "the pretrained weights must stay as they are, because a patch holds only what is added to them"
 
 _CALLBACKS: dict[type[Callback], str] = {
     LearningRateFinder: "a method may have several rates; leave it out, and compare rates with 'sweep'",
     BatchSizeFinder: "leave it out, and set --data.batch_size",
-    StochasticWeightAveraging: f"{_AVERAGE}; leave it out",
-    WeightAveraging: f"{_AVERAGE}; leave it out",
+    StochasticWeightAveraging: _AVERAGE,
+    WeightAveraging: _AVERAGE,
     ModelPruning: f"{_PRETRAINED}; leave it out",
     BaseFinetuning: f"{_PRETRAINED}; leave it out, and list the piece FineTune to train them",
 }

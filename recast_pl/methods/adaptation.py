@@ -105,9 +105,13 @@ class WeightPiece(Piece, Generic[AdaptationT]):
         """Makes the adaptation of one weight, from its name and present value (*shape), or returns one made before."""
         raise NotImplementedError
 
+    def owners(self, network: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """By name, the layer and the attribute of everything that may be a target: weights of `weight_owners`."""
+        return {name: owner for name, owner in weight_owners(network).items() if f".{ADDED}." not in name}
+
     def attach(self, network: nn.Module) -> None:
         """Puts an adaptation on every target; raises a MethodError if no weight matches."""
-        owners = {name: owner for name, owner in weight_owners(network).items() if f".{ADDED}." not in name}
+        owners = self.owners(network)
         self._owners = {name: owners[name] for name in select(type(self).__name__, owners, self.targets)}
         for name, (module, attribute) in self._owners.items():
             adaptation = self.adapt(name, getattr(module, attribute).detach())

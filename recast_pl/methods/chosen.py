@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import EVERY_LAYER, WeightPiece
-from recast_pl.methods.lora_xs import SingularDirections, check_rank
+from recast_pl.methods.lora_xs import SingularDirections, add_product, check_rank
 from recast_pl.methods.piece import check_state, sum_over_processes
 
 
@@ -73,14 +73,24 @@ class ChosenCore(SingularDirections):
         return weight if skipped else super().forward(weight)
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
-        """Adds UΣ·R·Vᵀ·x to y; in training from the chosen entries alone."""
-        if self.candidates is not None or self.places.ndim > 1:
+        """Adds UΣ·R·Vᵀ·x to y, from the chosen entries alone unless there are more of them than directions."""
+        if self.candidates is not None:
             super().product(inputs, y)
-        elif len(self.own):
-            places, rank = self.places[self.own], len(self.right)
+            return
+        places, values = self._entries()
+        rank = len(self.right)
+        if len(places) > rank:
+            super().product(inputs, y)
+        elif len(places):
             lefts, rights = (places, places) if len(self.shape) == 1 else (places // rank, places % rank)
-            hidden = inputs.times(self.right[rights]) * self.values[self.own]  # (B, N, m)
-            y.add_(hidden @ self.left[:, lefts].T)
+            add_product(y, inputs.times(self.right[rights]) * values, self.left[:, lefts].T)
+
+    def _entries(self) -> tuple[Tensor, Tensor]:
+        """Places of the m chosen entries (m,) and their values (m,); or of B samples together, and (B, 1, m)."""
+        if self.places.ndim == 1:
+            return self.places[self.own], self.values[self.own]
+        places = self.places[self.places < self.size].unique()
+        return places, self.numbers().flatten(1)[:, None, places]
 
 
 class Chosen(WeightPiece[ChosenCore]):

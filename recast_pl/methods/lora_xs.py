@@ -58,7 +58,19 @@ class SingularDirections(Adaptation):
         """Adds UΣ·R·Vᵀ·x to y."""
         hidden, core = inputs.times(self.right), self.numbers()  # (B, N, r); (*shape) or (B, *shape)
         hidden = hidden * core.unsqueeze(-2) if len(self.shape) == 1 else hidden @ core.mT
-        y.add_(hidden @ self.left.T)
+        add_product(y, hidden, self.left.T)
+
+
+def add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left (B, N, m) times right (m, rows) to y (B, N, rows).
+
+    Without gradients this takes one pass over y. Training takes two, because the gradient of a view that is changed in
+    place would be copied.
+    """
+    if torch.is_grad_enabled() or not y.is_contiguous():
+        y.add_(left @ right)
+    else:
+        y.flatten(0, 1).addmm_(left.flatten(0, 1), right)
 
 
 class SingularCore(SingularDirections):

@@ -13,9 +13,9 @@ from scipy.special import stdtrit
 from recast_pl.errors import RunError
 from recast_pl.files import read_json
 from recast_pl.reporting.document import Block, Chart, DataTable, Heading, Paragraph, Text, write_document
-from recast_pl.reporting.plots import Mark, plot_panels
+from recast_pl.reporting.plots import Mark, plot_marks, plot_panels
 from recast_pl.reporting.tables import Cells
-from recast_pl.runs.metrics import spread
+from recast_pl.runs.metrics import Spread, spread
 
 PAGE = "board"
 """Name of the page, without suffix."""
@@ -163,10 +163,14 @@ def _mean(results: Results, key: str) -> float:
 
 def _gains(name: str, baseline: str, methods: Mapping[str, Results]) -> list[float]:
     """Accuracy of a method minus that of another one, for each seed that both have."""
+    return list(_gains_by_seed(name, baseline, methods).values())
+
+
+def _gains_by_seed(name: str, baseline: str, methods: Mapping[str, Results]) -> dict[str, float]:
     if name == baseline or not {name, baseline} <= methods.keys():
-        return []
+        return {}
     ours, theirs = (seed_means(methods[key], "accuracy") for key in (name, baseline))
-    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys(), key=int)]
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys(), key=int)}
 
 
 def stream_cells(methods: Mapping[str, Results]) -> Cells:
@@ -189,14 +193,24 @@ def _by_bytes(methods: Mapping[str, Results]) -> list[tuple[str, Results]]:
 
 
 def summary_cells(streams: Streams) -> Cells:
-    """Makes the table of all streams: gains over the probe, and their share of LoRA's on the same streams and seeds."""
+    """Makes the table of all streams: gains over the probe, their mean, and its share of LoRA's on the same streams."""
     rows = []
     for name in dict.fromkeys(name for methods in streams.values() for name, _ in _by_bytes(methods)):
         gains = [_gains(name, PROBE, methods) for methods in streams.values()]
         means = [f"{statistics.fmean(values):+.2f}" if values else "–" for values in gains]
         size = statistics.fmean(_mean(methods[name], "patch_bytes") for methods in streams.values() if name in methods)
-        rows.append([name, f"{size:,.0f}", *means, *_share(name, streams)])
-    return ["method", "bytes", *streams, "streams shared", "share of LoRA's gain"], rows
+        overall = gain_everywhere(name, streams)
+        rows.append([name, f"{size:,.0f}", *means, str(overall) if overall else "–", *_share(name, streams)])
+    return ["method", "bytes", *streams, "mean of all streams", "streams shared", "share of LoRA's gain"], rows
+
+
+def gain_everywhere(name: str, streams: Streams) -> Difference | None:
+    """The mean over streams of a method's gain over the probe, paired by seed; None if it lacks a stream."""
+    by_stream = [_gains_by_seed(name, PROBE, methods) for methods in streams.values()]
+    seeds = set.intersection(*(set(gains) for gains in by_stream))
+    return (
+        difference([statistics.fmean(gains[seed] for gains in by_stream) for seed in sorted(seeds)]) if seeds else None
+    )
 
 
 def _share(name: str, streams: Streams) -> list[str]:
@@ -212,7 +226,7 @@ def _share(name: str, streams: Streams) -> list[str]:
 
 
 def write_board(folder: Path) -> None:
-    """Writes board.md, board.html and figures/board_accuracy.png and .svg from the results in a folder.
+    """Writes board.md, board.html and the figures board_mean and board_accuracy from the results in a folder.
 
     Raises:
         RunError: If there are no results, or a file is damaged.
@@ -223,7 +237,8 @@ def write_board(folder: Path) -> None:
         Paragraph([Text(_EXPLANATION)]),
         Heading("All streams"),
         _table(_SUMMARY, summary_cells(streams)),
-        Chart("board_accuracy", _FIGURE, plot_panels(_panels(streams), "bytes of a whole task")),
+        Chart("board_mean", _FIGURE.format("all streams"), plot_marks(_means(streams), _BYTES)),
+        Chart("board_accuracy", _FIGURE.format("each stream"), plot_panels(_panels(streams), _BYTES)),
     ]
     for stream, methods in streams.items():
         blocks += [Heading(stream), _table(_describe(methods), stream_cells(methods))]
@@ -242,17 +257,43 @@ _SUMMARY = (
     f"same seeds. The aim is {_AIM} % with at most {_AIM_BYTES:,} bytes."
 )
 
-_FIGURE = "Accuracy against bytes of a whole task; error bars are one standard deviation over seeds."
+_FIGURE = (
+    "Accuracy against bytes of a whole task on {}; error bars are 95 % confidence intervals of the difference to the "
+    "probe, paired by seed."
+)
+
+_BYTES = "bytes of a whole task, head included"
+
+
+def _means(streams: Streams) -> list[Mark]:
+    """The mean over streams of each method that has all of them."""
+    marks = []
+    for name in dict.fromkeys(name for methods in streams.values() for name in methods):
+        runs = [methods[name] for methods in streams.values() if name in methods]
+        if len(runs) == len(streams):
+            size, accuracy = (
+                statistics.fmean(_mean(each, key) for each in runs) for key in ("patch_bytes", "accuracy")
+            )
+            marks.append(Mark("", size, Spread(accuracy, _half(gain_everywhere(name, streams))), name=name))
+    return marks
 
 
 def _panels(streams: Streams) -> dict[str, list[Mark]]:
-    return {
-        stream: [
-            Mark(name, _mean(results, "patch_bytes"), spread(list(seed_means(results, "accuracy").values())))
-            for name, results in _by_bytes(methods)
-        ]
-        for stream, methods in streams.items()
-    }
+    panels: dict[str, list[Mark]] = {}
+    for stream, methods in streams.items():
+        for name, results in _by_bytes(methods):
+            gains = _gains(name, PROBE, methods)
+            accuracy = Spread(_mean(results, "accuracy"), _half(difference(gains) if gains else None))
+            panels.setdefault(stream, []).append(Mark(name, _mean(results, "patch_bytes"), accuracy))
+    return panels
+
+
+def _half(difference: Difference | None) -> float | None:
+    """Half the width of an interval."""
+    if difference is None or difference.interval is None:
+        return None
+    low, high = difference.interval
+    return (high - low) / 2
 
 
 def _table(caption: str, cells: Cells) -> DataTable:

@@ -115,7 +115,7 @@ class Mark(NamedTuple):
     Args:
         series: Line, or bars of one colour, that the point belongs to; empty for none.
         x: Position: a number, or the name of a group of bars.
-        y: Height, with its spread over seeds.
+        y: Height, with its spread over seeds, or with another length of error bar.
         numbers: Count of numbers trained for a task; larger counts get larger markers.
         name: Label beside the point; empty for none. Labelled points are not joined by lines.
     """
@@ -128,7 +128,7 @@ class Mark(NamedTuple):
 
 
 def plot_marks(marks: Sequence[Mark], x: str, y: str = "average accuracy (%)", title: str = "") -> Figure:
-    """Draws lines where x is numeric, and groups of bars where x is a name; error bars are one standard deviation.
+    """Draws lines where x is numeric, and groups of bars where x is a name; error bars are those of the marks.
 
     Args:
         marks: At least one point; series are drawn in order of appearance.
