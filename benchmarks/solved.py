@@ -1,6 +1,6 @@
 """Compares solving a task's 48 chosen directions as a least-squares problem with training them by Adam.
 
-    uv run python benchmarks/solved.py --weights dinov2_vits14.safetensors --tasks emoji/faces.csv --results solved
+    uv run python benchmarks/solved.py --weights dinov2_vits14.safetensors --tasks emoji/faces.csv --results logs/solved
 
 Solvers minimise half the squared errors of ridge regression on indicators of the classes, where each image is
 predicted by the head of all others. The head is eliminated (variable projection), and the strength of the ridge is
