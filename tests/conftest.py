@@ -1,10 +1,12 @@
 """Fixtures: shared real data, small image folders, command lines, and trained runs."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow down tiny networks
@@ -19,6 +21,7 @@ pytest.register_assert_rewrite("fixtures_sets", "fixtures_catalogue")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+TINY_TASKS = {"first": 3, "second": 2}
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
 
 
@@ -31,10 +34,12 @@ def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)  # paths in configs are relative to it
 
 
-@pytest.fixture(autouse=True)
-def _data_root(monkeypatch, tmp_path_factory):
+@pytest.fixture(scope="session", autouse=True)
+def _data_root(tmp_path_factory):
     """Keeps data sets and caches of all tests in one temporary folder, also those of processes that tests start."""
-    monkeypatch.setenv("RECAST_PL_DATA", str(tmp_path_factory.getbasetemp() / "data"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECAST_PL_DATA", str(tmp_path_factory.getbasetemp() / "data"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -50,23 +55,24 @@ def vit_weights(shared):
     return str(shared / "weights" / "dinov2_vits14.fp16.safetensors")
 
 
+def write_images(path, classes=3, images=8, size=32, seed=0):
+    """Writes CLASS/NNN.png; each class has its own colour, so that a model can learn it."""
+    generator = np.random.default_rng(seed)
+    for label in range(classes):
+        folder = path / f"class{label}"
+        folder.mkdir(parents=True)
+        colour = generator.integers(0, 256, 3)
+        for index in range(images):
+            noise = generator.integers(-40, 40, (size, size, 3))
+            pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return path
+
+
 @pytest.fixture
 def image_folder(tmp_path):
-    """Writes CLASS/NNN.png; each class has its own colour, so that a model can learn it."""
-
-    def make(name, classes=3, images=8, size=32, seed=0):
-        generator = np.random.default_rng(seed)
-        for label in range(classes):
-            folder = tmp_path / name / f"class{label}"
-            folder.mkdir(parents=True)
-            colour = generator.integers(0, 256, 3)
-            for index in range(images):
-                noise = generator.integers(-40, 40, (size, size, 3))
-                pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index:03d}.png")
-        return tmp_path / name
-
-    return make
+    """Writes images as `write_images` does, into a folder of the test with the given name."""
+    return lambda name, *args, **settings: write_images(tmp_path / name, *args, **settings)
 
 
 @pytest.fixture
@@ -78,15 +84,14 @@ def data(image_folder):
     return SequentialTaskDataModule(tasks, image_size=32, batch_size=4)
 
 
-@pytest.fixture
-def tiny_fit(image_folder, tmp_path):
-    """Makes the command line of `fit` for two small tasks on a tiny ViT; further options override."""
-    folders = {name: image_folder(name, classes, seed=classes) for name, classes in (("first", 3), ("second", 2))}
+def tiny_words(folder):
+    """Writes images of two small tasks; returns a function that makes the command line of `fit` on a tiny ViT."""
+    folders = {name: write_images(folder / name, classes, seed=classes) for name, classes in TINY_TASKS.items()}
 
     def words(*more, run_dir=None):
         tasks = [{"name": name, "path": str(path)} for name, path in folders.items()]
         return [
-            *("fit", "--config", "vit.yaml", "--run_dir", str(run_dir or tmp_path / "run")),
+            *("fit", "--config", "vit.yaml", "--run_dir", str(run_dir or folder / "run")),
             *("--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.weights", "random"),
             *("--model.backbone.args", json.dumps(TINY_VIT)),
             *("--data.tasks", json.dumps(tasks), "--data.image_size", "32", "--data.batch_size", "4"),
@@ -95,6 +100,23 @@ def tiny_fit(image_folder, tmp_path):
         ]
 
     return words
+
+
+@pytest.fixture
+def tiny_fit(tmp_path):
+    """Makes the command line of `fit` for two small tasks on a tiny ViT; further options override."""
+    return tiny_words(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The run that `tiny_fit()` makes, which no test changes; its images are beside it."""
+    from recast_pl.cli import main
+
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("tiny")
+    assert main(tiny_words(folder)()) == 0
+    return folder / "run"
 
 
 RANDOM = ["--model.backbone.weights", "random"]
@@ -117,6 +139,14 @@ def fork_server(*prefix, folder=ROOT):
             yield ask, process
         finally:
             process.stdin.close()
+
+
+@cache
+def forks():
+    """Starts a `fork_server.py` that ends with this process; returns the function that sends it requests."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(fork_server())[0]
 
 
 def clipart_words(words, run, size=32, names=("signs", "people")):

@@ -11,6 +11,7 @@ from test_methods import Two
 from torch import nn
 
 from recast_pl import Chosen, TaskPatch, TILModule
+from recast_pl.data.batches import TaskSplit
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods.adaptation import ATTENTION, MLP
 
@@ -77,6 +78,23 @@ def test_entries_are_chosen_with_a_solved_head_of_every_kind(kind, data):
     assert torch.equal(piece.head.weight, module.head.weight) == (kind != "sgd")
 
 
+def test_a_choice_reads_each_training_image_once(data, monkeypatch):
+    read, plain = [], TaskSplit.__getitems__
+
+    class Counting(Chosen):
+        def begin_training(self, head):
+            read.clear()
+            super().begin_training(head)
+            self.read = sum(read)
+
+    monkeypatch.setattr(TaskSplit, "__getitems__", lambda split, keys: read.append(len(keys)) or plain(split, keys))
+    piece = Counting(count=5, rank=2, batches=2)
+    module = TILModule(VIT, [piece])
+    fit(module, data, max_epochs=0)
+    assert piece.read == data.sizes["train"] > 2 * data.batch_size
+    assert module.batch_count("train") == sum(1 for _ in module.batches("train"))
+
+
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_a_value_belongs_to_the_entry_of_its_number(diagonal):
     torch.manual_seed(1)
@@ -118,6 +136,10 @@ class Lesson:
     def batches(self, split):
         assert split == "train"
         return ((part[:, None], part) for part in self.parts)
+
+    def batch_count(self, split):
+        assert split == "train"
+        return len(self.parts)
 
 
 @pytest.mark.parametrize(

@@ -695,6 +695,19 @@ def test_counts_on_vit_base():
     assert sum(p.numel() for p in attached(LoRA(rank=4), network).parameters.values()) == 147_456
 
 
+def test_fine_tuning_leaves_the_constants_of_other_pieces_alone():
+    for fixed in (TinyLoRA(), UniLoRA()):
+        network = TILModule(VIT, [fixed, FullFineTune()])
+        network.build(32)
+        _, tuned = network.pieces
+        constants = {p for core in fixed.adaptations.values() for p in core.parameters()} - set(
+            fixed.parameters.values()
+        )
+        assert constants
+        assert not constants & set(tuned.parameters.values())
+        assert any(name.endswith("original") for name in tuned.parameters)
+
+
 def test_piggyback_masks_every_weight_and_full_fine_tuning_trains_every_parameter(resnet34):
     piece = attached(Piggyback(), copy.deepcopy(resnet34))
     weights = [m.weight.numel() for m in resnet34.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

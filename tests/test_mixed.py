@@ -76,6 +76,7 @@ FURTHER = {
     "same-padding": lambda: (function(same_padded), [Recast(BankLayout([r"conv_(stem|pw)\.weight"]))]),
     "standardised": lambda: (function(weight_standardised), [Recast(BankLayout([r"weight"]))]),
     "windows": lambda: (function(windowed), [Recast(BankLayout([r"attn\.qkv"], templates=1))]),
+    "more-entries-than-directions": lambda: (VIT, [Chosen(count=40, rank=4, diagonal=False)]),
     "strided": lambda: (RESNET, [Recast(BankLayout([r"layer\d\.0\.conv1\.weight"])), RoSA(0.003, 1)]),
 }
 METHODS = {**ISOLATED, **FURTHER}
@@ -190,6 +191,8 @@ def test_the_rule_counts_operations():
     module, states = trained("recast-vit")
     mixed = MixedBatch(module.backbone, module.pieces)
     layer, *_ = mixed.layers(torch.rand(2, 3, 32, 32), [mixed.pack(state) for state in states])
+
+    assert layer.size == (4 * 4 + 1) * len(layer.module.bias)  # patches of 8×8 and the class token
 
     def products(tokens, counts):
         layer.size = tokens * len(layer.module.bias)

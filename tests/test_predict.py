@@ -150,11 +150,10 @@ def test_the_most_probable_classes_as_csv_and_as_json_lines(predict, photos, tmp
     assert json.loads(output.read_text())["label"] == wanted.label
 
 
-def test_standard_output_has_nothing_but_rows(run, photos):  # noqa: F811
-    words = ["predict", "--run_dir", str(run), "--task", "food", "--images", str(photos), "--output", "-"]
-    done = subprocess.run([sys.executable, "-m", "recast_pl", *words], capture_output=True, text=True)
-    assert (done.returncode, "left out" in done.stderr) == (0, True)
-    assert len(rows(done.stdout)) == 3
+def test_standard_output_has_nothing_but_rows(predict, photos):
+    status, printed, said = predict("--images", photos, "--output", "-")
+    assert (status, "left out" in said) == (0, True)
+    assert len(rows(printed)) == 3
     assert not os.path.lexists("-")
 
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forks
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -60,9 +59,9 @@ def patches(run):
 
 
 @pytest.fixture
-def run(tiny_fit, tmp_path):
-    assert main(tiny_fit()) == 0
-    return tmp_path / "run"
+def run(tiny_run, tmp_path):
+    """A copy of the run that `tiny_fit()` makes."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
 
 
 def test_a_run_folder_holds_the_documented_files(run):
@@ -220,7 +219,7 @@ def test_test_uses_the_stored_templates(run):
     assert main(["test", "--run_dir", str(run)]) == 2
 
 
-def test_predict_writes_a_label_and_a_probability_for_each_image(run, tmp_path):
+def test_predict_writes_a_label_and_a_probability_for_each_image(run, tiny_fit, tmp_path):
     images = sorted((tmp_path / "second").rglob("*.png"))
     output = tmp_path / "out" / "predictions.csv"
     words = ["predict", "--run_dir", str(run), "--task", "second", "--output", str(output)]
@@ -352,11 +351,9 @@ def test_a_task_without_a_patch_is_trained_again_from_the_shared_state_before_it
 
 
 def kill_and_resume(words, run):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    process = subprocess.run(
-        [sys.executable, "-m", "recast_pl", *words], cwd=ROOT, env=environment, capture_output=True, check=False
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    """Trains in a process that a callback kills."""
+    log = run.parent / "log"
+    assert forks()(words=words, log=str(log)) == -signal.SIGKILL, log.read_text()
 
 
 def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(run, tiny_fit, tmp_path):
@@ -413,7 +410,8 @@ def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
         assert shared[0].read_bytes() == shared[1].read_bytes()
 
 
-@pytest.mark.parametrize("method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in GATHERING)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, *GATHERING])
 def test_two_processes_train_the_stream_together(method, tiny_fit, tmp_path):
     run = tmp_path / "ddp"
     more = () if method is None else ("--config", f"methods/{method}.yaml")
@@ -428,8 +426,9 @@ def test_two_processes_train_the_stream_together(method, tiny_fit, tmp_path):
 def distributed(words, processes):
     more = ("--trainer.devices", str(processes), "--trainer.strategy", "ddp")
     command = [sys.executable, "-m", "recast_pl", *words, *more]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600)
-    assert process.returncode == 0, process.stderr.decode()[-2000:]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
 @pytest.mark.parametrize(
@@ -446,7 +445,9 @@ def test_two_processes_train_what_one_trains_with_the_same_global_batch(
 ):
     tasks = [{"name": name, "path": str(image_folder(f"images_{name}", images=images, seed=4))} for name in "ab"]
     more = ["--data.tasks", json.dumps(tasks), "--model.head", head, "--trainer.max_epochs", "2"]
-    distributed(tiny_fit(*more, "--data.batch_size", str(batch), run_dir=tmp_path / "two"), 2)
+    printed = distributed(tiny_fit(*more, "--data.batch_size", str(batch), run_dir=tmp_path / "two"), 2)
+    assert printed.count("average") == 1
+    assert main(["test", "--run_dir", str(tmp_path / "two")]) == 0  # one process measures what two have measured
     assert main(tiny_fit(*more, "--data.batch_size", str(2 * batch), run_dir=tmp_path / "one")) == 0
     for name in ("00_a.safetensors", "01_b.safetensors"):
         one, two = (TaskPatch.load(tmp_path / run / "patches" / name) for run in ("one", "two"))
@@ -483,6 +484,7 @@ def test_torchrun_starts_the_processes_as_well(tiny_fit, tmp_path):
     assert patches(run) == patches(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_task_may_have_fewer_images_than_there_are_processes(image_folder, tiny_fit, tmp_path):
     task = {
         "name": "few",
@@ -601,15 +603,13 @@ def test_a_signal_ends_a_run_and_prints_the_command_that_resumes_it(number, run,
         "init_args": {"number": int(number), "task": "second", "epoch": 1},
     }
     words = tiny_fit("--trainer.callbacks", json.dumps([callback]), run_dir=stopped)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-m", "recast_pl", *words]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 128 + number
-    line = process.stderr.strip().splitlines()[-1]
+    log = tmp_path / "log"
+    assert forks()(words=words, log=str(log)) == 128 + number
+    line = log.read_text().strip().splitlines()[-1]
     assert line.startswith(
         f"recast_pl: interrupted by {number.name}; everything trained so far is kept. To continue: python -m"
     )
-    assert "Traceback" not in process.stderr
+    assert "Traceback" not in log.read_text()
     resume = shlex.split(line.partition("-m recast_pl ")[2])
     assert main([*resume, "--trainer.callbacks", "[]"]) == 0
     assert patches(stopped) == patches(run)

@@ -233,3 +233,10 @@ def test_a_missing_call_is_named(data):
     loader = torch.utils.data.DataLoader([0])
     with pytest.raises(RunError, match="datamodule"):
         L.Trainer(**QUIET, max_epochs=1, accelerator="cpu").fit(TILModule(VIT, [LinearProbe()]), loader)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_trainer_that_would_round_the_base_is_refused(precision, data):
+    trainer = L.Trainer(**QUIET, max_epochs=1, accelerator="cpu", precision=precision)
+    with pytest.raises(RunError, match=f"use --trainer.precision {precision.replace('true', 'mixed')}"):
+        trainer.fit(TILModule(VIT, [LinearProbe()]), datamodule=data)

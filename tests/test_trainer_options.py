@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import TINY_VIT
 from lightning import Callback, Trainer
 from test_stream import distributed, kill_and_resume, patches, read_summary
@@ -153,6 +154,33 @@ def test_transforms_that_do_not_fit_are_refused_before_training(
     assert f"transform {name} " in error or name == "RandomResizedCrop"  # the last one may not be to blame for the size
     assert remedy in error
     assert error.count("\n") == 1
+
+
+def test_the_seed_of_a_run_counts_and_not_that_of_the_environment(tiny_fit, tmp_path, monkeypatch):
+    for name, seed in (("own", "7"), ("other", "not a number")):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        assert main(tiny_fit("--trainer.max_epochs", "1", run_dir=tmp_path / name)) == 0
+        assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["seed_everything"] == 42
+    for first in sorted((tmp_path / "own" / "patches").glob("*.safetensors")):
+        assert first.read_bytes() == (tmp_path / "other" / "patches" / first.name).read_bytes()
+
+
+def test_a_run_uses_nothing_that_jsonargparse_will_remove(tiny_fit, monkeypatch, recwarn):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    assert main(tiny_fit("--trainer.max_epochs", "1")) == 0
+    assert not [str(found.message) for found in recwarn if "Jsonargparse" in found.category.__name__]
+
+
+def test_a_rate_of_a_probe_is_refused_but_not_the_null_of_an_older_config(tiny_fit, tmp_path, capsys):
+    probe = ["--model.pieces", '[{"class_path": "LinearProbe", "init_args": {"learning_rate": %s}}]']
+    assert main(tiny_fit(probe[0], probe[1] % "0.1")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "learning_rate=0.1 would do nothing; leave it out" in error
+    assert not (tmp_path / "run").exists()
+    assert main(tiny_fit(probe[0], probe[1] % "null")) == 0
+    assert "learning_rate: null" in (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         config: Its result.
     """
     kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY)})  # type: ignore[no-untyped-call]
-    text: str = parser.dump(kept, skip_link_targets=False, skip_none=False)  # null may differ from the default
+    text: str = parser.dump(kept, skip_link_targets=False, skip_unset=False)  # null may differ from the default
     return text
 
 

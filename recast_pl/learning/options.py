@@ -69,6 +69,11 @@ def check_trainer(trainer: Trainer, strategy: object) -> None:
             f"--trainer.strategy {name} does not work here; use --trainer.strategy ddp, which starts each process by "
             "the same command line"
         )
+    check_precision(trainer)
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Raises RunError if a trainer would round the pretrained weights."""
     if isinstance(trainer.precision_plugin, HalfPrecision):
         precision = trainer.precision_plugin.precision
         raise RunError(

@@ -22,6 +22,7 @@ from recast_pl.learning.checkpoint import change_rates, trainable_state
 from recast_pl.learning.features import Features, extract_features, gather_features
 from recast_pl.learning.heads import HeadKind, check_head_options, class_weights, classification_loss, solve_head
 from recast_pl.learning.metrics import Percent, Predictions
+from recast_pl.learning.options import check_precision
 from recast_pl.learning.probe import Probes, fit_probe
 from recast_pl.learning.schedule import followed_metric, step_schedule
 from recast_pl.learning.signature import Signature
@@ -90,6 +91,7 @@ class TILModule(TaskNetwork, LightningModule):
 
     def configure_model(self) -> None:
         """Builds the backbone and begins the datamodule's current task, unless that was done before."""
+        check_precision(self.trainer)
         if self.head is None or self.trainer.state.fn == "fit":
             data = self._data()
             self.build(data.image_size)
@@ -340,6 +342,10 @@ class TILModule(TaskNetwork, LightningModule):
     def batches(self, split: str) -> Iterator[Batch]:
         """Batches of a split of the current task, in order, all of them on every process, on the device."""
         return self._batches(split, everywhere=True)
+
+    def batch_count(self, split: str) -> int:
+        """How many `batches` a split of the current task has."""
+        return len(self._data().plain_dataloader(split))
 
     def _batches(self, split: str, everywhere: bool) -> Iterator[Batch]:
         for batch in self._data().plain_dataloader(split, everywhere):

@@ -67,30 +67,44 @@ class ChosenCore(SingularDirections):
         numbers: Tensor = start.scatter_add(-1, self.places, self.values)[..., :-1].unflatten(-1, self.shape)
         return numbers
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight; a weight without chosen entries takes no time in training, nor does its gradient."""
-        skipped = torch.is_grad_enabled() and not len(self.own) and self.candidates is None
-        return weight if skipped else super().forward(weight)
+    def change(self, weight: Tensor) -> Tensor:
+        """The changed weight; itself, in no time, if none of its entries is chosen."""
+        entries = self._entries()
+        if entries is None:
+            return super().change(weight)
+        lefts, rights, values = entries
+        return weight + ((self.left[:, lefts] * values) @ self.right[rights]).view_as(weight) if len(lefts) else weight
 
     def product(self, inputs: Inputs, y: Tensor) -> None:
-        """Adds UΣ·R·Vᵀ·x to y, from the chosen entries alone unless there are more of them than directions."""
-        if self.candidates is not None:
+        """Adds UΣ·R·Vᵀ·x to y."""
+        entries = self._entries()
+        if entries is None:
             super().product(inputs, y)
             return
-        places, values = self._entries()
-        rank = len(self.right)
-        if len(places) > rank:
-            super().product(inputs, y)
-        elif len(places):
-            lefts, rights = (places, places) if len(self.shape) == 1 else (places // rank, places % rank)
+        lefts, rights, values = entries
+        if len(lefts):
             add_product(y, inputs.times(self.right[rights]) * values, self.left[:, lefts].T)
 
-    def _entries(self) -> tuple[Tensor, Tensor]:
-        """Places of the m chosen entries (m,) and their values (m,); or of B samples together, and (B, 1, m)."""
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The m chosen entries of this weight.
+
+        Returns:
+            Their rows (m,) and columns (m,) in R, and their values (m,); or those that any of B samples has, and values
+            (B, 1, m). None if all entries are to be used, because there are more than directions.
+        """
+        rank = len(self.right)
+        if self.candidates is not None:
+            return None
         if self.places.ndim == 1:
-            return self.places[self.own], self.values[self.own]
-        places = self.places[self.places < self.size].unique()
-        return places, self.numbers().flatten(1)[:, None, places]
+            # a mixed batch loads places alone, without gradients
+            own = self.own if torch.is_grad_enabled() else torch.where(self.places < self.size)[0]
+            places, values = self.places[own], self.values[own]
+        else:
+            places = self.places[self.places < self.size].unique()
+            values = self.numbers().flatten(1)[:, None, places]
+        if len(places) > rank:
+            return None
+        return (places, places, values) if len(self.shape) == 1 else (places // rank, places % rank, values)
 
 
 class Chosen(WeightPiece[ChosenCore]):
@@ -172,8 +186,7 @@ class Chosen(WeightPiece[ChosenCore]):
 
     def _sample(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of evenly spaced training images, and their labels; a split lists images by class."""
-        batches = sum(1 for _ in self.learner.batches("train"))
-        step = 1 if self.batches is None else -(-batches // self.batches)
+        step = 1 if self.batches is None else -(-self.learner.batch_count("train") // self.batches)
         parts = self._every(step)
         while group := list(islice(parts, step)):
             images, labels = (torch.cat(part) for part in zip(*group, strict=True))

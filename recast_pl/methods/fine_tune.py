@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from recast_pl.methods.adaptation import Adaptation
 from recast_pl.methods.piece import Piece, copies
 
 
@@ -21,8 +22,10 @@ class FineTune(Piece):
         self.start: dict[str, Tensor] = {}
 
     def attach(self, network: nn.Module) -> None:
-        """Takes parameters of the network that no piece before trains."""
-        frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        """Takes parameters of the network that no piece before trains, and leaves constants of these pieces alone."""
+        adaptations = (module for module in network.modules() if isinstance(module, Adaptation))
+        others = {p for adaptation in adaptations for p in adaptation.parameters()}
+        frozen = {n: p for n, p in network.named_parameters() if not p.requires_grad and p not in others}
         self.parameters = {name: frozen[name] for name in self.choose(list(frozen))}
         for parameter in self.parameters.values():
             parameter.requires_grad_()

@@ -60,6 +60,9 @@ class Learner(Protocol):
     def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images in [0, 1] and labels of a split of the current task, in order, not augmented, on the device."""
 
+    def batch_count(self, split: str) -> int:
+        """How many `batches` a split has; reads no image."""
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the current task as training computes it, the mean over logits (B, C) and labels (B,)."""
 
