@@ -19,12 +19,13 @@ from rich.console import Console
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
-from recast_pl.config.files import PRECISION_KEY
+from recast_pl.config.files import EVALUATION_KEY, PRECISION_KEY
 from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
 from recast_pl.files import remove_unfinished, writing
+from recast_pl.inference.class_evaluation import RoutedEvaluation
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
@@ -128,7 +129,8 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     if init.engine is not None:
         trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
     model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
-    stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision)
+    evaluation = RoutedEvaluation() if init[EVALUATION_KEY] == "class" else None
+    stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation)
     if init.engine is not None:
         return _train_on_engine(stream, init, console)
     stream.run(init.only)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import PRECISION_KEY
+from recast_pl.config.files import EVALUATION_KEY, PRECISION_KEY
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
@@ -48,7 +48,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
 def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str) -> str:
     """Returns the content of a run's config.yaml if it says the same as a text in other words, or else that text.
 
-    If all tasks of the run are trained, where and how images are read does not count.
+    If all tasks of the run are trained, where and how images are read does not count, nor how they are evaluated.
 
     Args:
         parser: A parser with the options of `declare_run`.
@@ -61,6 +61,7 @@ def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str)
     before, after = parser.parse_string(recorded), parser.parse_string(text)
     if folder.is_trained and len(folder.finished()) == len(before.data.tasks):
         for config in (before, after):
+            config.pop(EVALUATION_KEY, None)
             for key in _READING:
                 config.data.pop(key, None)
     return recorded if before == after else text

@@ -20,7 +20,10 @@ RUN_KEYS = ("seed_everything", "model", "data", "trainer")
 """The top-level entries that every config.yaml of a run has."""
 
 PRECISION_KEY = "patch_precision"
-"""A further one, which older runs lack; together they are everything that decides the run."""
+"""A further one, which older runs lack; together they are everything that decides what a run trains."""
+
+EVALUATION_KEY = "evaluation"
+"""Another one, which changes no patch."""
 
 
 def find_config(name: str) -> str:

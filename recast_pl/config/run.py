@@ -2,14 +2,14 @@
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import PRECISION_KEY, RUN_KEYS, no_run, read_run_config
+from recast_pl.config.files import EVALUATION_KEY, PRECISION_KEY, RUN_KEYS, no_run, read_run_config
 from recast_pl.config.paths import check_weights, locate_data, locate_paths, move_images
 from recast_pl.config.text import MODE
 from recast_pl.config.trust import check_trusted
@@ -31,6 +31,8 @@ def declare_run(parser: LightningArgumentParser) -> None:
     parser.add_argument("--seed_everything", type=int, default=42, help="Seed of all random numbers of the run.")
     precision = "How patches are stored: fp32, or compactly with 8 or 4 bits for each weight of the head."
     parser.add_argument(f"--{PRECISION_KEY}", type=Precision, default="fp32", help=precision)
+    evaluation = "task: images whose task is known; class: also among the classes of all tasks so far."
+    parser.add_argument(f"--{EVALUATION_KEY}", type=Literal["task", "class"], default="task", help=evaluation)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(SequentialTaskDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
@@ -51,7 +53,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         parser: A parser with the options of `declare_run`.
         config: Its result.
     """
-    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY)})  # type: ignore[no-untyped-call]
+    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY, EVALUATION_KEY)})  # type: ignore[no-untyped-call]
     text: str = parser.dump(kept, skip_link_targets=False, skip_unset=False)  # null may differ from the default
     return text
 

@@ -54,6 +54,8 @@ class StreamResults:
             # into the folder of the other measures, so that the table and the curves show one run
             logger.experiment.add_hparams(hyperparameters(folder, summary), measures, run_name=".", global_step=step)
             logger.log_metrics({f"accuracy/{name}": value for name, value in final_accuracies(summary).items()}, step)
+            by_measure = summary.get("class_accuracies", {}).items()
+            logger.log_metrics({f"classes/{name}": values[-1] for name, values in by_measure}, step)
             logger.experiment.add_figure("accuracy_matrix", figure, step)
             logger.finalize("success")
 

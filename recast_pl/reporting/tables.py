@@ -70,7 +70,15 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
         f"forgetting {summary['forgetting'] + 0.0:.2f}, backward transfer {summary['backward_transfer'] + 0.0:.2f} "
         f"points{shared}; {summary['wall_seconds']:.0f} s in all"
     )
-    return Group(FoldingTable(make, len(header), 1), "", facts)
+    return Group(FoldingTable(make, len(header), 1), "", facts, *_class_facts(summary))
+
+
+def _class_facts(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Says how well images are classified among the classes of all tasks, if that was measured."""
+    if "class_accuracies" in summary:
+        count = sum(task["classes"] for task in summary["tasks"])
+        values = (f"{name} {values[-1]:.2f}" for name, values in summary["class_accuracies"].items())
+        yield f"accuracy % over all {count} classes: {', '.join(values)}"
 
 
 def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> RenderableType:

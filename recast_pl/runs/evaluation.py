@@ -1,18 +1,21 @@
 """Evaluates the trained tasks of a run."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from lightning import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from recast_pl.data.batches import TaskSplit
+from recast_pl.data.batches import RawBatch, TaskSplit
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import PatchError, RunError
+from recast_pl.learning.features import Features, extract_features
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.probe import Probes
-from recast_pl.learning.til_module import TILModule
+from recast_pl.learning.til_module import Batch, TILModule
 from recast_pl.learning.trainer import Score, TrainerFactory
 from recast_pl.methods.recast import Recast
 from recast_pl.rules import ImageSize
@@ -122,6 +125,44 @@ def measure(
     module.activate(patch)
     (result,) = evaluator.test(module, datamodule=data, verbose=False)
     return rounded(result["test/accuracy"])
+
+
+def split_features(
+    module: TILModule,
+    data: SequentialTaskDataModule,
+    split: str,
+    evaluator: Trainer,
+    positions: Sequence[int] | None = None,
+) -> Features:
+    """Features of images of the selected task by the current task of a module, on the evaluator's device.
+
+    Args:
+        module: Built, with a current task.
+        data: The stream, of which a task is selected.
+        split: Its split.
+        evaluator: Decides the device and the precision.
+        positions: Positions of the images in the split; None for all of them.
+    """
+    device, precision = evaluator.strategy.root_device, evaluator.precision_plugin
+
+    def batches() -> Iterator[Batch]:
+        loader = data.plain_dataloader(split)
+        for batch in loader if positions is None else _some(loader, positions):
+            images, labels = data.on_after_batch_transfer([part.to(device) for part in batch], 0)
+            yield precision.convert_input(images), labels
+
+    precision.convert_module(module.to(device))
+    backbone, _ = module.current()
+    with module.merged():
+        return extract_features(backbone, batches(), precision)
+
+
+def _some(loader: DataLoader[RawBatch], positions: Sequence[int]) -> Iterator[RawBatch]:
+    """Batches of the images at some positions of a split."""
+    split, size = loader.dataset, loader.batch_size or 1
+    assert isinstance(split, TaskSplit)
+    for start in range(0, len(positions), size):
+        yield split.__getitems__(positions[start : start + size])
 
 
 def rounded(percentage: float) -> float:

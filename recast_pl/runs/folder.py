@@ -79,7 +79,21 @@ class Record(TypedDict):
     configs: NotRequired[list[str]]
 
 
-class Summary(TypedDict):
+class ClassSummary(TypedDict, total=False):
+    """What a run reports with `evaluation: class`; accuracies are in percent, averages over tasks.
+
+    `oracle_accuracy` is that of images whose task is known, `routed_accuracy` of those whose task is found by the
+    router and whose class by the head of that task, and `joint_accuracy` by the router alone, which compares the
+    classes of all tasks. `class_accuracies` lists these measures after each task, by name.
+    """
+
+    oracle_accuracy: float
+    routed_accuracy: float
+    joint_accuracy: float
+    class_accuracies: dict[str, list[float]]
+
+
+class Summary(ClassSummary):
     """The content of `summary.json`, in which older runs lack some entries; row i of the matrix is after task i."""
 
     method: str
@@ -105,7 +119,7 @@ class TaskFiles:
     The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared`
     holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `signature` is
     absent if it does not, and in older runs. `checkpoints` is a folder that exists while the task is trained; `configs`
-    in it names the configurations so far.
+    in it names the configurations so far. `class_row` is there only with `evaluation: class`.
 
     Args:
         run: The run folder.
@@ -119,6 +133,7 @@ class TaskFiles:
         self.record = run / "tasks" / f"{self.name}.json"
         self.signature = run / "signatures" / f"{self.name}.safetensors"
         self.shared = run / "shared" / f"{self.name}.safetensors"
+        self.class_row = run / "class_evaluation" / f"{self.name}.json"
         self.checkpoints = run / "checkpoints" / self.name
         self.configs = self.checkpoints / "configs.json"
 

@@ -6,9 +6,8 @@ from lightning import Trainer
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import PatchError, RunError
-from recast_pl.learning.features import Features, extract_features
-from recast_pl.learning.til_module import Batch, TILModule
-from recast_pl.runs.evaluation import restore
+from recast_pl.learning.til_module import TILModule
+from recast_pl.runs.evaluation import restore, split_features
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.images import check_images
 
@@ -42,20 +41,7 @@ def sign_run(module: TILModule, data: SequentialTaskDataModule, folder: RunFolde
         module.begin_task(name, data.classes)
         if patch.base != module.base:
             raise PatchError(f"{files.patch} is of base {patch.base[:12]}…, the run has {module.base[:12]}…")
-        module.sign(*(_features(module, data, split, evaluator) for split in ("train", "val"))).save(files.signature)
+        module.sign(*(split_features(module, data, split, evaluator) for split in ("train", "val"))).save(
+            files.signature
+        )
         yield name
-
-
-def _features(module: TILModule, data: SequentialTaskDataModule, split: str, evaluator: Trainer) -> Features:
-    """Features of all images of a split of the current task."""
-    device, precision = evaluator.strategy.root_device, evaluator.precision_plugin
-
-    def batches() -> Iterator[Batch]:
-        for batch in data.plain_dataloader(split):
-            images, labels = data.on_after_batch_transfer([part.to(device) for part in batch], 0)
-            yield precision.convert_input(images), labels
-
-    precision.convert_module(module.to(device))
-    backbone, _ = module.current()
-    with module.merged():
-        return extract_features(backbone, batches(), precision)

@@ -31,7 +31,9 @@ from recast_pl.learning.trainer import (
     TrainerFactory,
     TrainingTime,
 )
+from recast_pl.runs import metrics
 from recast_pl.runs.class_results import balanced_accuracy, class_results
+from recast_pl.runs.class_rows import ClassEvaluation, ClassRows
 from recast_pl.runs.evaluation import measure, probe_accuracies, rounded, validation
 from recast_pl.runs.folder import (
     ProbeAccuracies,
@@ -44,13 +46,6 @@ from recast_pl.runs.folder import (
     config_name,
 )
 from recast_pl.runs.images import check_images
-from recast_pl.runs.metrics import (
-    accuracy_matrix,
-    average_accuracy,
-    average_anytime_accuracy,
-    backward_transfer,
-    forgetting,
-)
 from recast_pl.runs.origin import origin
 from recast_pl.runs.pace import Pace
 from recast_pl.runs.reservation import reserved
@@ -88,6 +83,7 @@ class Stream:
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
         precision: How patches are stored; `int8` and `int4` for compact ones. Accuracies are those of stored patches.
+        class_evaluation: Measures how images are classified among the classes of all tasks; None for not at all.
     """
 
     def __init__(
@@ -101,6 +97,7 @@ class Stream:
         console: Console | None = None,
         presentation: Presentation | None = None,
         precision: Precision = "fp32",
+        class_evaluation: ClassEvaluation | None = None,
     ) -> None:
         self._trial = None if trainers.keeps else TemporaryDirectory()  # removed with this object
         self.folder = RunFolder(run_dir if self._trial is None else self._trial.name)
@@ -110,6 +107,7 @@ class Stream:
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self._names = [task.name for task in data.tasks]
+        self.class_rows = ClassRows(self.folder, self._names, class_evaluation)
         self._started = time.monotonic()
         self._configs: list[str] = []  # names of the configurations that the current task was trained with
 
@@ -136,8 +134,10 @@ class Stream:
     def _run_all(self) -> Summary:
         pace, names = Pace(), self.begin()
         try:
+            self.class_rows.extend(self.module, self.data, self.records, self.evaluator)
             for name in names:
                 self._train(self._names.index(name))
+                self.class_rows.extend(self.module, self.data, self.records, self.evaluator)
                 pace.run(self._write_results)
         except BaseException:
             if self.records:
@@ -158,6 +158,7 @@ class Stream:
             raise RunError(f"--only {unknown[0]!r} is not a task of this run; choose from {', '.join(self._names)}")
         if only:
             self.check_isolated("--only")
+        self.class_rows.check(self.module)
         wanted = [index for index, name in enumerate(self._names) if name in only or not only]
         if not only and self._is_finished_otherwise():
             raise RunError(
@@ -188,8 +189,8 @@ class Stream:
         """Whether all tasks are trained, and the run has another configuration than this stream."""
         if self.config is None or not self.folder.config.exists():
             return False
-        finished = all(self._files(index).patch.exists() for index in range(len(self._names)))
-        return finished and self.folder.config.read_bytes() != self.config.encode()
+        other = self.folder.config.read_bytes() != self.config.encode()
+        return other and all(self._files(index).patch.exists() for index in range(len(self._names)))
 
     def _build(self, beside_others: bool) -> None:
         """Builds the module on the base in the run folder; writes the base and the config if they are missing.
@@ -204,7 +205,6 @@ class Stream:
         if self.config is not None:
             self.folder.record_start()
             self.folder.keep_config(self.config.encode(), replace=not beside_others)
-
         if not beside_others:
             self._save_base(self.folder.path)
         elif not self.folder.add_files(self._save_base):
@@ -356,6 +356,7 @@ class Stream:
 
     def _conclude(self, write: bool) -> Summary:
         if write:
+            self.class_rows.extend(self.module, self.data, self.records, self.evaluator)
             self._write_results()
         summary = self._summary()
         if self.presentation and self.evaluator.is_global_zero:
@@ -375,7 +376,7 @@ class Stream:
 
     def _summary(self) -> Summary:
         records = [record for _, record in sorted(self.records.items())]
-        matrix = accuracy_matrix(records)
+        matrix = metrics.accuracy_matrix(records)
         return Summary(
             method=" + ".join(self.module.method),
             backbone=self.module.backbone_config.name,
@@ -383,12 +384,13 @@ class Stream:
             tasks=[record["task"] for record in records],
             unlearnt=[name for index, name in enumerate(self._names) if index not in self.records],
             accuracy_matrix=matrix,
-            average_accuracy=average_accuracy(matrix),
-            average_anytime_accuracy=average_anytime_accuracy(matrix),
-            backward_transfer=backward_transfer(matrix),
-            forgetting=forgetting(matrix),
+            average_accuracy=metrics.average_accuracy(matrix),
+            average_anytime_accuracy=metrics.average_anytime_accuracy(matrix),
+            backward_transfer=metrics.backward_transfer(matrix),
+            forgetting=metrics.forgetting(matrix),
             shared_bytes=records[-1]["shared_bytes"],
             wall_seconds=round(sum(record["wall_seconds"] for record in records), 2),
+            **self.class_rows.summary(),
         )
 
     def _files(self, index: int) -> TaskFiles:

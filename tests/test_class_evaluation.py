@@ -1,0 +1,162 @@
+"""One label space: accuracies among the classes of all tasks so far, from the command line."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, TINY_VIT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import recast_pl
+from recast_pl.cli import main
+from recast_pl.config.run import open_run
+from recast_pl.errors import RunError
+from recast_pl.files import read_sealed_json, sealed_json
+
+CLIPART = ROOT / "data" / "clipart"
+TASKS = ("food", "signs", "people")
+
+
+def words(run, *more, tasks=TASKS, method="vit.yaml"):
+    listed = [{"name": name, "path": str(CLIPART / name)} for name in tasks]
+    base = [] if method == "vit.yaml" else ["--config", "vit.yaml"]
+    return [
+        *("fit", *base, "--config", method, "--run_dir", str(run), "--data.tasks", json.dumps(listed)),
+        *("--model.backbone.name", "vit_tiny_patch16_224", "--model.backbone.weights", "random"),
+        *("--model.backbone.args", json.dumps(TINY_VIT), "--data.image_size", "32"),
+        *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"),
+        *more,
+    ]
+
+
+def fit(run, *more, **settings):
+    assert main(words(run, *more, **settings)) == 0
+    return run
+
+
+def resume(run, *more):
+    assert main(["fit", "--run_dir", str(run), "--resume", "true", *more]) == 0
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def rows(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "class_evaluation").iterdir())}
+
+
+def patches(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "patches").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("classes") / "run", "--evaluation", "class")
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_accuracies_are_those_of_predictions_without_a_task(trained):
+    _, init = open_run(trained)
+    data = init.data
+    data.prepare_data()
+    for count in (1, 2, 3):
+        row = read_sealed_json(trained / "class_evaluation" / f"{count - 1:02d}_{TASKS[count - 1]}.json", RunError)
+        model = recast_pl.load(trained, tasks=TASKS[:count])
+        starts = [0, 5, 10]
+        for index, name in enumerate(TASKS[:count]):
+            data.select(index)
+            split = data.plain_dataloader("test").dataset
+            pixels, labels, _ = split.__getitems__(range(len(split)))
+            routed, joint = row["accuracies"]["routed"][name], row["accuracies"]["joint"][name]
+            answers = model.route_tensors(pixels, refuse=0)
+            wanted = [(name, data.classes[label]) for label in labels.tolist()]
+            right = sum((each.task, each.label) == answer for each, answer in zip(answers, wanted, strict=True))
+            assert routed == pytest.approx(100 * right / len(labels), abs=1e-3)
+            best = model.router.scores(model._frozen_features(pixels)).argmax(1)
+            assert joint == pytest.approx(100 * float((best == starts[index] + labels).double().mean()), abs=1e-3)
+        assert list(row["accuracies"]["routed"]) == list(row["accuracies"]["oracle"]) == list(TASKS[:count])
+    assert row["accuracies"]["routed"] != row["accuracies"]["joint"]
+
+
+def test_the_summary_has_averages_after_each_task_and_at_the_end(trained):
+    found = summary(trained)
+    curves = found["class_accuracies"]
+    assert list(curves) == ["oracle", "routed", "joint"]
+    for index, path in enumerate(sorted((trained / "class_evaluation").iterdir())):
+        for measure, by_task in read_sealed_json(path, RunError)["accuracies"].items():
+            assert curves[measure][index] == pytest.approx(sum(by_task.values()) / (index + 1))
+    for measure, curve in curves.items():
+        assert found[f"{measure}_accuracy"] == curve[-1]
+    assert found["oracle_accuracy"] == pytest.approx(found["average_accuracy"])
+    assert curves["oracle"][0] == curves["routed"][0]  # the first task is always found
+    logged = EventAccumulator(str(trained / "tensorboard" / "stream")).Reload()
+    assert logged.Scalars("classes/routed")[-1].value == pytest.approx(found["routed_accuracy"])
+    assert logged.Scalars("classes/routed")[-1].step == 3
+
+
+def test_rows_are_the_same_bytes_whoever_trained_the_tasks_and_whenever(trained, tmp_path, capsys):
+    parts = tmp_path / "parts"
+    fit(parts, "--evaluation", "class", "--only", "people")
+    resume(parts, "--only", "food")
+    assert not (parts / "class_evaluation").exists()
+    resume(parts)
+    assert rows(parts) == rows(trained)
+    assert summary(parts)["class_accuracies"] == summary(trained)["class_accuracies"]
+    accuracy = summary(trained)["routed_accuracy"]
+    assert "accuracy % over all 14 classes: oracle" in (output := capsys.readouterr().out)
+    assert f"routed {accuracy:.2f}" in output
+
+
+def test_rows_that_are_missing_or_of_other_patches_are_measured_again(run):
+    before = rows(run)
+    first, second, third = sorted((run / "class_evaluation").iterdir())
+    second.unlink()
+    row = read_sealed_json(third, RunError)
+    row["patches"], row["accuracies"]["routed"]["food"] = "0" * 64, 100.0
+    third.write_text(sealed_json(row))
+    resume(run)
+    assert rows(run) == before
+    first.write_text(first.read_text().replace("40", "41"))
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 2
+
+
+def test_a_finished_run_is_evaluated_later_and_keeps_its_patches(trained, tmp_path):
+    plain = fit(tmp_path / "plain")
+    assert "routed_accuracy" not in summary(plain)
+    before, config = patches(plain), (plain / "config.yaml").read_bytes()
+    assert before == patches(trained)  # the evaluation between two tasks changes nothing of the second
+    resume(plain, "--evaluation", "class")
+    assert (patches(plain), rows(plain)) == (before, rows(trained))
+    assert (plain / "config.yaml").read_bytes() == config
+    assert summary(plain)["class_accuracies"] == summary(trained)["class_accuracies"]
+
+
+def test_tasks_that_share_weights_are_refused_before_anything_is_read(tmp_path, capsys):
+    assert main(words(tmp_path / "run", "--evaluation", "class", method="methods/ewc.yaml")) == 2
+    error = capsys.readouterr().err
+    assert "--evaluation class finds tasks by the features of a frozen network, but tasks share what" in error
+    assert not (tmp_path / "run" / "patches").exists()
+
+
+def test_a_task_without_a_signature_is_refused_with_the_remedy(run, capsys):
+    (run / "signatures" / "01_signs.safetensors").unlink()
+    shutil.rmtree(run / "class_evaluation")
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 2
+    assert "task 'signs' has no signature; make it with 'patch sign" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["melo", "piggyback", "rosa", "chosen", "probe_lda", "clr", "finetune_each", "unilora"]
+)
+def test_every_isolated_method_is_evaluated_and_trains_the_same(method, tmp_path):
+    config = f"methods/{method}.yaml"
+    plain = fit(tmp_path / "plain", tasks=TASKS[:2], method=config)
+    found = fit(tmp_path / "found", "--evaluation", "class", tasks=TASKS[:2], method=config)
+    assert patches(plain) == patches(found)
+    assert len(rows(found)) == 2
