@@ -28,26 +28,31 @@ from recast_pl.methods.derpp import DERPP
 from recast_pl.methods.dora import DoRA
 from recast_pl.methods.er_ace import ERACE
 from recast_pl.methods.ewc import EWC
+from recast_pl.methods.fecam import FeCAM
 from recast_pl.methods.fine_tune import FineTune, FullFineTune
 from recast_pl.methods.gdumb import GDumb
 from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
 from recast_pl.methods.inflora import InfLoRA
+from recast_pl.methods.joint_classifier import JointClassifier
 from recast_pl.methods.l2_sp import L2SP
 from recast_pl.methods.l2p import L2P
 from recast_pl.methods.linear_probe import LinearProbe
 from recast_pl.methods.lora import LoRA
 from recast_pl.methods.lora_xs import LoRAXS
 from recast_pl.methods.lwf import LwF
+from recast_pl.methods.ncm import NCM
 from recast_pl.methods.partial_fine_tune import PartialFineTune
 from recast_pl.methods.piece import Piece
 from recast_pl.methods.piggyback import Piggyback
 from recast_pl.methods.projection import Projection
+from recast_pl.methods.ranpac import RanPAC
 from recast_pl.methods.recast import Recast
 from recast_pl.methods.rosa import RoSA
 from recast_pl.methods.scale import Scale
 from recast_pl.methods.spectral import Spectral
+from recast_pl.methods.streaming_lda import LDA
 from recast_pl.methods.tiny_lora import TinyLoRA
 from recast_pl.methods.uni_lora import UniLoRA
 from recast_pl.studies.engines import Engine, Processes, Ray, Slurm

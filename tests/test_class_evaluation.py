@@ -136,6 +136,65 @@ def test_a_finished_run_is_evaluated_later_and_keeps_its_patches(trained, tmp_pa
     assert summary(plain)["class_accuracies"] == summary(trained)["class_accuracies"]
 
 
+JOINT = ["NCM", "LDA", {"class_path": "recast_pl.RanPAC", "init_args": {"dimensions": 200}}, "recast_pl.FeCAM"]
+
+
+def test_other_classifiers_are_measured_beside_the_router(run, trained, tmp_path, capsys):
+    chosen = ("--evaluation", "class", "--joint", json.dumps(JOINT))
+    fit(tmp_path / "new", *chosen, "--only", "signs")  # which task comes first does not matter
+    resume(tmp_path / "new")
+    assert list(summary(tmp_path / "new")["class_accuracies"]) == [
+        *("oracle", "routed", "joint", "NCM", "LDA", "RanPAC", "FeCAM"),
+    ]
+    assert patches(tmp_path / "new") == patches(trained)
+    resume(run, *chosen)  # rows that lack a measure are measured again
+    assert rows(run) == rows(tmp_path / "new")
+    (run / "class_evaluation" / "02_people.json").unlink()  # the earlier rows are kept now
+    resume(run, *chosen)
+    assert rows(run) == rows(tmp_path / "new")
+    found = read_sealed_json(run / "class_evaluation" / "02_people.json", RunError)["accuracies"]
+    assert (
+        found["joint"]
+        == read_sealed_json(trained / "class_evaluation" / "02_people.json", RunError)["accuracies"]["joint"]
+    )
+    assert "RanPAC" in capsys.readouterr().out
+    model, (_, init) = recast_pl.load(run), open_run(run)
+    init.data.prepare_data()
+    classifier, tests = recast_pl.NCM(), []
+    for index, start in enumerate((0, 5, 10)):
+        init.data.select(index)
+        for split in ("train", "test"):
+            images = init.data.plain_dataloader(split).dataset
+            pixels, labels, _ = images.__getitems__(range(len(images)))
+            features = model._frozen_features(pixels)
+            if split == "train":
+                classifier.update(features, labels + start)
+            else:
+                tests.append((features, labels + start))
+    for name, (features, labels) in zip(TASKS, tests, strict=True):
+        right = (classifier.scores(features).argmax(1) == labels).double().mean()
+        assert found["NCM"][name] == pytest.approx(100 * float(right), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--joint", '["NCM"]'], "add --evaluation class"),
+        (["--evaluation", "class", "--joint", '["NCM", "NCM"]'], "two classifiers of one class"),
+        (
+            ["--evaluation", "class", "--joint", '[{"class_path": "RanPAC", "init_args": {"dimensions": 0}}]'],
+            "dimensions=0 must be at least 1",
+        ),
+        (["--evaluation", "classes"], "evaluation"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_one_line(options, fault, tmp_path, capsys):
+    assert main(words(tmp_path / "run", *options)) == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+
+
 def test_tasks_that_share_weights_are_refused_before_anything_is_read(tmp_path, capsys):
     assert main(words(tmp_path / "run", "--evaluation", "class", method="methods/ewc.yaml")) == 2
     error = capsys.readouterr().err

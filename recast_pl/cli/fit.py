@@ -19,7 +19,7 @@ from rich.console import Console
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
-from recast_pl.config.files import EVALUATION_KEY, PRECISION_KEY
+from recast_pl.config.files import PRECISION_KEY
 from recast_pl.config.paths import locate_data, locate_paths
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
@@ -129,7 +129,9 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     if init.engine is not None:
         trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
     model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
-    evaluation = RoutedEvaluation() if init[EVALUATION_KEY] == "class" else None
+    if init.joint and init.evaluation != "class":
+        raise RunError("--joint names classifiers over the classes of all tasks; add --evaluation class")
+    evaluation = RoutedEvaluation(init.joint) if init.evaluation == "class" else None
     stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation)
     if init.engine is not None:
         return _train_on_engine(stream, init, console)

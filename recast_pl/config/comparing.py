@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import EVALUATION_KEY, PRECISION_KEY
+from recast_pl.config.files import EVALUATION_KEYS, PRECISION_KEY
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
@@ -61,7 +61,8 @@ def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str)
     before, after = parser.parse_string(recorded), parser.parse_string(text)
     if folder.is_trained and len(folder.finished()) == len(before.data.tasks):
         for config in (before, after):
-            config.pop(EVALUATION_KEY, None)
+            for key in EVALUATION_KEYS:
+                config.pop(key, None)
             for key in _READING:
                 config.data.pop(key, None)
     return recorded if before == after else text

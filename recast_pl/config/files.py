@@ -22,8 +22,8 @@ RUN_KEYS = ("seed_everything", "model", "data", "trainer")
 PRECISION_KEY = "patch_precision"
 """A further one, which older runs lack; together they are everything that decides what a run trains."""
 
-EVALUATION_KEY = "evaluation"
-"""Another one, which changes no patch."""
+EVALUATION_KEYS = ("evaluation", "joint")
+"""Others, which change no patch."""
 
 
 def find_config(name: str) -> str:

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import EVALUATION_KEY, PRECISION_KEY, RUN_KEYS, no_run, read_run_config
+from recast_pl.config.files import EVALUATION_KEYS, PRECISION_KEY, RUN_KEYS, no_run, read_run_config
 from recast_pl.config.paths import check_weights, locate_data, locate_paths, move_images
 from recast_pl.config.text import MODE
 from recast_pl.config.trust import check_trusted
@@ -18,6 +18,7 @@ from recast_pl.errors import RunError
 from recast_pl.learning.device import evaluation_settings, find_device
 from recast_pl.learning.patch import Precision
 from recast_pl.learning.til_module import TILModule
+from recast_pl.methods.joint_classifier import JointClassifier
 from recast_pl.runs.folder import RunFolder
 
 STRICT: Any = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": MODE}
@@ -32,7 +33,9 @@ def declare_run(parser: LightningArgumentParser) -> None:
     precision = "How patches are stored: fp32, or compactly with 8 or 4 bits for each weight of the head."
     parser.add_argument(f"--{PRECISION_KEY}", type=Precision, default="fp32", help=precision)
     evaluation = "task: images whose task is known; class: also among the classes of all tasks so far."
-    parser.add_argument(f"--{EVALUATION_KEY}", type=Literal["task", "class"], default="task", help=evaluation)
+    parser.add_argument("--evaluation", type=Literal["task", "class"], default="task", help=evaluation)
+    joint = "Classifiers over the classes of all tasks to measure beside the router, with --evaluation class."
+    parser.add_argument("--joint", type=tuple[JointClassifier, ...], default=(), help=joint)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(SequentialTaskDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
@@ -53,7 +56,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         parser: A parser with the options of `declare_run`.
         config: Its result.
     """
-    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY, EVALUATION_KEY)})  # type: ignore[no-untyped-call]
+    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY, *EVALUATION_KEYS)})  # type: ignore[no-untyped-call]
     text: str = parser.dump(kept, skip_link_targets=False, skip_unset=False)  # null may differ from the default
     return text
 

@@ -1,5 +1,6 @@
 """Accuracy without the name of the task, as `predict --task auto` answers, after every task of a stream."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
+from recast_pl.errors import RunError
 from recast_pl.inference.prediction import Candidates, Prediction, find_candidates
 from recast_pl.learning.compact import narrowed
 from recast_pl.learning.features import Features
 from recast_pl.learning.router import Router
 from recast_pl.learning.til_module import TILModule
+from recast_pl.methods.joint_classifier import JointClassifier
 from recast_pl.runs.class_rows import Accuracies
 from recast_pl.runs.evaluation import rounded, split_features
 from recast_pl.runs.folder import TaskFiles
@@ -24,10 +27,20 @@ class RoutedEvaluation:
 
     Features of test images by the frozen network are computed once, and kept in half precision. What a task answers
     for an image is computed when the router first asks for it, and kept.
+
+    Args:
+        classifiers: Further classifiers over the classes of all tasks, each another measure, named after its class.
+
+    Raises:
+        RunError: If two classifiers are of one class.
     """
 
-    def __init__(self) -> None:
-        self.measures: Sequence[str] = ("routed", "joint")
+    def __init__(self, classifiers: Sequence[JointClassifier] = ()) -> None:
+        self._classifiers = {type(classifier).__name__: classifier for classifier in classifiers}
+        if len(self._classifiers) < len(classifiers):
+            raise RunError("--joint has two classifiers of one class; measure them in two runs, or by --resume true")
+        self.measures: Sequence[str] = ("routed", "joint", *self._classifiers)
+        self._taught = 0  # tasks whose training images the classifiers have seen
         self._tests: dict[str, Features] = {}
         self._answers: dict[tuple[str, str], _Answers] = {}  # by the task asked, and the task of the images
 
@@ -36,8 +49,13 @@ class RoutedEvaluation:
     ) -> Accuracies:
         """Measures all tasks of some files, as `ClassEvaluation` describes."""
         router = Router(each.load_signature() for each in files)
+        starts = [0, *itertools.accumulate(len(names) for names in router.classes)]
+        for index in range(self._taught, len(files) if self._classifiers else 0):
+            train = _frozen(module, data, index, "train", evaluator)
+            for classifier in self._classifiers.values():
+                classifier.update(train.features, train.labels.cpu() + starts[index])
+        self._taught = len(files)
         found: Accuracies = {measure: {} for measure in self.measures}
-        start = 0
         for index, each in enumerate(files):
             test = self._test_images(module, data, index, evaluator)
             x, labels = test.features.float(), test.labels
@@ -45,21 +63,19 @@ class RoutedEvaluation:
             self._ask(module, data, index, files, candidates, evaluator)
             right = torch.tensor([self._is_right(c, i, each.task, labels) for i, c in enumerate(candidates)])
             found["routed"][each.task] = _percent(right)
-            found["joint"][each.task] = _percent(router.scores(x).argmax(1) == start + labels)
-            start += len(router.classes[index])
+            scores = {"joint": router.scores(x)} | {name: c.scores(x) for name, c in self._classifiers.items()}
+            for measure, of_classes in scores.items():
+                found[measure][each.task] = _percent(of_classes.argmax(1) == starts[index] + labels)
         module.cpu()
         return found
 
     def _test_images(
         self, module: TILModule, data: SequentialTaskDataModule, index: int, evaluator: Trainer
     ) -> Features:
-        """Features of the test images of a task by the network that every task starts from."""
+        """Features of the test images of a task by the network that every task starts from, in half precision."""
         name = data.tasks[index].name
         if name not in self._tests:
-            data.select(index)
-            with isolate_rng():
-                module.begin_task(name, data.classes)
-            test = split_features(module, data, "test", evaluator)
+            test = _frozen(module, data, index, "test", evaluator)
             self._tests[name] = Features(narrowed(test.features.cpu()), test.labels.cpu())
         return self._tests[name]
 
@@ -107,6 +123,14 @@ class _Answers:
 
     def prediction(self, task: str, image: int) -> Prediction:
         return Prediction(task, str(int(self.labels[image])), float(self.probabilities[image]), {})
+
+
+def _frozen(module: TILModule, data: SequentialTaskDataModule, index: int, split: str, evaluator: Trainer) -> Features:
+    """Features of images of a task by the network that every task starts from."""
+    data.select(index)
+    with isolate_rng():
+        module.begin_task(data.task_name, data.classes)
+    return split_features(module, data, split, evaluator)
 
 
 def _percent(right: Tensor) -> float:
