@@ -106,6 +106,16 @@ def report(*folders, output):
     return Page(output / "report.html")
 
 
+def test_accuracy_over_all_classes_is_shown_of_runs_that_measured_it(tmp_path):
+    for seed, routed in ((7, 40.0), (42, 50.0)):
+        curves = {"oracle": [90.0, 80.0], "routed": [90.0, routed], "NCM": [60.0, 20.0 + routed]}
+        write_run(tmp_path / "runs" / "with" / str(seed), seed, "with", [80.0, 80.0], class_accuracies=curves)
+    write_run(tmp_path / "runs" / "without" / "7", 7, "without", [70.0, 80.0])
+    page = report(tmp_path / "runs", output=tmp_path / "report")
+    ((row,),) = (rows for caption, rows in page.tables.items() if "over the classes of all tasks" in caption)
+    assert row == {"run": "with", "oracle": "80.00 ± 0.00", "routed": "45.00 ± 7.07", "NCM": "65.00 ± 7.07"}
+
+
 def test_numbers_equal_those_of_the_linked_runs(compared, tmp_path):
     folder, accuracies = compared
     page = report(folder, output=tmp_path / "out")

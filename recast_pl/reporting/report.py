@@ -67,6 +67,7 @@ def _collection(collection: Collection, file: str, output: Path) -> Iterator[Blo
     for backbone, chosen in by_backbone.items():
         yield _accuracies(collection, chosen, f"{name} on {_short_name(backbone)}", output)
         yield from _by_task(chosen, f"{name} on {_short_name(backbone)}", output)
+        yield from _one_label_space(chosen, f"{name} on {_short_name(backbone)}")
     yield from _beside_published(collection, name)
     if collection.x is not None:
         summaries = {point: [run.summary for run in runs] for point, runs in collection.runs.items()}
@@ -161,6 +162,23 @@ def _by_task(chosen: Mapping[str, Sequence[Run]], what: str, output: Path) -> It
         ]
         caption = f"{what}: accuracy on each task in % (table 4 of the paper)"
         yield DataTable(caption, ["run", *tasks, "seeds"], rows)
+
+
+def _one_label_space(chosen: Mapping[str, Sequence[Run]], what: str) -> Iterator[DataTable]:
+    """Accuracy among the classes of all tasks at the end, of runs that measured it, by `evaluation: class`."""
+    found = {
+        name: [run.summary["class_accuracies"] for run in runs if "class_accuracies" in run.summary]
+        for name, runs in chosen.items()
+    }
+    found = {name: curves for name, curves in found.items() if curves}
+    if found:
+        header = list(dict.fromkeys(key for curves in found.values() for curve in curves for key in curve))
+        values = {n: {key: [c[key][-1] for c in curves if key in c] for key in header} for n, curves in found.items()}
+        rows = [
+            [[Text(cell)] for cell in (name, *(str(spread(of_key)) if of_key else "" for of_key in row.values()))]
+            for name, row in values.items()
+        ]
+        yield DataTable(f"{what}: accuracy over the classes of all tasks in %", ["run", *header], rows)
 
 
 def _beside_published(collection: Collection, name: str) -> Iterator[DataTable]:
