@@ -12,7 +12,7 @@ class FeCAM(JointClassifier):
     """An image belongs to the class with the least Mahalanobis distance, each by its own covariance.
 
     Goswami, Liu, Twardowski and van de Weijer, "FeCAM: Exploiting the Heterogeneity of Class Distributions in
-    Exemplar-Free Continual Learning", NeurIPS 2023, equations 5 to 8: features of length 1, Σ_c + γ·mean(diag Σ_c)·I,
+    Exemplar-Free Continual Learning", NeurIPS 2023: features of length 1, Σ_c + γ·mean(diag Σ_c)·I,
     divided by its standard deviations so that its diagonal is 1, and argmin (x − μ_c)ᵀ·N(Σ_c)⁻¹·(x − μ_c).
 
     As in the authors' code for vision transformers, the mean of the other entries is not added to them, and features

@@ -9,7 +9,7 @@ class NCM(JointClassifier):
     """An image belongs to the class whose mean is the nearest.
 
     Mensink, Verbeek, Perronnin and Csurka, "Distance-Based Image Classification: Generalizing to New Classes at
-    Near-Zero Cost", TPAMI 2013, equations 1 and 2, without a learned metric: argmin ‖x − μ_c‖². The score is
+    Near-Zero Cost", TPAMI 2013, without a learned metric: argmin ‖x − μ_c‖². The score is
     xᵀμ_c − ½‖μ_c‖², which has the same order.
     """
 

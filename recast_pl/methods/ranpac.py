@@ -15,11 +15,11 @@ class RanPAC(JointClassifier):
     """Ridge regression of one-hot labels on a fixed random projection of the features, with a ReLU.
 
     McDonnell, Gong, Parvaneh, Abbasnejad and van den Hengel, "RanPAC: Random Projections and Pre-trained Models for
-    Continual Learning", NeurIPS 2023, section 3: h = ReLU(Wᵀx) with normal W (D, M), G = Σ hhᵀ, C = Σ hyᵀ, and the
+    Continual Learning", NeurIPS 2023: h = ReLU(Wᵀx) with normal W (D, M), G = Σ hhᵀ, C = Σ hyᵀ, and the
     scores hᵀ(G + λI)⁻¹C. λ is one of 10⁻⁸ to 10⁸: the one with the least squared error on a fifth of the images, with
     the solution of the others.
 
-    It deviates from the paper, which chooses λ anew for each task by that task's images alone: here the errors are
+    It deviates from the authors' code, which chooses λ again for each task by that task's images alone: here the errors are
     added up over tasks, so that the order of tasks does not matter. Every fifth image is held out, not the last fifth,
     which would hold whole classes where images come by class. The network is not adapted on the first task.
 

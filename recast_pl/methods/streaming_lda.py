@@ -11,7 +11,7 @@ class LDA(JointClassifier):
     """A linear discriminant with class means and one covariance for all classes.
 
     Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis", CVPR Workshops
-    2020, equations 1 to 4: Λ = ((1 − ε)Σ + εI)⁻¹, w_c = Λμ_c and b_c = −½·μ_cᵀΛμ_c.
+    2020: Λ = ((1 − ε)Σ + εI)⁻¹, w_c = Λμ_c and b_c = −½·μ_cᵀΛμ_c.
 
     It deviates from the paper in the covariance: the paper adds images one by one, with a step that depends on their
     order. Here Σ is the scatter within classes divided by the number of images, which does not.
