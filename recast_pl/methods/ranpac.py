@@ -19,8 +19,8 @@ class RanPAC(JointClassifier):
     scores hᵀ(G + λI)⁻¹C. λ is one of 10⁻⁸ to 10⁸: the one with the least squared error on a fifth of the images, with
     the solution of the others.
 
-    It deviates from the authors' code, which chooses λ again for each task by that task's images alone: here the errors are
-    added up over tasks, so that the order of tasks does not matter. Every fifth image is held out, not the last fifth,
+    It deviates from the authors' code, which chooses λ again for each task by that task's images alone: here the
+    errors are added up over tasks, so that the order of tasks does not matter. Every fifth image is held out, not the last fifth,
     which would hold whole classes where images come by class. The network is not adapted on the first task.
 
     Args:
