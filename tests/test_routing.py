@@ -467,9 +467,9 @@ def test_a_task_that_is_added_brings_its_signature(run, tmp_path):
     assert {each.task for each in found} >= {"people"}
     model.remove("people")
     assert model.predict(PICTURES) == before
-    model.add_patch(patch, run / "signatures" / "00_food.safetensors")
     with pytest.raises(PatchError, match="the signature of task 'food'"):
-        model.predict(PICTURES)
+        model.add_patch(patch, run / "signatures" / "00_food.safetensors")
+    assert model.tasks == ["food", "signs"]
     for refuse in (-0.1, 1):
         with pytest.raises(DataError, match=rf"refuse={refuse} must be at least 0 and below 1"):
             recast_pl.load(run).predict(PICTURES, refuse=refuse)

@@ -163,6 +163,14 @@ class Signature:
                 f"{size_text(image_size)}; tasks can be told apart only if their images have the same size"
             )
 
+    def check_task(self, task: str, classes: Sequence[str]) -> None:
+        """Raises PatchError unless the signature is that of the task of this name with these classes."""
+        if (self.task, self.classes) != (task, list(classes)):
+            raise PatchError(
+                f"the signature of task {self.task!r} with classes {self.classes} is not that of task {task!r} with "
+                f"classes {list(classes)}; make it again with 'patch sign'"
+            )
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name as the file keeps them: of the scatter, which is symmetric, the upper triangle."""
