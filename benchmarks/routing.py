@@ -144,7 +144,7 @@ def scores(router: Router, signatures: Sequence[Signature], x: Tensor) -> dict[s
     counts = torch.cat([s.counts for s in signatures]).double()[:, None]
     means = torch.cat([s.means for s in signatures])
     centre = (counts * means).sum(0) / counts.sum()
-    total = sum(s.scatter for s in signatures) + (counts * (means - centre)).T @ (means - centre)
+    total = sum(s.scatter.matrix for s in signatures) + (counts * (means - centre)).T @ (means - centre)
     apart = x.double() - centre
     background = ((apart @ precision_matrix(total, int(counts.sum()) - 1)[0]) * apart).sum(1)
     return {
