@@ -23,8 +23,19 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import AdamW
 
-from recast_pl import BackboneConfig, BankLayout, Recast, SequentialTaskDataModule, TaskConfig, TILModule
+from recast_pl import (
+    BackboneConfig,
+    BankLayout,
+    Chosen,
+    LoRA,
+    Recast,
+    SequentialTaskDataModule,
+    Spectral,
+    TaskConfig,
+    TILModule,
+)
 from recast_pl.decomposition.bank import TemplateBank
+from recast_pl.learning.acceleration import OutputChanges
 from recast_pl.learning.features import Features
 from recast_pl.learning.probe import fit_probe
 
@@ -87,8 +98,42 @@ def recast(*targets, tokens=1.0):
     return make
 
 
+class Trained(nn.Module):
+    """A module that computes as in its own training step."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.changes = module, OutputChanges(module.current()[0])
+
+    def forward(self, x):
+        with self.changes.apply():
+            return self.module(x)
+
+
+def small(piece):
+    def make(weights):
+        module = TILModule(backbone(weights), (piece(),))
+        module.build(SIZE)
+        module.begin_task("food", list("abcde"))
+        return Trained(module.train())
+
+    return make
+
+
+def chosen():
+    """48 entries drawn at random."""
+    piece = Chosen()
+    piece.begin_task = lambda: piece.load_training_state(
+        {"indices": torch.randperm(piece.total)[: piece.count].sort().values}
+    )
+    return piece
+
+
 CONTENDERS = {
     "PEFT LoRA, r 1, q and v": peft_lora,
+    "LoRA, r 1, q and v": small(LoRA),
+    "spectral templates": small(Spectral),
+    "chosen directions": small(chosen),
     "full fine-tuning": full,
     "RECAST, MLP": recast(MLP),
     "RECAST, MLP, gradient_tokens 0.25": recast(MLP, tokens=0.25),

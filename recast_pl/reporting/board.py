@@ -274,7 +274,7 @@ def _means(streams: Streams) -> list[Mark]:
             size, accuracy = (
                 statistics.fmean(_mean(each, key) for each in runs) for key in ("patch_bytes", "accuracy")
             )
-            marks.append(Mark("", size, Spread(accuracy, _half(gain_everywhere(name, streams))), name=name))
+            marks.append(Mark(name, size, Spread(accuracy, _half(gain_everywhere(name, streams))), name=name))
     return marks
 
 
