@@ -10,8 +10,9 @@ classes of all tasks (joint); by the nearest class mean, and by the router with 
 one scale a class), and with features projected onto the leading principal directions of the first task's classes.
 
 The second table: accuracy where the class is that of the likeliest task's own head (one), where the second likeliest
-task is asked, too (two), and where the task is known (oracle). Heads are logistic, on the same frozen features, so that
-this is the routed accuracy of `LinearProbe`. The last column counts passes of the network for both candidates.
+task is asked, too (two), the same with a temperature for each head, which fits its validation images best
+(calibrated), and where the task is known (oracle). Heads are on the same frozen features, so that this is the routed
+accuracy of `LinearProbe`. The last column counts passes of the network for both candidates.
 
 The third table: how well images of a task that was left out are told from known ones, averaged over the tasks: the area
 under the ROC curve; unknown images that are not refused where 5 % of the known test images are; and what is refused
@@ -26,18 +27,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from small_patches import Split, read_features, read_options
-from torch import Tensor
+from torch import Tensor, nn
 
 from recast_pl import LDA, NCM, FeCAM, RanPAC
 from recast_pl.inference.prediction import Candidates, Prediction, find_candidates
 from recast_pl.learning.features import Features
-from recast_pl.learning.heads import solve_head
+from recast_pl.learning.heads import HeadKind, solve_head
 from recast_pl.learning.router import Router, precision_matrix
 from recast_pl.learning.signature import Signature
 
 CLIPART = ["food", "people", "recreation", "signs"]
+
+HEADS: tuple[HeadKind, ...] = ("logistic", "lda", "ridge")
 
 Tasks = Mapping[str, Mapping[str, Split]]
 
@@ -100,16 +104,24 @@ def nearest_mean(signatures: Sequence[Signature], images: tuple[Tensor, Tensor, 
     return [100 * float(hit.double().mean()) for hit in hits]
 
 
-def routed(tasks: Tasks, names: Sequence[str], router: Router) -> list[float]:
-    """Accuracy with one candidate, with two and with the true task, and passes of the network for two candidates."""
+def head_temperature(head: nn.Linear, validation: Split) -> float:
+    """The temperature of the least cross-entropy of validation images."""
+    x, labels = validation
+    logits = head(x).detach()
+    return float(min(10 ** torch.linspace(-1, 1, 101), key=lambda t: float(F.cross_entropy(logits / t, labels))))
+
+
+def routed(tasks: Tasks, names: Sequence[str], router: Router, kind: HeadKind) -> list[float]:
+    """Accuracy by one candidate, two, two with calibrated heads and the true task, and passes for two candidates."""
     x, owners, labels = test_images(tasks, names)
-    heads = {}
+    plain, calibrated = {}, {}
     for name in names:
         train = Features(*tasks[name]["train"])
-        heads[name] = solve_head("logistic", train, int(train.labels.max()) + 1)
-    probabilities = {name: head(x).softmax(1).detach() for name, head in heads.items()}
+        head = solve_head(kind, train, int(train.labels.max()) + 1)
+        plain[name] = head(x).detach().softmax(1)
+        calibrated[name] = (head(x).detach() / head_temperature(head, tasks[name]["val"])).softmax(1)
 
-    def prediction(image: int, task: str) -> Prediction:
+    def prediction(image: int, task: str, probabilities: Mapping[str, Tensor] = plain) -> Prediction:
         row = probabilities[task][image].tolist()
         best = max(range(len(row)), key=row.__getitem__)
         return Prediction(task, str(best), row[best], {})
@@ -122,8 +134,11 @@ def routed(tasks: Tasks, names: Sequence[str], router: Router) -> list[float]:
     candidates: list[Candidates] = find_candidates(router.tasks, router.route(x), refuse=0)
     one = right(prediction(i, each.asked[0]) for i, each in enumerate(candidates))
     two = right(each.answer([prediction(i, task) for task in each.asked]) for i, each in enumerate(candidates))
+    same = right(
+        each.answer([prediction(i, task, calibrated) for task in each.asked]) for i, each in enumerate(candidates)
+    )
     oracle = right(prediction(i, names[task]) for i, task in enumerate(owners.tolist()))
-    return [one, two, oracle, float(np.mean([len(each.asked) for each in candidates]))]
+    return [one, two, same, oracle, float(np.mean([len(each.asked) for each in candidates]))]
 
 
 def rejection(tasks: Tasks, names: Sequence[str], unknown: str) -> dict[str, list[float]]:
@@ -149,7 +164,7 @@ def scores(router: Router, signatures: Sequence[Signature], x: Tensor) -> dict[s
     counts = torch.cat([s.counts for s in signatures]).double()[:, None]
     means = torch.cat([s.means for s in signatures])
     centre = (counts * means).sum(0) / counts.sum()
-    total = sum(s.scatter for s in signatures) + (counts * (means - centre)).T @ (means - centre)
+    total = sum(s.scatter.matrix for s in signatures) + (counts * (means - centre)).T @ (means - centre)
     apart = x.double() - centre
     background = ((apart @ precision_matrix(total, int(counts.sum()) - 1)[0]) * apart).sum(1)
     return {
@@ -228,11 +243,13 @@ def main() -> None:
         for (way, size), values in rows.items():
             cells = " | ".join(f"{mean:.1f}" for mean in np.mean(values, 0))
             print(f"| {stream} | {len(names)} | {classes} | {way} | {cells} | {size:,} |")
-    print("\n| stream | one | two | oracle | passes for two |\n|---|---:|---:|---:|---:|")
+    print("\n| stream | head | one | two | calibrated | oracle | passes for two |\n|---|---|---:|---:|---:|---:|---:|")
     for stream, names in kinds.items():
-        values = [routed(t, names, Router(sign(name, t[name]) for name in names)) for t in by_seed]
-        one, two, oracle, passes = np.mean(values, 0)
-        print(f"| {stream} | {one:.1f} | {two:.1f} | {oracle:.1f} | {1 + passes:.2f} |")
+        for kind in HEADS:
+            values = [routed(t, names, Router(sign(name, t[name]) for name in names), kind) for t in by_seed]
+            *shares, passes = np.mean(values, 0)
+            cells = " | ".join(f"{share:.1f}" for share in shares)
+            print(f"| {stream} | {kind} | {cells} | {1 + passes:.2f} |", flush=True)
     print("\n| known | unknown | score | AUROC | not refused at 95 % | known refused | unknown refused |")
     print("|---|---|---|---:|---:|---:|---:|")
     pairs = {

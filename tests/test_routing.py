@@ -18,9 +18,11 @@ from recast_pl import Router, Signature
 from recast_pl.cli import main
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError, PatchError, RunError
+from recast_pl.files import pack_tensors
 from recast_pl.inference.prediction import find_candidates
 from recast_pl.learning.features import Features
 from recast_pl.learning.router import Routes, fit_temperature, precision_matrix, task_probabilities
+from recast_pl.learning.scatter import Scatter
 
 BASE, OTHER = "a" * 64, "b" * 64
 CLIPART = ROOT / "data" / "clipart"
@@ -74,7 +76,35 @@ def test_a_signature_is_the_sums_of_all_images_in_any_order():
     for signature in (sign(train), sign(shuffled)):
         np.testing.assert_array_equal(signature.counts, counts)
         np.testing.assert_allclose(signature.means, means, rtol=1e-6)
-        np.testing.assert_allclose(signature.scatter, scatter, rtol=1e-6, atol=1e-6 * np.trace(scatter))
+        np.testing.assert_allclose(signature.scatter.matrix, scatter, rtol=1e-6, atol=1e-6 * np.trace(scatter))
+
+
+@pytest.mark.parametrize(("images", "kept"), [(20, True), (140, False)])
+def test_a_scatter_is_exact_to_a_millionth_and_small(images, kept):
+    whole = features(3, images, 0, width=384)  # fewer images than features are kept themselves
+    exact = by_numpy(whole)[2]
+    merged = sign(part(whole, slice(50))).merged(sign(part(whole, slice(50, None))))
+    for signature in (sign(whole), merged):
+        matrix, values = signature.scatter.matrix, signature.scatter.values
+        np.testing.assert_allclose(matrix, exact, rtol=0, atol=1e-6 * np.trace(exact))
+        assert np.linalg.norm(matrix - exact, 2) < 1e-4 * np.linalg.norm(exact, 2)
+        assert torch.equal(matrix * 2.0**30, (matrix * 2.0**30).round())
+        assert (values.ndim == 2) == kept
+        assert values.nbytes <= 2 * 384 * min(3 * images + 3, 385)
+    if kept:  # the order of sums changes no bit
+        shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+        assert torch.equal(Scatter(shuffled, signature.scatter.exponent).matrix, matrix)
+
+
+def test_a_signature_of_an_earlier_version_is_read(tmp_path):
+    signature = sign(features(3, 2, 0, width=8))
+    exact = torch.tensor(by_numpy(features(3, 2, 0, width=8))[2], dtype=torch.float32)
+    tensors = signature.tensors | {"scatter": exact[tuple(torch.triu_indices(8, 8))]}  # whatever the number of images
+    facts = {name: fact for name, fact in signature.facts.items() if name != "exponent"}
+    (tmp_path / "old").write_bytes(pack_tensors(tensors, {"format": 1, "kind": "signature"} | facts))
+    old = Signature.load(tmp_path / "old")
+    assert torch.equal(old.scatter.matrix, exact.double())
+    assert old.merged(signature).counts.tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize("cut", [1, 17, 59])
@@ -85,9 +115,8 @@ def test_parts_on_two_machines_merge_to_the_whole(cut):
     for each in (merged, other):
         np.testing.assert_array_equal(each.counts, sign(whole).counts)
         np.testing.assert_allclose(each.means, sign(whole).means, rtol=1e-6)
-        np.testing.assert_allclose(
-            each.scatter, sign(whole).scatter, rtol=1e-6, atol=1e-6 * sign(whole).scatter.trace()
-        )
+        exact = by_numpy(whole)[2]
+        np.testing.assert_allclose(each.scatter.matrix, exact, rtol=1e-6, atol=1e-6 * np.trace(exact))
     assert len(merged.held_out.labels) == 60
     with pytest.raises(PatchError, match="cannot be merged; merge parts of one task"):
         sign(first).merged(sign(second, "another"))
@@ -100,8 +129,9 @@ def test_a_signature_comes_back_from_its_file_bit_by_bit(tmp_path):
     assert read.facts == signature.facts
     assert len(read.held_out.labels) == 256
     assert set(read.held_out.labels.tolist()) == {0, 1, 2}
-    for name in ("counts", "means", "scatter"):
+    for name in ("counts", "means"):
         assert torch.equal(getattr(read, name), getattr(signature, name))
+    assert torch.equal(read.scatter.matrix, signature.scatter.matrix)
     assert read.to_bytes() == signature.to_bytes()
 
 
@@ -112,6 +142,11 @@ def test_a_signature_comes_back_from_its_file_bit_by_bit(tmp_path):
         ({"counts": torch.tensor([1, -1, 2], dtype=torch.int32)}, "negative"),
         ({"labels": torch.full((60,), 3)}, "beyond the classes"),
         ({"scatter": torch.full((21,), torch.nan)}, "NaN"),
+        ({"scatter": torch.zeros(20)}, "is not one of 6 features"),
+        ({"scatter": torch.zeros(6, 6, dtype=torch.int16)}, "is not one of 6 features"),
+        ({"scatter": torch.zeros(21, dtype=torch.int16)}, "is not one of 6 features"),
+        ({"exponent": 10**6}, "is not one of 6 features"),
+        ({"exponent": "x" * 999}, "is not one of 6 features"),
         ({"classes": ["x", "x", "y"]}, "classes"),
         ({"base": "?"}, "base"),
     ],
@@ -184,9 +219,10 @@ def test_the_order_of_tasks_changes_no_bit_and_a_task_that_left_leaves_nothing()
     for name in ("_means", "_bias"):
         assert torch.equal(getattr(forwards, name), getattr(backwards, name)[order])
     assert not torch.equal(Router([a, b]).scores(x), forwards.scores(x)[:, :5])
-    pooled = a.scatter + b.scatter + c.scatter
-    assert torch.equal(pooled - c.scatter, a.scatter + b.scatter)
-    assert torch.equal((c.scatter + pooled) - pooled, c.scatter)
+    first, second, third = (each.scatter.matrix for each in (a, b, c))
+    pooled = first + second + third
+    assert torch.equal(pooled - third, first + second)
+    assert torch.equal((third + pooled) - pooled, third)
 
 
 def test_the_temperature_is_the_one_of_the_least_cross_entropy():
@@ -208,11 +244,13 @@ def test_the_temperature_is_the_one_of_the_least_cross_entropy():
 
 
 def test_tasks_that_are_equally_likely_share_the_probability_and_the_first_comes_first():
-    train = features(2, 20, 0)
-    router = Router([sign(train, name, 2) for name in "xyz"])
-    routes = router.route(train.features[:5])
-    np.testing.assert_allclose(routes.tasks, 1 / 3, rtol=1e-6)
-    for each in find_candidates(router.tasks, routes, 0):
+    for seed in range(4):
+        train = features(2, 20, seed)
+        router = Router([sign(train, name, 2) for name in "xyz"])
+        routes = router.route(train.features[:5])
+        np.testing.assert_allclose(routes.tasks, 1 / 3, rtol=1e-5)
+        assert router.temperature == pytest.approx(1, rel=0.1)
+    for each in find_candidates(router.tasks, Routes(torch.full((5, 3), 1 / 3), torch.ones(5)), 0):
         assert [task for task, _ in each.tasks] == ["x", "y"]
         assert each.asked == ["x", "y"]
 
@@ -433,8 +471,16 @@ def test_signatures_of_an_old_run_are_made_again_bit_by_bit(run, tmp_path, capsy
     for path in (run / "signatures").iterdir():
         assert (old / "signatures" / path.name).read_bytes() == path.read_bytes()
     assert main(predict) == 0
-    assert main(["patch", "sign", "--run_dir", str(old)]) == 0
+    assert main(["patch", "sign", "--run_dir", str(old), "--output", str(tmp_path / "small")]) == 0
     assert "none, because every task has one" in capsys.readouterr().out
+    model, names = recast_pl.load(old, tasks=["food"]), ("00_food", "01_signs")
+    patch, small = (folder / "01_signs.safetensors" for folder in (old / "patches", tmp_path / "small"))
+    assert [path.stem for path in sorted((tmp_path / "small").iterdir())] == list(names)
+    whole = Signature.load(old / "signatures" / small.name)
+    assert small.read_bytes() == whole.small().to_bytes()
+    assert len(whole.to_bytes()) > 2 * small.stat().st_size
+    model.add_patch(patch, small)
+    assert {found.task for found in model.predict(PICTURES, refuse=0)} == {"food", "signs"}
 
 
 def test_a_damaged_or_exchanged_signature_is_an_error(run, tmp_path, capsys):
@@ -467,9 +513,9 @@ def test_a_task_that_is_added_brings_its_signature(run, tmp_path):
     assert {each.task for each in found} >= {"people"}
     model.remove("people")
     assert model.predict(PICTURES) == before
-    model.add_patch(patch, run / "signatures" / "00_food.safetensors")
     with pytest.raises(PatchError, match="the signature of task 'food'"):
-        model.predict(PICTURES)
+        model.add_patch(patch, run / "signatures" / "00_food.safetensors")
+    assert model.tasks == ["food", "signs"]
     for refuse in (-0.1, 1):
         with pytest.raises(DataError, match=rf"refuse={refuse} must be at least 0 and below 1"):
             recast_pl.load(run).predict(PICTURES, refuse=refuse)

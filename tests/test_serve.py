@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import struct
 import sys
@@ -19,6 +20,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import ROOT
 from fastapi import FastAPI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,7 +29,9 @@ from test_patch_tools import INVALID
 from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
 
 import recast_pl
+from recast_pl import Signature
 from recast_pl.cli import main
+from recast_pl.errors import PatchError
 from recast_pl.inference.server import untrusted
 from recast_pl.inference.server.app import create_app
 from recast_pl.inference.server.limits import Limits
@@ -334,7 +338,8 @@ REFUSED = {  # request, status, part of the error
         404,
         "no task is named '../../etc/passwd'",
     ),
-    "no task": ({"files": {"image": FILE}}, 422, "0 fields 'task'; send one, with text"),
+    "none as task": ({"data": {"task": "none"}, "files": {"image": FILE}}, 404, "no task is named 'none'"),
+    "two tasks": ({"data": {"task": ["food", "signs"]}, "files": {"image": FILE}}, 422, "2 fields 'task'; send one"),
     "task as file": ({"files": {"image": FILE, "task": FILE}}, 422, "fields 'task'; send one, with text"),
     "image as text": (
         {"data": {"task": "food", "image": "text"}, "files": {"x": FILE}},
@@ -582,6 +587,9 @@ def test_the_description_names_errors_and_the_token(serve):
     assert scheme[1]["scheme"] == "bearer"
     assert add["security"] == [{scheme[0]: []}]
     assert "security" not in predict
+    assert predict["requestBody"]["content"]["multipart/form-data"]["schema"]["required"] == ["image"]
+    assert list(add["requestBody"]["content"]) == ["application/octet-stream", "multipart/form-data"]
+    assert "task_probability" in document["components"]["schemas"]["RoutedPrediction"]["properties"]
     for responses in (predict["responses"], add["responses"], document["paths"]["/tasks"]["get"]["responses"]):
         for status, response in responses.items():
             if int(status) >= 400:
@@ -613,6 +621,125 @@ def test_unknown_paths(serve):
     document = client.get("/openapi.json").json()
     assert "multipart/form-data" in document["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert {"label", "probability"} < document["components"]["schemas"]["Prediction"]["properties"].keys()
+
+
+def routed(client, image, **data):
+    return client.post("/predict", data=data, files={"image": ("image.jpg", image)})
+
+
+def test_the_task_of_an_image_is_found_as_the_library_finds_it(serve, model):
+    client = serve()
+    paths = [*FOOD, *SIGNS, *sorted((ROOT / "data" / "clipart" / "people").rglob("*.jpg"))[::8]]
+    predictions = model.predict(paths)
+    for path, prediction in zip(paths, predictions, strict=True):
+        answer = routed(client, path.read_bytes())
+        assert answer.status_code == 200
+        found, wanted = answer.json(), dataclasses.asdict(prediction)
+        assert list(found) == list(wanted)
+        for name in ("task", "label"):
+            assert found[name] == wanted[name]
+        for name in ("probability", "probabilities", "task_probability", "familiar"):
+            assert found[name] == pytest.approx(wanted[name], abs=1e-4)
+        assert found["second"] == pytest.approx(wanted["second"], abs=1e-4)
+    assert {found.task for found in predictions} == {"food", "signs", "none"}
+    refused = sum(found.task == "none" for found in predictions)
+    counts = metrics(client)
+    assert counts["recast_pl_routed_images_total", "refused"] == refused
+    assert counts["recast_pl_routed_images_total", "found"] == len(paths) - refused
+    assert routed(client, IMAGE, task="auto").json() == routed(client, IMAGE).json()
+    assert ask(client).json().keys() == {"task", "label", "probability", "probabilities"}
+
+
+def test_images_with_and_without_a_task_are_classified_together(serve, model, monkeypatch):
+    paths = sorted((ROOT / "data" / "clipart" / "food").rglob("*.jpg"))
+    sure = [(path, found) for path, found in zip(paths, model.predict(paths), strict=True) if found.label]
+    sure.sort(key=lambda pair: pair[1].task_probability * (1 if pair[1].task == "food" else -1))
+    wanted = dict([sure[0], *sure[-2:]])  # the first belongs to the signs, the others to food alone
+    assert [(found.task, found.second.label) for found in wanted.values()][1:] == [("food", None)] * 2
+    batches, predict, route = [], model.predict_tensors, model.route_tensors
+    monkeypatch.setattr(model, "route_tensors", lambda images: batches.append(len(images)) or route(images))
+
+    def held(images, tasks):
+        if not go.is_set():
+            assert go.wait(20)
+        if failing and "signs" in tasks:
+            raise PatchError("task 'signs' is bad")
+        return predict(images, tasks)
+
+    monkeypatch.setattr(model, "predict_tensors", held)
+    for failing in (False, True):
+        go, client = threading.Event(), serve()
+        batches.clear()
+        with ThreadPoolExecutor(5) as pool:
+            first = pool.submit(ask, client)
+            until(lambda client=client: client.get("/health").json()["waiting"] == 1)
+            time.sleep(0.2)  # until it is being classified
+            named = pool.submit(ask, client, FOOD[1].read_bytes(), "food")
+            found = {path: pool.submit(routed, client, path.read_bytes()) for path in wanted}
+            until(lambda client=client: client.get("/health").json()["waiting"] == 5)
+            time.sleep(0.3)  # until the last one is decoded, too
+            go.set()
+            assert first.result().status_code == named.result().status_code == 200
+            for path, future in found.items():
+                asked = {wanted[path].task, *([wanted[path].second.task] if wanted[path].second.label else [])}
+                answer = future.result()
+                if failing and "signs" in asked:
+                    assert (answer.status_code, answer.json()["error"]) == (500, "task 'signs' is bad")
+                else:
+                    assert answer.json()["label"] == wanted[path].label
+        assert batches == [3, 1, 1, 1] if failing else [3]
+
+
+def renamed(run, name):  # noqa: F811
+    """The signature of the task "food" under another name."""
+    return dataclasses.replace(Signature.load(run / "signatures" / "00_food.safetensors"), task=name)
+
+
+def test_a_server_that_cannot_find_tasks_says_so(run, serve, model, tmp_path):  # noqa: F811
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "signatures")
+    client = TestClient(create_app(recast_pl.load(copy)), base_url=LOCAL)
+    answer = routed(client, IMAGE)
+    assert (answer.status_code, "'patch sign'" in answer.json()["error"]) == (422, True)
+    assert str(tmp_path) not in answer.text
+    assert ask(client).status_code == 200
+    model.add_patch(tuned(patches(run)["food"], "added", 1))  # without its signature
+    answer = routed(serve(), IMAGE)
+    assert (answer.status_code, "a signature is missing or does not fit" in answer.json()["error"]) == (422, True)
+
+
+def test_a_task_is_added_with_its_signature(run, serve, model):  # noqa: F811
+    added, client = tuned(patches(run)["food"], "added", 1), serve(token=TOKEN)
+    signature, headers = renamed(run, "added"), {"Authorization": ADDING["Authorization"]}
+
+    def add(**files):
+        files = {name: (name, content) for name, content in files.items()}
+        return client.post("/tasks", files=files, headers=headers)
+
+    for files, message in (
+        ({"signature": signature.to_bytes()}, "0 fields 'patch'; send one, with a file"),
+        ({"patch": added.to_bytes(), "signature": b"x"}, "the signature is damaged"),
+        ({"patch": added.to_bytes(), "signature": added.to_bytes()}, "the signature is not a signature of format"),
+        ({"patch": added.to_bytes(), "signature": renamed(run, "food").to_bytes()}, "is not that of task 'added'"),
+        (
+            {"patch": added.to_bytes(), "signature": dataclasses.replace(signature, base="0" * 64).to_bytes()},
+            "belongs to base 000000000000",
+        ),
+    ):
+        answer = add(**files)
+        assert (answer.status_code, message in answer.json()["error"]) == (422, True), answer.text
+        assert "/tmp" not in answer.text
+    assert model.tasks == ["food", "signs"]
+    answer = add(patch=added.to_bytes(), signature=signature.to_bytes())
+    assert (answer.status_code, answer.json()["name"]) == (201, "added")
+    found = routed(client, IMAGE).json()
+    assert {found["task"], found["second"]["task"]} == {"food", "added"}  # which have the same signature
+    assert found["task_probability"] == pytest.approx(found["second"]["task_probability"])
+    assert add(patch=added.to_bytes()).status_code == 409
+    model.remove("added")
+    assert add(patch=added.to_bytes()).status_code == 201
+    assert routed(client, IMAGE).status_code == 422
 
 
 def test_only_clients_with_the_token_add_tasks(run, serve, model):  # noqa: F811

@@ -23,7 +23,7 @@ from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from test_predictor import FOOD, SIGNS, patches, run  # noqa: F401
 from test_report import CHROMIUM
-from test_serve import jpeg_of_scans
+from test_serve import jpeg_of_scans, renamed
 
 import recast_pl
 
@@ -47,6 +47,7 @@ def folder(run, tmp_path_factory):  # noqa: F811
     shutil.copytree(run, folder / "logs" / "mine")
     people = dataclasses.replace(patches(run)["food"], task="people")
     people.save(folder / "more" / "patches" / "02_people.safetensors")
+    renamed(run, "people").save(folder / "more" / "signatures" / "02_people.safetensors")
     return folder
 
 
@@ -115,10 +116,11 @@ def test_the_documented_commands(server, folder, run):  # noqa: F811
         assert curl.returncode == 0, curl.stdout
         said.append(curl.stdout)
     assert json.loads(said[0])["task"] == "signs"
-    assert {"food", "signs"} <= {task["name"] for task in json.loads(said[1])}
-    assert json.loads(said[2])["status"] == "ok"
-    assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[3]
-    assert json.loads(said[4]) == {"name": "people", "classes": patches(run)["food"].classes}
+    assert {"task", "task_probability", "familiar", "second"} < json.loads(said[1]).keys()
+    assert {"food", "signs"} <= {task["name"] for task in json.loads(said[2])}
+    assert json.loads(said[3])["status"] == "ok"
+    assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[4]
+    assert json.loads(said[5]) == {"name": "people", "classes": patches(run)["food"].classes}
     assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # the added task is kept in memory only
 
 
@@ -318,9 +320,16 @@ TABLE = """[...document.querySelectorAll("tbody tr")].map(row => [row.cells[0].t
   row.cells[1].firstChild.getBoundingClientRect().width / row.cells[1].clientWidth, row.cells[2].textContent])"""
 
 
-async def visit(browser, url, model, broken):
+FACTS = """[...document.querySelectorAll("dt")].map(name => [name.textContent, name.nextSibling.textContent])"""
+
+
+async def visit(browser, url, model, broken, odd):
     async def expect(task, path):
         (wanted,) = model.predict(path, task)
+        assert await browser.value("route.offsetHeight") == 0
+        await listed(wanted, task)
+
+    async def listed(wanted, task):
         caption = f"{task}: {wanted.label}"
         await browser.until(f"document.querySelector('caption').textContent === {json.dumps(caption)}")
         await browser.until("!document.getElementById('classes').hidden")
@@ -339,15 +348,40 @@ async def visit(browser, url, model, broken):
         node = await browser("DOM.querySelector", nodeId=root, selector="#file")
         await browser("DOM.setFileInputFiles", nodeId=node["nodeId"], files=[str(path)])
 
-    assert await browser.value("shown.offsetHeight + classes.offsetHeight") == 0
+    async def expect_found(path):
+        (wanted,) = model.predict(path)
+        refused = json.dumps(wanted.task == "none")
+        await browser.until(f"!route.hidden && (status_.textContent === 'None of these') === {refused}")
+        facts = dict(await browser.value(FACTS))
+        second = wanted.second
+        if wanted.task == "none":
+            assert facts["Task"] == "none of these"
+            assert facts["Likeliest"] == f"{second.task}, {100 * second.task_probability:.1f} %"
+            assert await browser.value("classes.offsetHeight") == 0
+        else:
+            assert facts["Task"] == f"{wanted.task}, {100 * wanted.task_probability:.1f} %"
+            assert facts["Class"] == f"{wanted.label}, {100 * wanted.probability:.1f} %"
+            assert facts["Second choice"].startswith(f"{second.task}, {100 * second.task_probability:.1f} %")
+            if second.label:
+                assert facts["Second choice"].endswith(f": {second.label}, {100 * second.probability:.1f} %")
+            await listed(wanted, wanted.task)
+
+    assert await browser.value("shown.offsetHeight + classes.offsetHeight + route.offsetHeight") == 0
+    assert await browser.value("task.selectedOptions[0].textContent") == "find the task"
     await choose(FOOD[1])
-    await expect("food", FOOD[1])
+    await expect_found(FOOD[1])
+    await choose(odd)
+    await expect_found(odd)
+    await choose(FOOD[1])
+    await expect_found(FOOD[1])
     assert await browser.value("document.getElementById('shown').naturalWidth") > 0
     # by keyboard: the task, then the file
     await browser.key("Tab", 9)
     assert await browser.value("document.activeElement.id") == "task"
-    await browser.key("ArrowDown", 40)
-    await expect("signs", FOOD[1])
+    for name in ("food", "signs"):
+        await browser.key("ArrowDown", 40)
+        await browser.until("route.hidden && !classes.hidden")
+        await expect(name, FOOD[1])
     await browser.key("Tab", 9)
     assert await browser.value("document.activeElement.id") == "file"
     tree = (await browser("Accessibility.getFullAXTree"))["nodes"]
@@ -376,18 +410,20 @@ async def visit(browser, url, model, broken):
 
 # A browser is not a dependency: where none is installed, as on CI, this test is skipped.
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_the_page_works_by_mouse_and_by_keyboard(server, run, tmp_path):  # noqa: F811
+def test_the_page_works_by_mouse_and_by_keyboard(folder, run, tmp_path):  # noqa: F811
     model = recast_pl.load(run)
     (broken := tmp_path / "broken.jpg").write_bytes(b"no image")
+    people = sorted((ROOT / "data" / "clipart" / "people").rglob("*.jpg"))
+    odd = next(path for path, found in zip(people, model.predict(people), strict=True) if found.task == "none")
 
-    async def browse(debugger):
+    async def browse(debugger, url):
         async with aiohttp.ClientSession() as session:
             async with session.get(f"{debugger}/json/list") as response:
                 (page,) = [tab for tab in json.loads(await response.text()) if tab["type"] == "page"]
             async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as connection:
-                return await visit(Browser(connection), f"{server[1]}/", model, broken)
+                return await visit(Browser(connection), f"{url}/", model, broken, odd)
 
-    with chromium(tmp_path / "profile") as debugger:
-        said = asyncio.run(browse(debugger))
+    with started(folder) as (_, url), chromium(tmp_path / "profile") as debugger:
+        said = asyncio.run(browse(debugger, url))
     unexpected = [entry for entry in said if "422" not in json.dumps(entry)]
     assert unexpected == []

@@ -59,7 +59,10 @@ def declare(parser: ArgumentParser) -> None:
 def _declare_sign(actions: Any) -> None:
     text = "Make the signatures that 'predict --task auto' needs, for a run that has none."
     action = ArgumentParser(description=text, **STRICT)
-    action.add_argument("--run_dir", type=str, required=True, help="Folder of a run; its training images are read.")
+    run_dir = "Folder of a run; training images of tasks without a signature are read."
+    action.add_argument("--run_dir", type=str, required=True, help=run_dir)
+    output = "Folder for small signatures of all tasks, to hand on with their patches (default: none are written)."
+    action.add_argument("--output", type=str | None, help=output)
     declare_data_root(action)
     declare_device(action)
     declare_trust(action)
@@ -117,11 +120,17 @@ def _quantize(paths: list[Path], options: Namespace) -> None:
 
 
 def _sign(options: Namespace) -> None:
-    run_dir, init = opened(options)
-    check_images(init.data)
-    signed = list(sign_run(init.model, init.data, RunFolder(run_dir), TrainerFactory(init.trainer).for_evaluation()))
+    folder, signed = RunFolder(options.run_dir), list[str]()
+    if not all(files.signature.is_file() for files in folder.finished().values()):
+        _, init = opened(options)
+        check_images(init.data)
+        signed += sign_run(init.model, init.data, folder, TrainerFactory(init.trainer).for_evaluation())
     made = ", ".join(signed) if signed else "none, because every task has one"
-    open_console().print(f"signatures made in {run_dir}: {made}", soft_wrap=True)
+    open_console().print(f"signatures made in {options.run_dir}: {made}", soft_wrap=True)
+    if options.output is not None:
+        for files in folder.finished().values():
+            files.load_signature().small().save(Path(options.output) / files.signature.name)
+        open_console().print(f"small signatures written: {options.output}", soft_wrap=True)
 
 
 def _measure(patches: list[TaskPatch], options: Namespace) -> list[float]:

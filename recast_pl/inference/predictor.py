@@ -213,6 +213,8 @@ class Predictor:
             RunError: If tasks share weights, there is no task, or a task has no signature.
             PatchError: If a signature is damaged or belongs to another base or image size.
         """
+        if (router := self._router) is not None:  # without waiting for images that are being classified
+            return router
         with _lock:
             if not self._module.isolated:
                 raise RunError(
@@ -227,16 +229,12 @@ class Predictor:
         """Reads the signature of a task, which must be of its classes and images, and of this base."""
         source = task.signature
         if source is None:
-            raise RunError(f"task {name!r} was added without its signature; remove it, and add it with signature=FILE")
+            raise RunError(f"task {name!r} was added without its signature; remove it, and add it with its signature")
         signature = (
             source if isinstance(source, Signature) else source() if callable(source) else Signature.load(source)
         )
         signature.check(self._module.base, task.image_size)
-        if (signature.task, signature.classes) != (name, list(task.classes)):
-            raise PatchError(
-                f"the signature of task {signature.task!r} with classes {signature.classes} is not that of task "
-                f"{name!r} with classes {list(task.classes)}; make it again with 'patch sign'"
-            )
+        signature.check_task(name, task.classes)
         return signature
 
     @property
@@ -256,9 +254,14 @@ class Predictor:
             Name of the task.
 
         Raises:
-            PatchError: If the patch is damaged or does not belong here, or if a task has its name; nothing changes.
+            PatchError: If the patch is damaged or does not belong here, a task has its name, or the signature is
+                damaged or that of another task; nothing changes.
         """
         patch = patch if isinstance(patch, TaskPatch) else TaskPatch.load(patch)
+        if signature is not None:
+            content = signature if isinstance(signature, Signature) else Signature.load(signature)
+            content.check(patch.base, patch.image_size)
+            content.check_task(patch.task, patch.classes)
         if not self._module.isolated:
             raise PatchError(
                 f"tasks of {self._module.method} share weights, which the patch of {patch.task!r} does not hold; "

@@ -32,6 +32,8 @@ _TINY = 1e-9  # of the mean variance, added to the variance of each direction
 
 _HOTTEST, _COLDEST = 3.0, -2.0  # decimal logarithms of the temperatures to choose from
 
+_TIE = 1e-4  # cross-entropy for a factor of ten; of temperatures that are equally good, it chooses that nearest to 1
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -156,7 +158,7 @@ class _Pool:
         if signature.task in self.tasks:
             raise RunError(f"task {signature.task!r} has two signatures; give each task one")
         if not signature.is_small:
-            self.scatter += signature.scatter
+            self.scatter += signature.scatter.matrix
             self.free += int(signature.counts.sum()) - len(signature.classes)
         self.tasks.append(signature.task)
         self.classes.append(signature.classes)
@@ -228,7 +230,7 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
 
     def loss(exponent: float) -> float:
         found = task_probabilities(scores, task_of, 10**exponent).gather(1, tasks[:, None])
-        return -float(found.clamp_min(1e-30).log().mean())
+        return -float(found.clamp_min(1e-30).log().mean()) + _TIE * abs(exponent)
 
     best, step = (_HOTTEST + _COLDEST) / 2, (_HOTTEST - _COLDEST) / 10
     for _ in range(3):  # each time on a grid that is five times as fine

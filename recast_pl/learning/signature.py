@@ -23,18 +23,13 @@ from recast_pl.files import pack_tensors, read_tensors, write_atomic
 from recast_pl.learning.compact import narrowed
 from recast_pl.learning.features import Features
 from recast_pl.learning.patch import check_identity
+from recast_pl.learning.scatter import NO_SCATTER, Scatter
 from recast_pl.methods.piece import check_state
 from recast_pl.rules import ImageSize, read_size, size_text
 
 _FORMAT = 1
 
-_UNIT = 2.0**-30
-"""Scatters are whole multiples of it. Sums of up to 8 million in double precision are then exact, so that neither the
-order of tasks nor one that was added and removed again changes a bit."""
-
 _HELD_OUT = 256  # validation images that are kept of a task
-
-_CHUNK = 4096  # images whose features are converted to double precision at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +43,7 @@ class Signature:
         image_size: Height and width of its input.
         counts: Training images of each class (C,), int64.
         means: Mean features of each class (C, D), double precision; 0 for a class without images.
-        scatter: Scatter within classes (D, D), double precision; (0, 0) in a small signature, which has none.
+        scatter: Scatter within classes; empty in a small signature.
         held_out: Features (V, D) and labels (V,) of some validation images, which temperatures and thresholds are
             fitted to.
     """
@@ -59,7 +54,7 @@ class Signature:
     image_size: ImageSize
     counts: Tensor
     means: Tensor
-    scatter: Tensor
+    scatter: Scatter
     held_out: Features
 
     @classmethod
@@ -84,25 +79,17 @@ class Signature:
                 f"the frozen network gives NaN or infinity for images of task {task!r}; "
                 "check the images and model.backbone.weights"
             )
-        labels, width = train.labels.cpu(), train.features.shape[1]
+        x, labels = train.features.cpu().double(), train.labels.cpu()
         counts = torch.bincount(labels, minlength=len(classes))
-        parts = [part.cpu().double() for part in train.features.split(_CHUNK)]
-        sums = torch.zeros(len(classes), width, dtype=torch.float64)
-        for part, of in zip(parts, labels.split(_CHUNK), strict=True):
-            sums.index_add_(0, of, part)
+        sums = x.new_zeros(len(classes), x.shape[1]).index_add_(0, labels, x)
         means = (sums / counts.clamp_min(1)[:, None]).float().double()  # as the file keeps them
-        scatter = torch.zeros(width, width, dtype=torch.float64)
-        for part, of in zip(parts, labels.split(_CHUNK), strict=True):
-            own = part - means[of]
-            scatter += own.T @ own
-        return cls(
-            task, list(classes), base, image_size, counts, means, _rounded(scatter), _sample(validation, _HELD_OUT)
-        )
+        scatter = Scatter.of_features(x - means[labels])
+        return cls(task, list(classes), base, image_size, counts, means, scatter, _sample(validation, _HELD_OUT))
 
     @property
     def is_small(self) -> bool:
         """Whether it has counts and means alone."""
-        return not len(self.scatter)
+        return not self.scatter.values.numel()
 
     def small(self) -> "Signature":
         """A copy with counts and means alone: 772 bytes a class for 384 features.
@@ -114,7 +101,7 @@ class Signature:
             narrowed(self.means.float()).double(),
             Features(torch.zeros(0, width), self.held_out.labels[:0]),
         )
-        return replace(self, means=means, scatter=torch.zeros(0, 0, dtype=torch.float64), held_out=nothing)
+        return replace(self, means=means, scatter=NO_SCATTER, held_out=nothing)
 
     def merged(self, other: "Signature") -> "Signature":
         """The signature of all images, from those of two parts of them, such as those of two machines.
@@ -134,7 +121,7 @@ class Signature:
         counts = self.counts + other.counts
         share = (other.counts / counts.clamp_min(1))[:, None]
         apart = other.means - self.means
-        between = (self.counts[:, None] * share * apart).T @ apart
+        between = (self.counts[:, None] * share).sqrt() * apart
         held_out = Features(
             torch.cat([self.held_out.features, other.held_out.features]),
             torch.cat([self.held_out.labels, other.held_out.labels]),
@@ -146,7 +133,7 @@ class Signature:
             self.image_size,
             counts,
             (self.means + share * apart).float().double(),
-            _rounded(self.scatter + other.scatter + between),
+            self.scatter.merged(other.scatter, between),
             _sample(held_out, _HELD_OUT),
         )
 
@@ -163,13 +150,21 @@ class Signature:
                 f"{size_text(image_size)}; tasks can be told apart only if their images have the same size"
             )
 
+    def check_task(self, task: str, classes: Sequence[str]) -> None:
+        """Raises PatchError unless the signature is that of the task of this name with these classes."""
+        if (self.task, self.classes) != (task, list(classes)):
+            raise PatchError(
+                f"the signature of task {self.task!r} with classes {self.classes} is not that of task {task!r} with "
+                f"classes {list(classes)}; make it again with 'patch sign'"
+            )
+
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name as the file keeps them: of the scatter, which is symmetric, the upper triangle."""
+        """The tensors by name as the file keeps them."""
         return {
             "counts": self.counts.int(),
             "means": narrowed(self.means.float()) if self.is_small else self.means.float(),
-            "scatter": self.scatter[_upper(len(self.scatter))].float(),
+            "scatter": self.scatter.values,
             "features": narrowed(self.held_out.features),
             "labels": self.held_out.labels,
         }
@@ -177,19 +172,17 @@ class Signature:
     @property
     def facts(self) -> dict[str, Any]:
         """All fields that are not tensors, by name."""
-        return {"task": self.task, "classes": self.classes, "base": self.base, "image_size": self.image_size}
+        names = ("task", "classes", "base", "image_size")
+        return {name: getattr(self, name) for name in names} | {"exponent": self.scatter.exponent}
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "Signature":
         """The signature with these `tensors` and `facts`; raises PatchError if they do not go together."""
         try:
-            _check(tensors, facts)
+            scatter = Scatter(tensors["scatter"], facts.get("exponent", 0))  # which earlier versions did not write
+            _check(tensors, facts, scatter)
         except (PatchError, KeyError, TypeError, ValueError) as cause:
             raise PatchError(f"a signature is damaged ({one_line(cause)}); make it again with 'patch sign'") from cause
-        width = tensors["means"].shape[1] if len(tensors["scatter"]) else 0
-        scatter, upper = torch.zeros(width, width, dtype=torch.float64), _upper(width)
-        scatter[upper] = tensors["scatter"].double()
-        scatter.T[upper] = tensors["scatter"].double()
         held_out = Features(tensors["features"].float(), tensors["labels"])
         size = read_size(facts["image_size"])
         assert size is not None  # it is checked
@@ -216,17 +209,6 @@ class Signature:
             raise PatchError(f"{path}: {cause}") from cause
 
 
-def _upper(width: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the upper triangle of a matrix."""
-    rows, columns = torch.triu_indices(width, width)
-    return rows, columns
-
-
-def _rounded(scatter: Tensor) -> Tensor:
-    """A scatter (D, D) in whole multiples of `_UNIT`, and as the file keeps it."""
-    return ((scatter / _UNIT).round() * _UNIT).float().double()
-
-
 def _sample(features: Features, count: int) -> Features:
     """Up to `count` images, evenly spaced, with features as the file keeps them."""
     chosen = torch.linspace(0, len(features.labels) - 1, min(count, len(features.labels))).round().long()
@@ -234,16 +216,15 @@ def _sample(features: Features, count: int) -> Features:
     return Features(narrowed(values).float(), labels)
 
 
-def _check(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def _check(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], scatter: Scatter) -> None:
     """Raises an error unless the parts of a signature go together."""
-    check_identity(facts)
+    check_identity({name: fact for name, fact in facts.items() if name != "exponent"})
     classes, width = len(facts["classes"]), tensors["means"].shape[-1]
     held = len(tensors["labels"])
-    shapes = {"counts": (classes,), "means": (classes, width), "scatter": tensors["scatter"].shape}
-    if len(tensors["scatter"]):
-        shapes["scatter"] = (width * (width + 1) // 2,)
-    shapes |= {"features": (held, width), "labels": (held,)}
-    check_state("the signature", tensors, shapes, counts=torch.int32, labels=torch.int64)
+    shapes = {"counts": (classes,), "means": (classes, width), "features": (held, width), "labels": (held,)}
+    others = {name: tensor for name, tensor in tensors.items() if name != "scatter"}
+    check_state("the signature", others, shapes, counts=torch.int32, labels=torch.int64)
+    scatter.check(width)
     labels = tensors["labels"]
     if tensors["counts"].min() < 0 or (held and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
         raise ValueError("a number of images is negative, or a label is beyond the classes")

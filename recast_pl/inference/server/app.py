@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import hmac
+import os
 import tempfile
 from collections.abc import Collection
 from http import HTTPStatus
@@ -18,14 +19,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
 
 from recast_pl.errors import DataError, PatchError, RunError
-from recast_pl.inference.prediction import Prediction
+from recast_pl.inference.prediction import Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.batching import Batcher
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, RequestMetrics
 from recast_pl.inference.server.request_filter import LOCAL_HOSTS, RequestFilter, error_response
-from recast_pl.inference.server.schema import FILE, FORM, TOKEN, TOKEN_VARIABLE, body, failures
+from recast_pl.inference.server.schema import FILE, FORM, IMAGE, PATCH, TOKEN, TOKEN_VARIABLE, body, failures
 from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.signature import Signature
+from recast_pl.rules import ANY_TASK, NO_TASK
 
 Field = TypeVar("Field", str, UploadFile)
 
@@ -99,15 +102,19 @@ class _Service:
         """The web page."""
         return HTMLResponse(_PAGE.read_bytes(), headers=_PAGE_HEADERS)
 
-    async def predict(self, request: Request) -> Prediction:
-        """Classifies an image (a file) by a task (a name)."""
+    async def predict(self, request: Request) -> RoutedPrediction | Prediction:
+        """Classifies an image (a file) by a task (a name), or by the task that is found if none is named.
+
+        If a task is found, the answer also has its probability, the second choice, and how familiar the image is. If an
+        image is unlike those of all tasks, its task is `none`.
+        """
         _check_type(request, FORM)
         async with request.form(max_files=4, max_fields=4, max_part_size=4096) as form:  # file names are not used
-            task, image = _single_field(form, "task", str), _single_field(form, "image", UploadFile)
-            content = await image.read()
+            task = _single_field(form, "task", str) if "task" in form else ANY_TASK
+            content = await _single_field(form, "image", UploadFile).read()
         try:
             async with asyncio.timeout(self.limits.timeout):
-                return await self.batcher.classify(content, task)
+                prediction = await self.batcher.classify(content, task)
         except RunError as error:
             raise HTTPException(404, str(error)) from error
         except (PatchError, DataError) as error:  # the second if a task of another image size took its place
@@ -115,16 +122,27 @@ class _Service:
         except TimeoutError as cause:
             reason = f"there was no answer in {self.limits.timeout:g} seconds; try again when the server is less busy"
             raise HTTPException(504, reason) from cause
+        if isinstance(prediction, RoutedPrediction):
+            self.counts.routed.labels("refused" if prediction.task == NO_TASK else "found").inc()
+        return prediction
 
     async def tasks(self) -> list[Task]:
         """The tasks and their classes."""
         return [Task(name, self._predictor.classes(name)) for name in self._predictor.tasks]
 
     async def add(self, request: Request) -> Task:
-        """Adds a task until the server ends. The body is a file of `patches/`."""
+        """Adds a task until the server ends. The body is a file of `patches/`, or a form with `patch` and `signature`.
+
+        The signature is the file of the same name in `signatures/`. Without it, the server cannot find the tasks of
+        images any more.
+        """
         self._check_token(request)
-        _check_type(request, FILE)
-        return await run_in_threadpool(self._add, await request.body())
+        if _check_type(request, FILE, FORM) == FILE:
+            return await run_in_threadpool(self._add, await request.body(), None)
+        async with request.form(max_files=2, max_fields=0) as form:
+            patch = await _single_field(form, "patch", UploadFile).read()
+            signature = await _single_field(form, "signature", UploadFile).read() if "signature" in form else None
+        return await run_in_threadpool(self._add, patch, signature)
 
     async def health(self) -> dict[str, Any]:
         """Shows that the server answers."""
@@ -143,17 +161,20 @@ class _Service:
             reason = f"adding tasks needs the header Authorization: Bearer TOKEN with the server's {TOKEN_VARIABLE}"
             raise HTTPException(401, reason, {"WWW-Authenticate": "Bearer"})
 
-    def _add(self, content: bytes) -> Task:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "patch.safetensors"
-            path.write_bytes(content)
+    def _add(self, patch_content: bytes, signature_content: bytes | None) -> Task:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             try:
-                patch = TaskPatch.load(path)
+                (folder / "patch").write_bytes(patch_content)
+                patch, signature = TaskPatch.load(folder / "patch"), None
                 if patch.task in self._predictor.tasks:
                     raise HTTPException(409, f"there is a task {patch.task!r} already; rename the new one")
-                self._predictor.add_patch(patch)
+                if signature_content is not None:
+                    (folder / "signature").write_bytes(signature_content)
+                    signature = Signature.load(folder / "signature")
+                self._predictor.add_patch(patch, signature)
             except PatchError as error:
-                raise HTTPException(422, str(error).replace(str(path), "the patch")) from error
+                raise HTTPException(422, str(error).replace(f"{folder}{os.sep}", "the ")) from error
         return Task(patch.task, patch.classes)
 
 
@@ -167,7 +188,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
         service.predict,
         methods=["POST"],
         responses=failures(400, 404, 408, 413, 415, 422, 500, 503, 504),
-        openapi_extra=body(FORM),
+        openapi_extra=body(IMAGE),
     )
     app.add_api_route(
         "/tasks",
@@ -175,8 +196,8 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
         methods=["POST"],
         status_code=201,
         dependencies=[TOKEN],
-        responses=failures(401, 408, 409, 413, 415, 422, 500, 503),
-        openapi_extra=body(FILE),
+        responses=failures(400, 401, 408, 409, 413, 415, 422, 500, 503),
+        openapi_extra=body(PATCH),
     )
 
 
@@ -186,10 +207,13 @@ def _allow_pixels(count: int) -> None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, count)
 
 
-def _check_type(request: Request, wanted: str) -> None:
+def _check_type(request: Request, *wanted: str) -> str:
+    """The content type of a body, which must be one of those that are wanted."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if given != wanted:
-        raise HTTPException(415, f"the body has {given[:80] or 'no content type'}; send it with Content-Type: {wanted}")
+    if given not in wanted:
+        either = " or ".join(wanted)
+        raise HTTPException(415, f"the body has {given[:80] or 'no content type'}; send it with Content-Type: {either}")
+    return given
 
 
 def _single_field(form: FormData, name: str, kind: type[Field]) -> Field:

@@ -11,12 +11,19 @@ from typing import NamedTuple
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from recast_pl.errors import PatchError, RunError
 from recast_pl.inference.prediction import Prediction
 from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.untrusted import check_image, decode
+from recast_pl.rules import ANY_TASK, ImageSize
 
 _LARGE = 16_000_000  # pixels from which on images are decoded by threads of their own, so that small ones go on
+
+_CANNOT_FIND = (
+    "this server cannot find the task of an image, because its tasks share weights, or a signature is missing or does "
+    "not fit; name the task, or make the signatures with 'patch sign' and start the server again"
+)
 
 _BATCH_PIXELS = 8_000_000  # of a batch, which bounds its memory; 159 images of 224×224
 
@@ -70,17 +77,21 @@ class Batcher:
     async def classify(self, content: bytes, task: str) -> Prediction:
         """Decodes an image file and waits for its prediction.
 
+        Args:
+            content: The file.
+            task: Name of the task; `auto` if it is to be found.
+
         Raises:
             RunError: If there is no such task.
             PatchError: If the task cannot classify the image.
-            HTTPException: 503 if too many images wait; 413 or 422 if the image cannot be used.
+            HTTPException: 503 if too many images wait; 413 or 422 if the image cannot be used, or no task be found.
         """
-        size = self._predictor.image_size(task)
         if self.waiting >= self._limits.queue_size:
             raise HTTPException(503, f"{self.waiting} images are waiting; try again later", {"Retry-After": "1"})
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
+            size = await loop.run_in_executor(self._decoders, self._size, task)
             pixels = await loop.run_in_executor(self._decoders, check_image, content, self._limits.max_pixels)
             pool = self._large_decoders if pixels >= _LARGE else self._decoders
             image = await loop.run_in_executor(pool, decode, content, size)
@@ -91,6 +102,15 @@ class Batcher:
             return await job.prediction
         finally:
             self.waiting -= 1
+
+    def _size(self, task: str) -> ImageSize:
+        """The image size of a task. The first time that a task is to be found, this takes as long as a router does."""
+        if task != ANY_TASK:
+            return self._predictor.image_size(task)
+        try:
+            return self._predictor.any_size
+        except (RunError, PatchError) as cause:  # whose texts name files of the server
+            raise HTTPException(422, _CANNOT_FIND) from cause
 
     async def _work(self) -> None:
         """Computes batches until no image waits."""
@@ -112,16 +132,15 @@ class Batcher:
         return batch
 
     async def _compute(self, batch: list[_Request]) -> None:
-        """Answers a batch. If it fails, each task is tried alone, so that only the requests of bad tasks fail."""
-        images, tasks = [job.pixels for job in batch], [job.task for job in batch]
+        """Answers a batch. If it fails, its parts are tried alone, so that only the requests of bad tasks fail."""
         run = asyncio.get_running_loop().run_in_executor
         try:
-            predictions = await run(self._computer, self._predictor.predict_tensors, images, tasks)
+            predictions = await run(self._computer, self._predict, batch)
         except Exception as error:  # of any kind; the next batch may succeed
-            names = dict.fromkeys(tasks)
-            if len(names) > 1:
-                for name in names:
-                    await self._compute([job for job in batch if job.task == name])
+            parts = _parts(batch)
+            if len(parts) > 1:
+                for part in parts:
+                    await self._compute(part)
                 return
             for job in batch:
                 if not job.prediction.done():
@@ -130,3 +149,21 @@ class Batcher:
         for job, prediction in zip(batch, predictions, strict=True):
             if not job.prediction.done():
                 job.prediction.set_result(prediction)
+
+    def _predict(self, batch: list[_Request]) -> list[Prediction]:
+        """Predictions of a batch, in order; the images whose tasks are to be found are classified after the others."""
+        named = [job for job in batch if job.task != ANY_TASK]
+        others = [job.pixels for job in batch if job.task == ANY_TASK]
+        known: list[Prediction] = []
+        if named:
+            known = self._predictor.predict_tensors([job.pixels for job in named], [job.task for job in named])
+        answers = iter(known), iter(self._predictor.route_tensors(others) if others else ())
+        return [next(answers[job.task == ANY_TASK]) for job in batch]
+
+
+def _parts(batch: list[_Request]) -> list[list[_Request]]:
+    """The requests of each task, and each request alone whose task is to be found."""
+    parts: dict[str | int, list[_Request]] = {}
+    for place, job in enumerate(batch):
+        parts.setdefault(place if job.task == ANY_TASK else job.task, []).append(job)
+    return list(parts.values())

@@ -24,6 +24,9 @@ class Metrics:
         self.batches = Histogram(
             "recast_pl_batch_images", "Images classified together.", buckets=_BATCHES, registry=self._registry
         )
+        self.routed = Counter(
+            "recast_pl_routed_images", "Images whose task was to be found.", ("outcome",), registry=self._registry
+        )
         self.waiting = Gauge("recast_pl_waiting_images", "Images that wait for a label.", registry=self._registry)
         self.tasks = Gauge("recast_pl_tasks", "Tasks that are served.", registry=self._registry)
 

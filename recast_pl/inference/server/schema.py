@@ -6,6 +6,8 @@ from typing import Any
 from fastapi import Depends
 from fastapi.security import HTTPBearer
 
+from recast_pl.rules import ANY_TASK
+
 FORM, FILE = "multipart/form-data", "application/octet-stream"
 """Content types of the bodies that the server reads."""
 
@@ -17,14 +19,24 @@ TOKEN = Depends(HTTPBearer(auto_error=False, description=f"The value of {TOKEN_V
 
 _BINARY = {"type": "string", "format": "binary"}
 
-_SCHEMAS = {
+IMAGE: dict[str, Any] = {
     FORM: {
         "type": "object",
-        "required": ["image", "task"],
-        "properties": {"image": _BINARY, "task": {"type": "string"}},
-    },
-    FILE: _BINARY,
+        "required": ["image"],
+        "properties": {"image": _BINARY, "task": {"type": "string", "default": ANY_TASK}},
+    }
 }
+"""Content types and schemas of a request that classifies an image."""
+
+PATCH: dict[str, Any] = {
+    FILE: _BINARY,
+    FORM: {
+        "type": "object",
+        "required": ["patch"],
+        "properties": {"patch": _BINARY, "signature": _BINARY},
+    },
+}
+"""Those of a request that adds a task: its patch alone, or with its signature."""
 
 _FAILURES = {
     400: "The form is damaged.",
@@ -35,7 +47,7 @@ _FAILURES = {
     409: "There is a task of this name already.",
     413: "The body has too many bytes, or the image too many pixels.",
     415: "The body has another content type.",
-    422: "The form, the image or the patch cannot be used.",
+    422: "The form, the image, the patch or its signature cannot be used, or tasks cannot be found here.",
     500: "The server or the task has failed.",
     503: "Too many requests are waiting; try again after the seconds in Retry-After.",
     504: "There was no answer in time.",
@@ -49,9 +61,10 @@ class Failure:
     error: str
 
 
-def body(content_type: str) -> dict[str, Any]:
+def body(schemas: dict[str, Any]) -> dict[str, Any]:
     """Describes the body of a request. Handlers read bodies themselves, after cheaper checks."""
-    return {"requestBody": {"required": True, "content": {content_type: {"schema": _SCHEMAS[content_type]}}}}
+    content = {content_type: {"schema": schema} for content_type, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
