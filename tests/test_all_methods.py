@@ -174,12 +174,9 @@ def test_signatures_are_of_the_network_that_every_task_starts_from(isolated, dat
     fit(isolated, data, max_epochs=1, limit_train_batches=2)
     torch.manual_seed(5)  # what a piece draws changes nothing
     isolated.begin_task(data.task_name, data.classes)
-    assert isolated.signature.facts == {
-        "task": "first",
-        "classes": data.classes,
-        "base": isolated.base,
-        "image_size": 32,
-    }
+    signature = isolated.signature
+    assert (signature.task, signature.classes) == ("first", data.classes)
+    assert (signature.base, signature.image_size) == (isolated.base, 32)
     torch.testing.assert_close(train_means(isolated, data), isolated.signature.means.float(), rtol=1e-3, atol=1e-4)
 
 
