@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from recast_pl.files import write_atomic
@@ -170,6 +171,9 @@ def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average 
     for axes, (title, marks) in zip(grid, panels.items(), strict=False):
         _draw_lines(axes, marks, series)
         axes.set(xscale="log", xlabel=x, ylabel=y, title=plain_label(title))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     _add_legend(figure, figure.axes[0], len(series))
