@@ -20,8 +20,8 @@ class RanPAC(JointClassifier):
     the solution of the others.
 
     It deviates from the authors' code, which chooses λ again for each task by that task's images alone: here the
-    errors are added up over tasks, so that the order of tasks does not matter. Every fifth image is held out, not the last fifth,
-    which would hold whole classes where images come by class. The network is not adapted on the first task.
+    errors are added up over tasks, so that the order of tasks does not matter. Every fifth image is held out, not the
+    last fifth, which would hold whole classes where images come by class. The network is not adapted on the first task.
 
     Args:
         dimensions: M. G takes 8·M² bytes: 800 MB for the paper's 10,000.
