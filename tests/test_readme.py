@@ -76,8 +76,9 @@ def test_all_commands_run_in_the_order_of_the_pages(folder):
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
     assert summary["average_accuracy"] > 75  # 85.98 on the machine of the README
-    short, full = python_blocks("recast_pl.load(")
+    short, full, routed = python_blocks("recast_pl.load(")
     assert run(["-c", short], folder).startswith("flags ")
+    assert run(["-c", routed], folder).startswith("signs ")
     tasks, label, labels = run(["-c", full], folder).splitlines()
     assert "['signs', 'people']" in tasks
     assert "flags" in label  # the probability of each class, by name
