@@ -105,17 +105,18 @@ class OutputChanges:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._chains: dict[nn.Module, Any] = {}
+        self.chains: dict[nn.Module, Any] = {}
+        """The parametrizations of the weight, by layer."""
         for module in network.modules():
             if multiplies_only(module) and parametrize.is_parametrized(module, "weight"):
                 chain: Any = module.parametrizations["weight"]  # type: ignore[index]
                 if all(isinstance(p, Adaptation) and p.has_product and p.trains_by_products for p in chain):
-                    self._chains[module] = chain
+                    self.chains[module] = chain
 
     @contextmanager
     def apply(self) -> Iterator[None]:
         """A context in which the current thread trains so."""
-        chains = {module: chain for module, chain in self._chains.items() if not chain.original.requires_grad}
+        chains = {module: chain for module, chain in self.chains.items() if not chain.original.requires_grad}
         thread = threading.get_ident()
 
         def add(module: Any, args: Any, output: Tensor) -> Tensor | None:
