@@ -46,9 +46,11 @@ def declare(parser: ArgumentParser) -> None:
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Measures the runs, prints tables, and writes the results, a page and its figures."""
     _check(config)
-    runs = join_runs(find_collections(map(Path, config.run_dir)))
-    console, output = open_console(), Path(config.output)
-    device = chosen_device(config)
+    console, output, device = open_console(), Path(config.output), chosen_device(config)
+    collections = find_collections(map(Path, config.run_dir))
+    runs = join_runs(collections)
+    for folder, reason in (item for collection in collections for item in collection.unfinished.items()):
+        console.print(f"left out: {folder}, {reason}", soft_wrap=True)
 
     def opened(folder: Path) -> Any:
         return open_run(folder, device, config.trust, config.data_root)[1]
@@ -56,12 +58,12 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     baseline = config.baseline or next(iter(runs))
     attacks = Attacks(tuple(config.epsilons), config.pgd_steps)
     content = study_robustness(runs, baseline, attacks, config.images, opened, partial(console.print, soft_wrap=True))
+    write_atomic(output / RunFolder.ROBUSTNESS, json_text(content))
     console.print(terminal_table(overview_cells(content)), crop=False)
     if content["differences"]:
         console.print(terminal_table(difference_cells(content), 3), crop=False)
     write_atomic(output / "robustness.csv", robustness_csv(content))
     write_document([Heading("Robustness", 1), *robustness_blocks(content, "robustness")], output, "robustness")
-    write_atomic(output / RunFolder.ROBUSTNESS, json_text(content))
     console.print(f"page: {output / 'robustness'}.html", soft_wrap=True)
     return 0
 

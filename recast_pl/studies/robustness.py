@@ -75,16 +75,16 @@ def study_robustness(
     """
     if baseline not in runs:
         raise RunError(f"--baseline {baseline!r} is not one of the runs; choose from {', '.join(runs)}")
-    measured: dict[str, dict[str, Measured]] = {}
-    for name in [baseline, *(other for other in runs if other != baseline)]:
-        measured[name] = {}
+    measured: dict[str, dict[str, Measured]] = {name: {} for name in runs}
+    scores: dict[str, dict[str, RunScores]] = {name: {} for name in runs}
+    for name in sorted(runs, key=lambda name: name != baseline):  # the baseline first
         for run in runs[name]:
             seed = str(run.summary["seed"])
             found = measured[name][seed] = _measure(run, attacks, limit, opened)
+            scores[name][seed] = _run_scores(run, found)
             report(f"measured: {name}, seed {seed}, {len(found)} tasks")
             if seed in measured[baseline]:
                 _check_same_images(run, found, measured[baseline][seed], baseline)
-    scores = {n: {s: _run_scores(r, measured[n][str(r.summary["seed"])]) for s, r in _by_seed(runs[n])} for n in runs}
     others = {name: found for name, found in measured.items() if name != baseline}
     return Robustness(
         baseline=baseline,
@@ -119,10 +119,6 @@ def paired_difference(pairs: Iterable[Pair]) -> Difference:
     return Difference(mean, (low, high))
 
 
-def _by_seed(runs: Sequence[Run]) -> list[tuple[str, Run]]:
-    return [(str(run.summary["seed"]), run) for run in runs]
-
-
 def _measure(run: Run, attacks: Attacks, limit: int | None, opened: Callable[[Path], Namespace]) -> Measured:
     init = opened(run.folder.path)
     check_images(init.data)
@@ -144,7 +140,8 @@ def _differences(ours: Mapping[str, Measured], theirs: Mapping[str, Measured]) -
     """The differences of all measures on the tasks and seeds that two runs share; empty if they share none."""
     pairs = [
         (task, found, theirs[seed][task])
-        for seed in ours.keys() & theirs.keys()
+        for seed in ours
+        if seed in theirs
         for task, found in ours[seed].items()
         if task in theirs[seed]
     ]
