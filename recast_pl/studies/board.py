@@ -37,9 +37,9 @@ from recast_pl.reporting.board import (
 )
 from recast_pl.reporting.tables import terminal_table
 from recast_pl.rules import TASK_RULE, is_task_name
-from recast_pl.runs.folder import Summary
+from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import final_accuracies
-from recast_pl.runs.origin import origin, processor
+from recast_pl.runs.origin import Origin
 from recast_pl.studies.comparison import Comparison, Point
 from recast_pl.studies.engines import Engine
 from recast_pl.studies.sweep_file import Values, check_entries, check_seeds, filled, read_entries
@@ -186,15 +186,12 @@ class Trial:
         """Writes the results with those of further runs, and the page."""
         runs = rest.finished().get(rest.points[0].name, {})
         new = {str(seed): _run_results(runs[seed]) for seed in rest.seeds}
-        made, versions = origin(), ("recast-pl", "torch")
-        measured = Measured(
-            command=self.command,
-            date=made["date"],
-            machine=processor(),
-            seeds=list(rest.seeds),
-            versions={name: made["versions"][name] for name in versions if name in made["versions"]},
-        )
-        results = Results({**known, "runs": known["runs"] | new, "measured": [*known["measured"], measured]})
+        measured: dict[str, Measured] = {}  # by machine
+        for seed in rest.seeds:
+            made = _origin(self.runs / rest.points[0].name / str(seed))
+            entry = Measured(command=self.command, seeds=[], **made)
+            measured.setdefault(made["machine"], entry)["seeds"].append(seed)
+        results = Results({**known, "runs": known["runs"] | new, "measured": [*known["measured"], *measured.values()]})
         write_atomic(self.file, results_text(results))
         write_board(self.folder)
 
@@ -209,6 +206,8 @@ class Trial:
         return Results(stream=self.stream, method=self.method, rate=best, rates=texts, runs={}, measured=[])
 
 
+_VERSIONS = ("recast-pl", "torch")
+
 _KEPT = ("probe_accuracy", "task_parameters", "patch_bytes", "seconds", "train_images", "test_images")
 
 
@@ -220,6 +219,13 @@ def _validation(run: Summary) -> dict[str, float]:
         return {key: statistics.mean(task[key] for task in tasks) for key in keys}
     except KeyError as cause:
         raise RunError(f"a task of the run with seed {run['seed']} has no {cause}; train it again") from cause
+
+
+def _origin(run: Path) -> Origin:
+    """Where and when the last task of a run was trained, and the versions of what decides its numbers."""
+    records = [files.load_record() for files in RunFolder(run).finished().values()]
+    made = max((record["origin"] for record in records), key=lambda facts: facts["date"])
+    return {**made, "versions": {name: made["versions"][name] for name in _VERSIONS if name in made["versions"]}}
 
 
 def _run_results(run: Summary) -> dict[str, dict[str, Any]]:
