@@ -3,6 +3,8 @@
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.data.datamodule import SequentialTaskDataModule
+from recast_pl.data.imbalance import Imbalance
+from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.autoencoder import TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
