@@ -294,6 +294,7 @@ class Stream:
         patch = replace(patch, metrics={"accuracy": accuracies[patch.task], **probes})
         classes = class_results(patch.classes, self.module.test_pairs.numpy())  # of this task, which was tested last
         self.data.select(index)
+        self.module.sign_confidence()
         content, sizes = patch.to_bytes(), self.data.sizes
         result = TaskResult(
             name=patch.task,
