@@ -25,6 +25,7 @@ MARKS = "<!-- from configs/paper/, by docs/generate.py -->", "<!-- end -->"
 GROUPS = {
     "Model": (api.TILModule, api.MimicryModule, api.BackboneConfig, api.BankLayout),
     "Data": (api.SequentialTaskDataModule, api.TaskConfig, api.Imbalance, api.LabelNoise),
+    "Budget": (api.Budget,),
     "Classifiers over one label space": (api.NCM, api.LDA, api.RanPAC, api.FeCAM),
     "Engines": (api.Processes, api.Ray, api.Slurm),
 }

@@ -174,6 +174,11 @@ class SequentialTaskDataModule(LightningDataModule):
         """Number of images of the current task by split."""
         return {split: len(indices) for split, indices in self._images.splits.items()}
 
+    def training_images(self, task: str) -> int:
+        """Number of training images of a task, by its name."""
+        (config,) = (config for config in self.tasks if config.name == task)
+        return len(self._open(config).splits["train"])
+
     @property
     def split_digest(self) -> str:
         """Equal on two machines whose splits of the current task are equal, image by image."""
