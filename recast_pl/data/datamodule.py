@@ -174,10 +174,9 @@ class SequentialTaskDataModule(LightningDataModule):
         """Number of images of the current task by split."""
         return {split: len(indices) for split, indices in self._images.splits.items()}
 
-    def training_images(self, task: str) -> int:
-        """Number of training images of a task, by its name."""
-        (config,) = (config for config in self.tasks if config.name == task)
-        return len(self._open(config).splits["train"])
+    def training_images(self) -> dict[str, int]:
+        """Number of training images of each task, by its name."""
+        return {task.name: len(self._open(task).splits["train"]) for task in self.tasks}
 
     @property
     def split_digest(self) -> str:

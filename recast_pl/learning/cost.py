@@ -52,7 +52,7 @@ class TaskCost(Callback):
         budget: What the task may cost.
         tell: Called once, when the cost can be predicted.
         reads: The splits that are read after training.
-        later: How many times the cost of this task each later one probably has.
+        later: How many tasks come later, and how many times the cost of this one they probably have together.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TaskCost(Callback):
         budget: Budget,
         tell: Callable[["TaskCost"], None] = lambda _: None,
         reads: Sequence[str] = ("test", "val"),
-        later: Sequence[float] = (),
+        later: tuple[int, float] = (0, 0.0),
     ) -> None:
         self.budget, self._tell, self._reads, self._later = budget, tell, reads, later
         self.predicted: float | None = None
@@ -93,8 +93,9 @@ class TaskCost(Callback):
         """The seconds that are probably left of this task and the later ones; None if nothing is known yet."""
         if (left := self.left) is None:
             return None
-        each, limit = self.spent + left, self.budget.seconds or float("inf")
-        return left + sum(min(limit, share * each) for share in self._later)
+        count, times = self._later
+        later = times * (self.spent + left)
+        return left + (later if self.budget.seconds is None else min(later, count * self.budget.seconds))
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts to measure the setup."""

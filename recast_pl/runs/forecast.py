@@ -37,21 +37,22 @@ class Forecast:
         self, data: SequentialTaskDataModule, console: Console, budget: Budget, precision: Precision = "fp32"
     ) -> None:
         self._data, self._console, self._budget, self._precision = data, console, budget, precision
-        self._waiting: list[str] = []
+        self._images: dict[str, int] = {}  # of all tasks
+        self._left = self._images_left = 0  # tasks that are to be trained, and their images
         self._told = False
         self._cost = TaskCost(budget)
 
     def expect(self, tasks: Sequence[str]) -> None:
         """Names the tasks that are to be trained, in order."""
-        self._waiting, self._told = list(tasks), False
+        self._images, self._told = self._data.training_images(), False
+        self._left, self._images_left = len(tasks), sum(self._images[task] for task in tasks)
 
     def watch(self, task: str) -> TaskCost:
         """Begins a task; returns the callback of its trainer."""
-        self._waiting = [name for name in self._waiting if name != task]
-        images = self._data.training_images(task)
-        shares = [self._data.training_images(name) / images for name in self._waiting]
+        images = self._images[task]
+        self._left, self._images_left = self._left - 1, self._images_left - images
         reads = ("test", "val", "train") if self._precision in BITS else ("test", "val")
-        self._cost = TaskCost(self._budget, self._tell, reads, shares)
+        self._cost = TaskCost(self._budget, self._tell, reads, (self._left, self._images_left / images))
         return self._cost
 
     def record(self) -> Cost:
@@ -77,7 +78,7 @@ class Forecast:
         size = len((patch if bits is None else patch.compacted(bits)).to_bytes())
         if module.signature is not None:
             size += len(module.signature.to_bytes())
-        this, count, whole = duration(cost.predicted), len(self._waiting) + 1, cost.stream_left
+        this, count, whole = duration(cost.predicted), self._left + 1, cost.stream_left
         every = "" if count == 1 or whole is None else f", {duration(whole + cost.spent)} for all {count}"
         most = "" if memory is None else f"; {memory / 1e9:.1f} GB of memory"
         self._console.print(
