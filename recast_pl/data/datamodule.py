@@ -67,6 +67,11 @@ class SequentialTaskDataModule(LightningDataModule):
         max_pixels: Images of more pixels, by their headers, cannot be read; None for Pillow's limit, 178,956,970.
             Decoding takes up to 26 bytes for each pixel.
         transforms: The `transforms` of tasks that have none of their own (any sequence).
+        held_out: Pattern of names of images, such as `*_scan.*`, that are tested and never trained on, to see what
+            another source of images changes. No others are tested then. A source's splits are kept: of the images that
+            match, its test images count, of the others its training and validation images. Where it has none, all
+            images that match are tested. Names are paths in a task's folder, or as its manifest lists them. None to
+            hold out no images by name.
 
     Raises:
         DataError: If a size or limit is below 1, or `order_seed` below 0.
@@ -87,6 +92,7 @@ class SequentialTaskDataModule(LightningDataModule):
         order_seed: int | None = None,
         max_pixels: int | None = None,
         transforms: tuple[nn.Module, ...] = (),
+        held_out: str | None = None,
     ) -> None:
         super().__init__()
         images = ((f"tasks.{task.name}.images", task.images) for task in tasks)
@@ -105,6 +111,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.image_size, self.batch_size, self.num_workers, self.seed = size, batch_size, num_workers, seed
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
+        self.held_out = held_out
         self._opened: dict[str, _TaskImages] = {}
         self._current = 0
         self._train_on: TaskSplit | None = None
@@ -301,7 +308,11 @@ class _TaskImages:
             rank_zero_warn(f"task {task.name!r}: {note}")
         chosen = choose_images(source.names, task.images, self.seed)
         labels, names = source.labels[chosen], [source.names[index] for index in chosen]
-        splits = split_images(labels, [source.splits[index] for index in chosen], names, self.seed, data.split)
+        given = [source.splits[index] for index in chosen]
+        try:
+            splits = split_images(labels, given, names, self.seed, data.split, data.held_out)
+        except DataError as error:
+            raise DataError(f"task {task.name!r}: {error}") from error
         self.splits = {name: chosen[indices] for name, indices in splits.items()}
         self._check_splits("give each class at least 3 images, or images for every split")
 
@@ -344,13 +355,14 @@ class _TaskImages:
         empty = [name for name in SPLITS if not len(self.splits[name])]
         if empty:
             raise DataError(f"task {self.task.name!r} has no {empty[0]} image; {remedy}")
-        if self.task.images is not None:
+        if self.task.images is not None or self.data.held_out is not None:
             trained = set(self.source.labels[self.splits["train"]].tolist())
             lost = [name for label, name in enumerate(self.source.classes) if label not in trained]
             if lost:
+                count = sum(map(len, self.splits.values()))
                 raise DataError(
-                    f"task {self.task.name!r} has no training image of class {lost[0]!r} among its "
-                    f"{self.task.images} images; use more"
+                    f"task {self.task.name!r} has no training image of class {lost[0]!r} among its {count} images; "
+                    "use more"
                 )
 
 
