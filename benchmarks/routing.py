@@ -1,268 +1,335 @@
-"""Measures how well the task of an image is found by class means and one shared covariance, without any training.
+"""Measures trained tasks where nobody names the task of an image: methods with the router, and LDA alone.
 
-    uv run python benchmarks/routing.py --weights dinov2_vits14.safetensors --size 70 --manifests emoji/*.csv
+    python benchmarks/routing.py --weights dinov2_vits14.safetensors --emoji emoji --device cuda --output logs/routing
 
-Streams are clip art, clip art and digits, the manifests, and these with clip art. Numbers are percentages of the test
-images, averaged over seeds, except for bytes and passes.
+Streams are `clipart`, `emoji` (the manifests TASK.csv in the folder `--emoji`), `both` of them, and `digits`, which is
+clip art and digits. Every seed shuffles the order of tasks. The methods keep tasks apart, so a task is the same in each
+stream: it is trained once for each seed and method, and a stream puts its tasks together in the shuffled order.
 
-The first table: images whose task is the likeliest, or among the two likeliest, and whose class is the likeliest of all
-classes of all tasks (joint); by the nearest class mean, and by the router with means in several precisions (int8 with
-one scale a class), and with features projected onto the leading principal directions of the first task's classes.
+There is one JSON for each stream, seed and method in the folder `--output`. A run that was interrupted continues there;
+several processes may share the folder, each with other `--seeds`. At the end comes a table of all JSONs of the folder,
+means and standard deviations over seeds. Accuracies are percentages of test images, averages over tasks:
 
-The second table: accuracy where the class is that of the likeliest task's own head (one), where the second likeliest
-task is asked, too (two), the same with a temperature for each head, which fits its validation images best
-(calibrated), and where the task is known (oracle). Heads are on the same frozen features, so that this is the routed
-accuracy of `LinearProbe`. The last column counts passes of the network for both candidates.
+- oracle: the task is known; routed: task and class are found by the router and the heads of up to two tasks
+- joint: the class is the likeliest of all by the router's discriminant, or by LDA
+- gain: the routed accuracy less the joint accuracy of LDA alone
+- task, of two: the task is the likeliest, or among the two likeliest
+- AUROC, missed: each task in turn is left out. How well its images are told from known ones by how familiar the router
+  finds them, and which percentage of them is not refused where 5 % of the known ones are
+- bytes a class: the patches, and what the router keeps; without the matrix that all classes share
+- passes, ms: passes of the network for an image, and milliseconds for an image in batches of 64, routed; then the same
+  milliseconds where the task is known
 
-The third table: how well images of a task that was left out are told from known ones, averaged over the tasks: the area
-under the ROC curve; unknown images that are not refused where 5 % of the known test images are; and what is refused
-with a threshold set on validation images to 5 %.
-
-The fourth table: classifiers over all classes of all tasks, how many of the test images they classify correctly, the
-kilobytes a class of their sums in single precision, and the seconds of processor time to learn and solve a stream.
+It needs no jsonargparse.
 """
 
+import argparse
+import json
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from small_patches import Split, read_features, read_options
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import StepLR
 
-from recast_pl import LDA, NCM, FeCAM, RanPAC
-from recast_pl.inference.prediction import Candidates, Prediction, find_candidates
+from recast_pl import (
+    LDA,
+    BackboneConfig,
+    BankLayout,
+    LinearProbe,
+    LoRA,
+    Piece,
+    Predictor,
+    Recast,
+    Router,
+    SequentialTaskDataModule,
+    Signature,
+    TaskConfig,
+    TILModule,
+    load,
+)
+from recast_pl.files import json_text, write_atomic
 from recast_pl.learning.features import Features
-from recast_pl.learning.heads import HeadKind, solve_head
-from recast_pl.learning.router import Router, precision_matrix
-from recast_pl.learning.signature import Signature
+from recast_pl.learning.trainer import TrainerFactory
+from recast_pl.runs.evaluation import split_features
+from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.stream import Stream
 
-CLIPART = ["food", "people", "recreation", "signs"]
+CLIPART = Path(__file__).parents[1] / "data" / "clipart"
+PICTURES = ["food", "people", "recreation", "signs"]
+EMOJI = [f"emoji_{n}" for n in ("activities", "animals", "faces", "food", "objects", "people", "symbols", "travel")]
+STREAMS = {"clipart": PICTURES, "emoji": EMOJI, "both": [*PICTURES, *EMOJI], "digits": [*PICTURES, "digits"]}
 
-HEADS: tuple[HeadKind, ...] = ("logistic", "lda", "ridge")
+METHODS: dict[str, Callable[[], Piece]] = {
+    "probe": LinearProbe,
+    "recast": lambda: Recast(BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)),
+    "lora": LoRA,
+}
+ALONE = "lda"
 
-Tasks = Mapping[str, Mapping[str, Split]]
+SETTINGS = ("backbone", "size", "epochs", "rate", "batch", "head")
 
+COLUMNS = {
+    **{"oracle": "oracle", "routed": "routed", "joint": "joint", "gain": "gain", "task": "task", "of_two": "of two"},
+    **{"auroc": "AUROC", "missed": "missed", "bytes_per_class": "bytes a class", "passes": "passes", "ms": "ms"},
+    "known_ms": "ms, known",
+}
 
-def streams(tasks: Tasks) -> dict[str, list[str]]:
-    """Names of the tasks of each stream."""
-    others = [name for name in tasks if name not in (*CLIPART, "digits")]
-    found = {"clip art": CLIPART, "clip art, digits": [*CLIPART, "digits"]}
-    return found | ({"manifests": others, "manifests, clip art": [*others, *CLIPART]} if others else {})
-
-
-def sign(name: str, splits: Mapping[str, Split]) -> Signature:
-    """The signature of a task, from features in any number of dimensions."""
-    classes = [str(label) for label in range(int(splits["train"][1].max()) + 1)]
-    return Signature.of(Features(*splits["train"]), Features(*splits["val"]), name, classes, "0" * 64, 1)
-
-
-def test_images(tasks: Tasks, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (N, D) of the test images of some tasks, positions of the tasks (N,), and classes within them (N,)."""
-    parts = [tasks[name]["test"] for name in names]
-    sizes = torch.tensor([len(labels) for _, labels in parts])
-    owners = torch.arange(len(parts)).repeat_interleave(sizes)
-    return torch.cat([x for x, _ in parts]), owners, torch.cat([y for _, y in parts])
+Measures = dict[str, Any]
+Frozen = Mapping[str, Mapping[str, Features]]
+"""Features of the frozen network, on the CPU, by task and split."""
 
 
-def rounded(signature: Signature, precision: str) -> Signature:
-    """A signature whose means are as a file of this precision would keep them."""
-    means, limit = signature.means, {"int8": 127, "int4": 7}.get(precision)
-    if limit is not None:
-        scale = (means.abs().amax(1, keepdim=True) / limit).half().double()
-        means = (means / scale).round() * scale
-    return Signature(**{**vars(signature), "means": means})
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results, and of runs below it")
+    parser.add_argument("--weights", required=True, help="as model.backbone.weights")
+    parser.add_argument("--backbone", default="vit_small_patch14_dinov2", help="as model.backbone.name")
+    parser.add_argument("--emoji", type=Path, help="folder of the manifests")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
+    parser.add_argument("--methods", nargs="+", choices=[ALONE, *METHODS], default=[ALONE, "probe", "recast"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592])
+    parser.add_argument("--size", type=int, default=98)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=8e-3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--head", default="logistic", help="as model.head")
+    return parser.parse_args()
 
 
-def projected(tasks: Tasks, names: Sequence[str], width: int) -> Tasks:
-    """Tasks whose features are multiplied by the leading principal directions of the first one's (width, D)."""
-    first = tasks[names[0]]["train"][0].double()
-    rows = torch.linalg.svd(first - first.mean(0), full_matrices=False)[2][:width].float()
-    return {name: {s: (x @ rows.T, y) for s, (x, y) in tasks[name].items()} for name in names}
+class Seed:
+    """The tasks of one seed, in shuffled order: their images, their features, and their runs."""
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        self.options, self.seed = options, seed
+        wanted = {name for stream in options.streams for name in STREAMS[stream]}
+        tasks = [TaskConfig(name, str(CLIPART / name)) for name in PICTURES] + [TaskConfig("digits", flip=False)]
+        if options.emoji:
+            paths = {name: options.emoji / f"{name.removeprefix('emoji_')}.csv" for name in EMOJI}
+            tasks += [TaskConfig(name, str(path)) for name, path in paths.items()]
+        settings = {"image_size": options.size, "batch_size": options.batch, "seed": seed, "order_seed": seed}
+        self.data = SequentialTaskDataModule(tuple(tasks), **settings)
+        self.order = [task.name for task in self.data.tasks]
+        if missing := wanted - set(self.order):
+            raise SystemExit(f"the streams need {', '.join(sorted(missing))}; give --emoji FOLDER, or other --streams")
+        self.wanted = [name for name in self.order if name in wanted]
+        self.data.prepare_data()
+
+    @property
+    def trainers(self) -> TrainerFactory:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+        accelerator = torch.device(self.options.device).type
+        return TrainerFactory(
+            {"max_epochs": self.options.epochs, "gradient_clip_val": 1.0, "accelerator": accelerator, "devices": 1}
+            | quiet
+        )
+
+    def module(self, method: str) -> TILModule:
+        """A method, not yet built."""
+        options = self.options
+        return TILModule(
+            BackboneConfig(options.backbone, options.weights),
+            (METHODS[method](),),
+            optimizer=lambda p: AdamW(p, lr=options.rate, weight_decay=1e-6),
+            lr_scheduler=lambda o: StepLR(o, step_size=max(1, options.epochs // 2), gamma=0.3),
+            head=options.head,
+        )
+
+    @cache  # noqa: B019 - a few seeds
+    def train(self, method: str) -> RunFolder:
+        """Trains the wanted tasks by a method, unless they are; returns their run."""
+        folder = self.options.output / "runs" / f"{method}-{self.seed}"
+        Stream(self.module(method), self.data, folder, self.trainers, self.seed, precision="int4").run(self.wanted)
+        return RunFolder(folder)
+
+    @property
+    @cache  # noqa: B019
+    def frozen(self) -> Frozen:
+        """Features of all wanted tasks by the frozen network."""
+        module, evaluator = self.module("probe"), self.trainers.for_evaluation()
+        module.build(self.options.size)
+        found: dict[str, dict[str, Features]] = {}
+        for name in self.wanted:
+            self.data.select(self.order.index(name))
+            module.begin_task(name, self.data.classes)
+            for split in ("train", "val", "test"):
+                each = split_features(module, self.data, split, evaluator)
+                found.setdefault(name, {})[split] = Features(each.features.cpu(), each.labels.cpu())
+        return found
+
+    def test_images(self, name: str) -> Tensor:
+        """The test images of a task, uint8 (N, 3, S, S)."""
+        self.data.select(self.order.index(name))
+        batches = [self.data.on_after_batch_transfer(batch, 0)[0] for batch in self.data.plain_dataloader("test")]
+        return (255 * torch.cat(batches)).round().to(torch.uint8)
+
+    def measure(self, method: str, names: Sequence[str]) -> Measures:
+        """All measures of a method on some tasks."""
+        if method == ALONE:
+            return measure_alone(self.frozen, names)
+        files = self.train(method).finished()
+        first = self.module(method)
+        predictor = load(self.train(method).path, first, self.options.device, list(names))
+        signatures = [files[name].load_signature() for name in names]
+        patches = sum(files[name].load_record()["task"]["patch_bytes"] for name in names)
+        images = {name: self.test_images(name) for name in names}
+        classes = sum(len(signature.classes) for signature in signatures)
+        size = (patches + predictor.router.nbytes) / classes
+        found = measure_routed(predictor, images, self.frozen)
+        return {**found, **measure_rejection(self.frozen, signatures), "bytes_per_class": size}
 
 
-def accuracies(router: Router, images: tuple[Tensor, Tensor, Tensor]) -> list[float]:
-    """How many images have their task first, among the first two, and their class first of all."""
-    x, owners, labels = images
-    order = router.route(x).tasks.argsort(dim=1, descending=True)
-    sizes = torch.bincount(router.task_of.long())
-    joint = router.scores(x).argmax(1) == (sizes.cumsum(0) - sizes)[owners] + labels
-    hits = (order[:, 0] == owners, (order[:, :2] == owners[:, None]).any(1), joint)
-    return [100 * float(hit.double().mean()) for hit in hits]
+def measure_alone(frozen: Frozen, names: Sequence[str]) -> Measures:
+    """LDA over the classes of all tasks, without anything trained."""
+    classifier, owner, start = LDA(), list[int](), dict[str, int]()
+    for index, name in enumerate(names):
+        train, start[name] = frozen[name]["train"], len(owner)
+        classifier.update(train.features, train.labels + start[name])
+        owner += [index] * (int(train.labels.max()) + 1)
+    rows: dict[str, Measures] = {}
+    for index, name in enumerate(names):
+        test = frozen[name]["test"]
+        scores = classifier.scores(test.features)
+        own = torch.tensor(owner) == index
+        best = torch.stack([scores[:, torch.tensor(owner) == i].amax(1) for i in range(len(names))], 1)
+        order = best.argsort(dim=1, descending=True)
+        rows[name] = {
+            "oracle": percent(scores.masked_fill(~own, -torch.inf).argmax(1) == test.labels + start[name]),
+            "joint": percent(scores.argmax(1) == test.labels + start[name]),
+            "task": percent(order[:, 0] == index),
+            "of_two": percent((order[:, :2] == index).any(1)),
+        }
+    width = next(iter(frozen.values()))["test"].features.shape[1]
+    return {"tasks": rows, **means(rows), "bytes_per_class": 4 * (width + 1), "passes": 1.0}
 
 
-def nearest_mean(signatures: Sequence[Signature], images: tuple[Tensor, Tensor, Tensor]) -> list[float]:
-    """The same by the nearest class mean."""
-    x, owners, labels = images
-    near = torch.stack([torch.cdist(x.double(), s.means).amin(1) for s in signatures], 1).argsort(dim=1)
-    every = torch.cat([s.means for s in signatures])
-    sizes = torch.tensor([len(s.classes) for s in signatures])
-    joint = torch.cdist(x.double(), every).argmin(1) == (sizes.cumsum(0) - sizes)[owners] + labels
-    hits = (near[:, 0] == owners, (near[:, :2] == owners[:, None]).any(1), joint)
-    return [100 * float(hit.double().mean()) for hit in hits]
+def measure_routed(predictor: Predictor, images: Mapping[str, Tensor], frozen: Frozen) -> Measures:
+    """Trained tasks with the router, as `Predictor` answers without the name of a task."""
+    router, rows = predictor.router, dict[str, Measures]()
+    starts = dict(zip(router.tasks, torch.tensor([0, *map(len, router.classes)]).cumsum(0).tolist(), strict=False))
+    first = next(iter(images.values()))[:64]
+    predictor.route_tensors(first, refuse=0)  # warms up
+    found, ms = timed(lambda x, _: predictor.route_tensors(x, refuse=0), images)
+    known, known_ms = timed(lambda x, task: predictor.predict_tensors(x, [task] * len(x)), images)
+    asked = 0
+    for task in images:
+        test = frozen[task]["test"]
+        truth = [predictor.classes(task)[label] for label in test.labels.tolist()]
+        labels = [(task, label) for label in truth]
+        asked += sum(1 + (each.second is not None and each.second.label is not None) for each in found[task])
+        order = router.route(test.features).tasks.argsort(dim=1, descending=True)
+        index = router.tasks.index(task)
+        rows[task] = {
+            "oracle": share([each.label for each in known[task]], truth),
+            "routed": share([(each.task, each.label) for each in found[task]], labels),
+            "joint": percent(router.scores(test.features).argmax(1) == test.labels + starts[task]),
+            "task": percent(order[:, 0] == index),
+            "of_two": percent((order[:, :2] == index).any(1)),
+        }
+    passes = 1 + asked / sum(map(len, images.values()))
+    return {"tasks": rows, **means(rows), "passes": passes, "ms": ms, "known_ms": known_ms}
 
 
-def head_temperature(head: nn.Linear, validation: Split) -> float:
-    """The temperature of the least cross-entropy of validation images."""
-    x, labels = validation
-    logits = head(x).detach()
-    return float(min(10 ** torch.linspace(-1, 1, 101), key=lambda t: float(F.cross_entropy(logits / t, labels))))
+def timed(predict: Callable[[Tensor, str], list[Any]], images: Mapping[str, Tensor]) -> tuple[dict[str, Any], float]:
+    """Predictions by task, and milliseconds for an image."""
+    began = time.perf_counter()
+    found = {task: predict(x, task) for task, x in images.items()}
+    return found, 1000 * (time.perf_counter() - began) / sum(map(len, images.values()))
 
 
-def routed(tasks: Tasks, names: Sequence[str], router: Router, kind: HeadKind) -> list[float]:
-    """Accuracy by one candidate, two, two with calibrated heads and the true task, and passes for two candidates."""
-    x, owners, labels = test_images(tasks, names)
-    plain, calibrated = {}, {}
-    for name in names:
-        train = Features(*tasks[name]["train"])
-        head = solve_head(kind, train, int(train.labels.max()) + 1)
-        plain[name] = head(x).detach().softmax(1)
-        calibrated[name] = (head(x).detach() / head_temperature(head, tasks[name]["val"])).softmax(1)
-
-    def prediction(image: int, task: str, probabilities: Mapping[str, Tensor] = plain) -> Prediction:
-        row = probabilities[task][image].tolist()
-        best = max(range(len(row)), key=row.__getitem__)
-        return Prediction(task, str(best), row[best], {})
-
-    def right(answers: Iterator[Prediction]) -> float:
-        truth = zip(owners.tolist(), labels.tolist(), strict=True)
-        pairs = zip(answers, truth, strict=True)
-        return 100 * float(np.mean([(a.task, a.label) == (names[task], str(label)) for a, (task, label) in pairs]))
-
-    candidates: list[Candidates] = find_candidates(router.tasks, router.route(x), refuse=0)
-    one = right(prediction(i, each.asked[0]) for i, each in enumerate(candidates))
-    two = right(each.answer([prediction(i, task) for task in each.asked]) for i, each in enumerate(candidates))
-    same = right(
-        each.answer([prediction(i, task, calibrated) for task in each.asked]) for i, each in enumerate(candidates)
-    )
-    oracle = right(prediction(i, names[task]) for i, task in enumerate(owners.tolist()))
-    return [one, two, same, oracle, float(np.mean([len(each.asked) for each in candidates]))]
+def measure_rejection(frozen: Frozen, signatures: Sequence[Signature]) -> Measures:
+    """AUROC, and unknown images that are not refused, in percent, averages over tasks that are left out in turn."""
+    areas, missed = list[float](), list[float]()
+    for unknown in signatures:
+        others = [each for each in signatures if each is not unknown]
+        router = Router(others)
+        known = torch.cat([router.route(frozen[each.task]["test"].features).familiar for each in others]).double()
+        other = router.route(frozen[unknown.task]["test"].features).familiar.double()
+        truth = torch.cat([torch.zeros(len(known)), torch.ones(len(other))])
+        areas.append(100 * float(roc_auc_score(truth, -torch.cat([known, other]))))
+        missed.append(percent(other >= known.quantile(0.05)))
+    return {"auroc": statistics.mean(areas), "missed": statistics.mean(missed)}
 
 
-def rejection(tasks: Tasks, names: Sequence[str], unknown: str) -> dict[str, list[float]]:
-    """Measures of each score for images of an unknown task: AUROC, FPR at 95 %, and refused known and unknown ones."""
-    signatures = [sign(name, tasks[name]) for name in names]
-    router = Router(signatures)
-    known = scores(router, signatures, test_images(tasks, names)[0])
-    other = scores(router, signatures, tasks[unknown]["test"][0])
-    validation = scores(router, signatures, torch.cat([tasks[name]["val"][0] for name in names]))
-    found = {}
-    for way, values in known.items():
-        labels = np.r_[np.zeros(len(values)), np.ones(len(other[way]))]
-        area = roc_auc_score(labels, np.r_[values, other[way]])
-        missed = (other[way] <= np.quantile(values, 0.95)).mean()
-        threshold = np.quantile(validation[way], 0.95)
-        found[way] = [100 * v for v in (area, missed, (values > threshold).mean(), (other[way] > threshold).mean())]
-    return found
+def percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())
 
 
-def scores(router: Router, signatures: Sequence[Signature], x: Tensor) -> dict[str, np.ndarray]:
-    """How strange images are, by several scores."""
-    evidence, routes = router._evidence(x, router.scores(x)), router.route(x)
-    counts = torch.cat([s.counts for s in signatures]).double()[:, None]
-    means = torch.cat([s.means for s in signatures])
-    centre = (counts * means).sum(0) / counts.sum()
-    total = sum(s.scatter.matrix for s in signatures) + (counts * (means - centre)).T @ (means - centre)
-    apart = x.double() - centre
-    background = ((apart @ precision_matrix(total, int(counts.sum()) - 1)[0]) * apart).sum(1)
-    return {
-        "Mahalanobis distance": evidence[:, 0].numpy(),
-        "relative Mahalanobis distance": (evidence[:, 0] - background).numpy(),
-        "1 − largest probability of a class": -(router.scores(x) / router.temperature).softmax(1).amax(1).numpy(),
-        "1 − largest probability of a task": evidence[:, 1].numpy(),
-        "the sum that the router uses": -routes.familiar.numpy(),
-    }
+def share(found: Sequence[Any], truth: Sequence[Any]) -> float:
+    return 100 * statistics.mean(a == b for a, b in zip(found, truth, strict=True))
 
 
-def classifiers(tasks: Tasks, names: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
-    """Accuracy in percent, kilobytes a class, and seconds of each classifier over all classes of some tasks."""
-    x, owners, labels = test_images(tasks, names)
-    sizes = torch.tensor([int(tasks[name]["train"][1].max()) + 1 for name in names])
-    starts = sizes.cumsum(0) - sizes
-    truth, classes = starts[owners] + labels, int(sizes.sum())
-
-    def row(scores: Tensor, numbers: int, began: float) -> list[float]:
-        right = 100 * float((scores.argmax(1) == truth).double().mean())
-        return [right, 4 * numbers / classes / 1000, time.process_time() - began]
-
-    began, width = time.process_time(), x.shape[1]
-    router = Router([sign(name, tasks[name]) for name in names])
-    yield "the router", row(router.scores(x), classes * width + width**2, began)
-    for way, classifier in {
-        "NCM": NCM(),
-        "LDA": LDA(),
-        "FeCAM": FeCAM(),
-        "RanPAC, M = 2,000": RanPAC(2000),
-        "RanPAC, M = 5,000": RanPAC(5000),
-    }.items():
-        began = time.process_time()
-        for name, start in zip(names, starts, strict=True):
-            images, own = tasks[name]["train"]
-            classifier.update(images, own + start)
-        yield way, row(classifier.scores(x), classifier.numbers, began)
+def means(rows: Mapping[str, Measures]) -> Measures:
+    """Averages over tasks."""
+    return {measure: statistics.mean(row[measure] for row in rows.values()) for measure in next(iter(rows.values()))}
 
 
-def print_classifiers(by_seed: Sequence[Tasks]) -> None:
-    """Prints the table of classifiers over all classes."""
-    print("\n| stream | classes | classifier | joint | kB a class | seconds |\n|---|---:|---|---:|---:|---:|")
-    for stream, names in streams(by_seed[0]).items():
-        rows: dict[str, list[list[float]]] = {}
-        for tasks in by_seed:
-            for way, values in classifiers(tasks, names):
-                rows.setdefault(way, []).append(values)
-        classes = sum(int(by_seed[0][name]["train"][1].max()) + 1 for name in names)
-        for way, of_seeds in rows.items():
-            right, size, seconds = np.mean(of_seeds, 0)
-            print(f"| {stream} | {classes} | {way} | {right:.1f} | {size:,.1f} | {seconds:.1f} |", flush=True)
+def check_settings(options: argparse.Namespace) -> None:
+    """Keeps the settings beside the results, so that a folder never mixes two of them."""
+    own = {name: getattr(options, name) for name in SETTINGS} | {"emoji": options.emoji is not None}
+    file = options.output / "settings.json"
+    if file.exists() and (kept := json.loads(file.read_text())) != own:
+        raise SystemExit(f"{file} has {kept}, and these options have {own}; name another --output")
+    write_atomic(file, json_text(own).encode())
+
+
+def print_table(folder: Path) -> None:
+    """Prints what all results of a folder say."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*-*.json"))]
+    alone = {(each["stream"], each["seed"]): each["joint"] for each in results if each["method"] == ALONE}
+    print("\n| stream | method | seeds |", " | ".join(COLUMNS.values()), "|")
+    print("|---|---|---:|" + "---:|" * len(COLUMNS))
+    for stream in STREAMS:
+        for method in (ALONE, *METHODS):
+            rows = [each for each in results if (each["stream"], each["method"]) == (stream, method)]
+            for each in rows:
+                if "routed" in each and (stream, each["seed"]) in alone:
+                    each["gain"] = each["routed"] - alone[stream, each["seed"]]
+            if rows:
+                print(f"| {stream} | {method} | {len(rows)} |", " | ".join(cell(rows, name) for name in COLUMNS), "|")
+
+
+def cell(rows: Sequence[Measures], name: str) -> str:
+    """Mean, and for accuracies the standard deviation over seeds; empty where it was not measured."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if name == "bytes_per_class":
+        return f"{mean:,.0f}"
+    if name in ("passes", "ms", "known_ms"):
+        return f"{mean:.2f}"
+    return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
 
 
 def main() -> None:
-    found = read_features(read_options(__doc__))
-    seeds = sorted({name.rpartition(" ")[2] for name in found})
-    by_seed = [{n.rpartition(" ")[0]: s for n, s in found.items() if n.endswith(f" {seed}")} for seed in seeds]
-    kinds = streams(by_seed[0])
-    width = next(iter(found.values()))["train"][0].shape[1]
-    print("| stream | tasks | classes | way | task | of two | joint | bytes a class |")
-    print("|---|---:|---:|---|---:|---:|---:|---:|")
-    for stream, names in kinds.items():
-        rows: dict[tuple[str, int | None], list[list[float]]] = {}
-        for tasks in by_seed:
-            signatures, images = [sign(name, tasks[name]) for name in names], test_images(tasks, names)
-            rows.setdefault(("nearest mean, fp32", 4 * width), []).append(nearest_mean(signatures, images))
-            for way, size in {"fp16": 2 * width, "int8": width + 2, "int4": width // 2 + 2}.items():
-                router = Router(rounded(signature, way) for signature in signatures)
-                rows.setdefault((f"router, {way}", size + 4), []).append(accuracies(router, images))
-            for columns in (128, 64):
-                smaller = projected(tasks, names, columns)
-                router = Router(sign(name, smaller[name]) for name in names)
-                row = accuracies(router, test_images(smaller, names))
-                rows.setdefault((f"router, fp16, {columns} directions", 2 * columns + 4), []).append(row)
-        classes = sum(int(by_seed[0][name]["train"][1].max()) + 1 for name in names)
-        for (way, size), values in rows.items():
-            cells = " | ".join(f"{mean:.1f}" for mean in np.mean(values, 0))
-            print(f"| {stream} | {len(names)} | {classes} | {way} | {cells} | {size:,} |")
-    print("\n| stream | head | one | two | calibrated | oracle | passes for two |\n|---|---|---:|---:|---:|---:|---:|")
-    for stream, names in kinds.items():
-        for kind in HEADS:
-            values = [routed(t, names, Router(sign(name, t[name]) for name in names), kind) for t in by_seed]
-            *shares, passes = np.mean(values, 0)
-            cells = " | ".join(f"{share:.1f}" for share in shares)
-            print(f"| {stream} | {kind} | {cells} | {1 + passes:.2f} |", flush=True)
-    print("\n| known | unknown | score | AUROC | not refused at 95 % | known refused | unknown refused |")
-    print("|---|---|---|---:|---:|---:|---:|")
-    pairs = {
-        (stream, "each task in turn"): [([n for n in names if n != u], u) for u in names]
-        for stream, names in kinds.items()
-    }
-    pairs |= {(stream, "digits"): [(names, "digits")] for stream, names in kinds.items() if "digits" not in names}
-    for (stream, unknown), cases in pairs.items():
-        measured = [rejection(tasks, *case) for tasks in by_seed for case in cases]
-        for way in measured[0]:
-            cells = " | ".join(f"{mean:.1f}" for mean in np.mean([each[way] for each in measured], 0))
-            print(f"| {stream} | {unknown} | {way} | {cells} |")
-    print_classifiers(by_seed)
+    warnings.filterwarnings("ignore")
+    options = read_options()
+    check_settings(options)
+    for seed in options.seeds:
+        tasks: Seed | None = None
+        for stream in options.streams:
+            for method in options.methods:
+                file = options.output / f"{stream}-{seed}-{method}.json"
+                if file.exists():
+                    continue
+                tasks = tasks or Seed(options, seed)
+                names = [name for name in tasks.order if name in STREAMS[stream]]
+                facts = {"stream": stream, "seed": seed, "method": method, "order": names}
+                device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
+                facts |= {"device": device, "torch": torch.__version__}
+                write_atomic(file, json_text({**facts, **tasks.measure(method, names)}).encode())
+                print(file.name, flush=True)
+    print_table(options.output)
 
 
 if __name__ == "__main__":

@@ -58,4 +58,5 @@ from recast_pl.methods.spectral import Spectral
 from recast_pl.methods.streaming_lda import LDA
 from recast_pl.methods.tiny_lora import TinyLoRA
 from recast_pl.methods.uni_lora import UniLoRA
+from recast_pl.methods.weight_aligning import WeightAligning
 from recast_pl.studies.engines import Engine, Processes, Ray, Slurm

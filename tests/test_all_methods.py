@@ -85,6 +85,7 @@ ON_BOTH = {
     "sequential": lambda: [rp.FineTune()],
     "ewc": lambda: [rp.FineTune(), rp.EWC()],
     "lwf": lambda: [rp.FineTune(), rp.LwF()],
+    "wa": lambda: [rp.FineTune(), rp.WeightAligning()],
     "gdumb": lambda: [rp.FineTune(), rp.GDumb()],
     "erace": lambda: [rp.FineTune(), rp.ERACE(per_class=4)],
     "derpp": lambda: [rp.FineTune(), rp.DERPP(per_class=None, total=9)],

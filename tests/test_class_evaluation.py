@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT, TINY_VIT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -12,6 +13,8 @@ from recast_pl.cli import main
 from recast_pl.config.run import open_run
 from recast_pl.errors import RunError
 from recast_pl.files import read_sealed_json, sealed_json
+from recast_pl.runs.evaluation import restore
+from recast_pl.runs.folder import RunFolder
 
 CLIPART = ROOT / "data" / "clipart"
 TASKS = ("food", "signs", "people")
@@ -200,6 +203,66 @@ def test_tasks_that_share_weights_are_refused_before_anything_is_read(tmp_path, 
     error = capsys.readouterr().err
     assert "--evaluation class finds tasks by the features of a frozen network, but tasks share what" in error
     assert not (tmp_path / "run" / "patches").exists()
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """A run of `WeightAligning`, evaluated by its joint head."""
+    run = tmp_path_factory.mktemp("aligned") / "run"
+    return fit(run, "--evaluation", "class", method="methods/weight_aligning.yaml")
+
+
+def test_the_joint_head_classifies_among_the_classes_of_all_tasks(aligned):
+    _, init = open_run(aligned)
+    init.data.prepare_data()
+    folder = RunFolder(aligned)
+    restore(init.model, folder, 32)
+    right, start = {}, 0
+    for index, name in enumerate(TASKS):
+        init.data.select(index)
+        found = []
+        for batch in init.data.plain_dataloader("test"):
+            images, labels = init.data.on_after_batch_transfer(batch, 0)
+            with torch.no_grad():
+                features = init.model.backbone(images)
+                logits = torch.cat([head(features) for head in init.model.old_heads], 1)
+            found.append(logits.argmax(1) == start + labels)
+        right[name] = 100 * float(torch.cat(found).double().mean())
+        start += len(init.data.classes)
+    last = read_sealed_json(aligned / "class_evaluation" / "02_people.json", RunError)["accuracies"]
+    assert last["joint"] == pytest.approx(right, abs=1e-4)
+    result = summary(aligned)
+    assert last["oracle"] == dict(zip(TASKS, result["accuracy_matrix"][-1], strict=True))  # with what was forgotten
+    assert result["joint_accuracy"] == pytest.approx(sum(right.values()) / 3, abs=1e-3)
+    assert result["oracle_accuracy"] == pytest.approx(result["average_accuracy"])
+    assert "routed_accuracy" not in result
+    norms = [float(head.weight.norm(dim=1).mean()) for head in init.model.old_heads]
+    assert norms[2] == pytest.approx(float(torch.cat([h.weight for h in init.model.old_heads[:2]]).norm(dim=1).mean()))
+
+
+def test_what_a_later_task_has_changed_is_not_measured_any_more(aligned, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(aligned, run)
+    before = (run / "class_evaluation" / "02_people.json").read_bytes()
+    (run / "class_evaluation" / "02_people.json").unlink()
+    resume(run)  # the network still is as the last task left it
+    assert (run / "class_evaluation" / "02_people.json").read_bytes() == before
+    (run / "class_evaluation" / "00_food.json").unlink()
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 2
+    assert "accuracies after task 'food' can only be measured before the next task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pieces", "options", "fault"),
+    [
+        (["FineTune", "LwF", "HAT"], [], "each task has numbers of HAT of its own"),
+        (["FineTune", "LwF"], ["--joint", '["NCM"]'], "--joint reads the features of a frozen network"),
+    ],
+)
+def test_a_joint_head_needs_one_network(pieces, options, fault, tmp_path, capsys):
+    given = ["--model.pieces", json.dumps([{"class_path": f"recast_pl.{name}"} for name in pieces])]
+    assert main(words(tmp_path / "run", "--evaluation", "class", *given, *options)) == 2
+    assert fault in capsys.readouterr().err
 
 
 def test_a_task_without_a_signature_is_refused_with_the_remedy(run, capsys):

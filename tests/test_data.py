@@ -21,7 +21,7 @@ from recast_pl import SequentialTaskDataModule, TaskConfig
 from recast_pl.cli import main
 from recast_pl.data.batches import TaskSampler, share_of_step
 from recast_pl.data.folders import open_folder
-from recast_pl.data.tasks import split_images
+from recast_pl.data.tasks import hold_out, split_images
 from recast_pl.errors import DataError
 from recast_pl.files import sealed_json
 
@@ -554,3 +554,59 @@ def test_a_task_can_use_some_of_its_images(image_folder):
 
     with pytest.raises(DataError, match="no training image of class 'class0' among its 30 images; use more"):
         with_many_seeds()
+
+
+# another source of images than in training
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [  # images 0 to 3 have names that match, 4 to 7 do not
+        (["", "", "", "", "", "", "", ""], "test test test test train train train train"),
+        (["train", "val", "test", "test", "train", "val", "test", "train"], "- - test test train val - train"),
+        (["train", "val", "train", "val", "train", "val", "val", "train"], "test test test test train val val train"),
+    ],
+)
+def test_held_out_images_are_tested_and_never_trained_on(given, wanted):
+    names = [f"cats/{index}_{'scan' if index < 4 else 'photo'}.png" for index in range(8)]
+    assert hold_out(given, names, "*_scan.*") == [split.replace("-", "") for split in wanted.split()]
+
+
+def makers(image_folder, name, *args, **settings):
+    """A task whose images are, in turn, of three makers, which end the names of their files."""
+    folder = image_folder(name, *args, **settings)
+    for path in sorted(folder.rglob("*.png")):
+        path.rename(path.with_stem(f"{path.stem}_{'abc'[int(path.stem) % 3]}"))
+    return folder
+
+
+def test_a_run_trains_on_other_makers_than_it_tests(image_folder, tiny_fit, tmp_path):
+    folder = makers(image_folder, "made", classes=2, images=12)
+    tasks = json.dumps([{"name": "made", "path": str(folder)}])
+    run = tmp_path / "run"
+    words = tiny_fit("--data.tasks", tasks, "--data.held_out", "*_b.*", "--trainer.max_epochs", 1, run_dir=run)
+    assert main(words) == 0
+    result = json.loads((run / "summary.json").read_text())["tasks"][0]
+    data = SequentialTaskDataModule((TaskConfig("made", str(folder)),), 32, held_out="*_b.*")
+    assert (result["train_images"], result["test_images"]) == (data.sizes["train"], 8)
+    assert data.sizes["train"] + data.sizes["val"] == 16
+    source, splits = data._images.source, data._images.splits
+    for split, wanted in (("train", "ac"), ("val", "ac"), ("test", "b")):
+        assert {Path(source.names[index]).stem[-1] for index in splits[split]} <= set(wanted)
+
+
+@pytest.mark.parametrize(("pattern", "count"), [("*_d.*", "none of 24 images"), ("*", "all of 24 images")])
+def test_a_pattern_that_holds_out_nothing_or_everything_is_refused(pattern, count, image_folder, tiny_fit, capsys):
+    folder = makers(image_folder, "made", classes=2, images=12)
+    tasks = json.dumps([{"name": "made", "path": str(folder)}])
+    assert main(tiny_fit("--data.tasks", tasks, "--data.held_out", pattern)) == 2
+    error = capsys.readouterr().err
+    assert f"task 'made': held_out={pattern!r} matches {count}, such as class0/000_a.png" in error
+
+
+def test_a_class_that_only_held_out_images_have_is_named(image_folder):
+    folder = makers(image_folder, "made", classes=2, images=12)
+    for path in folder.glob("class0/*_[ac].png"):
+        path.unlink()
+    with pytest.raises(DataError, match="no training image of class 'class0'"):
+        _ = SequentialTaskDataModule((TaskConfig("made", str(folder)),), 32, held_out="*_b.*").sizes

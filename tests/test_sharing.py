@@ -34,6 +34,7 @@ from recast_pl import (
     TaskConfig,
     TaskPatch,
     TILModule,
+    WeightAligning,
 )
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.learning.checkpoint import trainable_state
@@ -201,10 +202,43 @@ def test_lwf_distils_every_old_head_at_temperature_two():
     assert all(g.abs().sum() > 0 for g in gradients)  # old heads are trained, too
 
 
-def test_lwf_adds_no_term_during_the_first_task():
-    lwf = LwF()
-    module = learner(FineTune(), lwf)
-    assert lwf.loss(step_of(module, *some(2, 3))) is None
+def test_weight_aligning_trains_one_classifier_and_distils_its_old_classes():
+    aligning = WeightAligning()
+    module = learner(FineTune(), aligning, old=(2, 4))
+    images, labels = some(6, 3)
+    with torch.no_grad():
+        before = torch.cat([head(module.backbone(images)) for head in module.old_heads], 1).numpy()
+        for parameter in [*module.backbone.parameters(), *module.old_heads.parameters()]:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    step = step_of(module, images, labels)
+    with torch.no_grad():
+        now = torch.cat([head(step.features) for head in (*module.old_heads, module.head)], 1).numpy()
+
+    def softmax(z):
+        return np.exp(z) / np.exp(z).sum(1, keepdims=True)
+
+    classified = -np.log(softmax(now)[np.arange(6), 6 + labels.numpy()]).mean()
+    distilled = -(softmax(before / 2) * np.log(softmax(now[:, :6] / 2))).sum(1).mean()
+    by_hand = classified / 3 + distilled * 2 / 3  # 6 of 9 classes are old
+    loss = aligning.loss(step)
+    assert float(loss + module.loss(step.logits, labels)) == pytest.approx(by_hand, rel=1e-10)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, list(module.old_heads.parameters())))
+    rows, direction = module.head.weight.detach().clone(), module.head.bias.detach().clone()
+    aligning.end_task()
+    norms = [w.norm() for head in module.old_heads for w in head.weight]
+    assert float(module.head.weight.norm(dim=1).mean()) == pytest.approx(float(sum(norms)) / 6, rel=1e-10)
+    torch.testing.assert_close(F.normalize(module.head.weight), F.normalize(rows))
+    assert torch.equal(module.head.bias, direction)
+
+
+@pytest.mark.parametrize("make", [LwF, WeightAligning])
+def test_the_first_task_has_no_teacher(make):
+    piece = make()
+    module = learner(FineTune(), piece)
+    before = module.head.weight.detach().clone()
+    assert piece.loss(step_of(module, *some(2, 3))) is None
+    piece.end_task()
+    assert torch.equal(module.head.weight, before)
 
 
 # replay
@@ -784,6 +818,7 @@ def test_l2p_works_on_the_vision_transformers_of_torchvision_too():
     [
         (lambda: EWC(-1), "strength=-1"),
         (lambda: LwF(temperature=0), "temperature=0"),
+        (lambda: WeightAligning(temperature=0), "WeightAligning: temperature=0"),
         (lambda: GDumb(per_class=3), "per_class=3 or total=4400"),
         (lambda: ERACE(per_class=None), "per_class=None"),
         (lambda: DERPP(per_class=0), "per_class=0"),
@@ -802,10 +837,10 @@ def test_an_invalid_setting_is_named(make, named):
 
 
 def guards():
-    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT()]
+    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning()]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_a_guard_with_nothing_to_protect_is_refused(index):
     for others in (
         [LinearProbe()],
@@ -821,7 +856,7 @@ def test_a_guard_with_nothing_to_protect_is_refused(index):
             TILModule(BackboneConfig("test_sharing.two_layers", "random"), [*pieces, guards()[index]])
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_a_guard_listed_too_early_or_twice_is_refused(index):
     backbone, guard, again = BackboneConfig("test_sharing.Mlp", "random"), guards()[index], guards()[index]
     if isinstance(guard, HAT):

@@ -25,7 +25,7 @@ from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
 from recast_pl.files import remove_unfinished, writing
-from recast_pl.inference.class_evaluation import RoutedEvaluation
+from recast_pl.inference.class_evaluation import class_evaluation
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
@@ -131,7 +131,7 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
     if init.joint and init.evaluation != "class":
         raise RunError("--joint names classifiers over the classes of all tasks; add --evaluation class")
-    evaluation = RoutedEvaluation(init.joint) if init.evaluation == "class" else None
+    evaluation = class_evaluation(model, init.joint) if init.evaluation == "class" else None
     stream = Stream(
         model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation, init.budget
     )

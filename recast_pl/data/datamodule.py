@@ -71,6 +71,11 @@ class SequentialTaskDataModule(LightningDataModule):
         transforms: The `transforms` of tasks that have none of their own (any sequence).
         imbalance: Leaves out images of some classes; None for all images.
         label_noise: Gives some images wrong labels; None for right ones.
+        held_out: Pattern of names of images, such as `*_scan.*`, that are tested and never trained on, to see what
+            another source of images changes. No others are tested then. A source's splits are kept: of the images that
+            match, its test images count, of the others its training and validation images. Where it has none, all
+            images that match are tested. Names are paths in a task's folder, or as its manifest lists them. None to
+            hold out no images by name.
 
     Raises:
         DataError: If a size or limit is below 1, or `order_seed` below 0.
@@ -93,6 +98,7 @@ class SequentialTaskDataModule(LightningDataModule):
         transforms: tuple[nn.Module, ...] = (),
         imbalance: Imbalance | None = None,
         label_noise: LabelNoise | None = None,
+        held_out: str | None = None,
     ) -> None:
         super().__init__()
         images = ((f"tasks.{task.name}.images", task.images) for task in tasks)
@@ -112,6 +118,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
         self.imbalance, self.label_noise = imbalance, label_noise
+        self.held_out = held_out
         self._opened: dict[str, _TaskImages] = {}
         self._current = 0
         self._train_on: TaskSplit | None = None
@@ -312,7 +319,11 @@ class _TaskImages:
             rank_zero_warn(f"task {task.name!r}: {note}")
         chosen = choose_images(source.names, task.images, self.seed)
         labels, names = source.labels[chosen], [source.names[index] for index in chosen]
-        splits = split_images(labels, [source.splits[index] for index in chosen], names, self.seed, data.split)
+        given = [source.splits[index] for index in chosen]
+        try:
+            splits = split_images(labels, given, names, self.seed, data.split, data.held_out)
+        except DataError as error:
+            raise DataError(f"task {task.name!r}: {error}") from error
         self.splits = {name: chosen[indices] for name, indices in splits.items()}
         self._check_splits("give each class at least 3 images, or images for every split")
         if data.imbalance is not None:
@@ -364,13 +375,14 @@ class _TaskImages:
         empty = [name for name in SPLITS if not len(self.splits[name])]
         if empty:
             raise DataError(f"task {self.task.name!r} has no {empty[0]} image; {remedy}")
-        if self.task.images is not None:
+        if self.task.images is not None or self.data.held_out is not None:
             trained = set(self.source.labels[self.splits["train"]].tolist())
             lost = [name for label, name in enumerate(self.source.classes) if label not in trained]
             if lost:
+                count = sum(map(len, self.splits.values()))
                 raise DataError(
-                    f"task {self.task.name!r} has no training image of class {lost[0]!r} among its "
-                    f"{self.task.images} images; use more"
+                    f"task {self.task.name!r} has no training image of class {lost[0]!r} among its {count} images; "
+                    "use more"
                 )
 
 

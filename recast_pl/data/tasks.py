@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,38 @@ def find_split(name: str) -> str | None:
     return next((split for split, names in _SPLIT_NAMES.items() if name.strip().casefold() in names), None)
 
 
+def hold_out(given: Sequence[str], names: Sequence[str], pattern: str) -> list[str]:
+    """The splits of images if those whose names match are tested and never trained on, and no others are tested.
+
+    Args:
+        given: Official split of each image, or an empty string where it has none (N).
+        names: Name of each image (N).
+        pattern: As in `fnmatch`: `*` is any text, also with `/`.
+
+    Returns:
+        `test` for images that match: for official test images, or for all of them if there is none. For other images
+        `train`, or their official split. An empty string for images to leave out.
+
+    Raises:
+        DataError: If all names match, or none of an image that could be tested.
+    """
+    apart, has_test = [fnmatchcase(normal_text(name), pattern) for name in names], "test" in given
+
+    def place(held: bool, split: str) -> str:
+        if held:
+            return "test" if split == "test" or not has_test else ""
+        return "" if split == "test" else split or "train"
+
+    splits = [place(held, split) for held, split in zip(apart, given, strict=True)]
+    for split, count in (("test", "none"), ("train", "all")):
+        if split not in splits:
+            raise DataError(
+                f"held_out={pattern!r} matches {count} of {len(names):,} images, such as {', '.join(names[:2])}, that "
+                f"are there to {split}; give a pattern that matches some of these names, such as '*_scan.*'"
+            )
+    return splits
+
+
 def choose_images(names: Sequence[str], count: int | None, seed: int) -> NDArray[np.int64]:
     """Chooses images by their names and a seed alone, independently of how `split_images` divides them.
 
@@ -118,6 +151,7 @@ def split_images(
     names: Sequence[str],
     seed: int,
     policy: SplitPolicy = "official",
+    held_out: str | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """Divides images into train, validation and test.
 
@@ -131,13 +165,15 @@ def split_images(
         seed: Decides about the images that have no official split.
         policy: `official` keeps the source's splits and leaves out images that are in none of them; a source
             without splits is divided by ratio. `ratio` divides all images 70-15-15.
+        held_out: Pattern of names of images to hold out, see `hold_out`; None for none.
 
     Returns:
         Image indices by split, in ascending order. A split that the source lacks gets each training image with a
         probability of 15 %, and at least one image of each class that has enough for one in every split.
     """
-    official = policy == "official" and any(given)
-    split = np.array(given if official else ["train"] * len(labels), dtype="<U5")
+    given = given if policy == "official" else [""] * len(labels)
+    given = given if held_out is None else hold_out(given, names, held_out)
+    split = np.array(given if any(given) else ["train"] * len(labels), dtype="<U5")
     missing = [name for name in ("val", "test") if not (split == name).any()]
     places = name_places(names, seed)
     for label in np.unique(labels):

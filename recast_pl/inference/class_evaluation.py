@@ -11,15 +11,29 @@ from torch import Tensor
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
+from recast_pl.inference.joint_heads import JointHeads
 from recast_pl.inference.prediction import Candidates, Prediction, find_candidates
 from recast_pl.learning.compact import narrowed
 from recast_pl.learning.features import Features
 from recast_pl.learning.router import Router
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.joint_classifier import JointClassifier
-from recast_pl.runs.class_rows import Accuracies
-from recast_pl.runs.evaluation import rounded, split_features
+from recast_pl.runs.class_rows import Accuracies, ClassEvaluation
+from recast_pl.runs.evaluation import percent_right, split_features
 from recast_pl.runs.folder import TaskFiles
+
+
+def class_evaluation(module: TILModule, classifiers: Sequence[JointClassifier] = ()) -> ClassEvaluation:
+    """How a method is measured: by its joint head if it trains one, or else by the router and further classifiers.
+
+    Raises:
+        RunError: If classifiers are given beside a joint head, or two are of one class.
+    """
+    if not any(piece.keeps_heads for piece in module.pieces):
+        return RoutedEvaluation(classifiers)
+    if classifiers:
+        raise RunError("--joint reads the features of a frozen network, but tasks share weights; leave it out")
+    return JointHeads()
 
 
 class RoutedEvaluation:
@@ -44,6 +58,16 @@ class RoutedEvaluation:
         self._tests: dict[str, Features] = {}
         self._answers: dict[tuple[str, str], _Answers] = {}  # by the task asked, and the task of the images
 
+    def check(self, module: TILModule) -> None:
+        """Raises RunError if tasks share weights."""
+        sharing = [type(piece).__name__ for piece in module.pieces if not piece.isolated]
+        if sharing:
+            raise RunError(
+                "--evaluation class finds tasks by the features of a frozen network, but tasks share what "
+                f"{sharing[0]} trains; leave it out, or use a method that keeps tasks apart or trains all heads, "
+                "such as WeightAligning"
+            )
+
     def measure(
         self, module: TILModule, data: SequentialTaskDataModule, files: Sequence[TaskFiles], evaluator: Trainer
     ) -> Accuracies:
@@ -62,10 +86,10 @@ class RoutedEvaluation:
             candidates = find_candidates(router.tasks, router.route(x), refuse=0)
             self._ask(module, data, index, files, candidates, evaluator)
             right = torch.tensor([self._is_right(c, i, each.task, labels) for i, c in enumerate(candidates)])
-            found["routed"][each.task] = _percent(right)
+            found["routed"][each.task] = percent_right(right)
             scores = {"joint": router.scores(x)} | {name: c.scores(x) for name, c in self._classifiers.items()}
             for measure, of_classes in scores.items():
-                found[measure][each.task] = _percent(of_classes.argmax(1) == starts[index] + labels)
+                found[measure][each.task] = percent_right(of_classes.argmax(1) == starts[index] + labels)
         module.cpu()
         return found
 
@@ -131,7 +155,3 @@ def _frozen(module: TILModule, data: SequentialTaskDataModule, index: int, split
     with isolate_rng():
         module.begin_task(data.task_name, data.classes)
     return split_features(module, data, split, evaluator)
-
-
-def _percent(right: Tensor) -> float:
-    return rounded(100 * float(right.double().mean()))

@@ -14,7 +14,7 @@ REFUSE = 0.05
 _WORTH_A_LOOK = 0.18
 """The probability from which on the second likeliest task classifies the image, too.
 
-Where tasks are alike, at most 56 % of images have such a task (`benchmarks/routing.py`).
+Where tasks are alike, at most 56 % of images have such a task (`benchmarks/frozen_routing.py`).
 """
 
 

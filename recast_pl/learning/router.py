@@ -12,7 +12,7 @@ An image is strange if it is far from all classes, or between tasks. Two numbers
 distance (x − μ)ᵀP(x − μ) to the nearest class, and 1 − max p(task | x), each less its mean over validation images and
 divided by its standard deviation there. Where tasks are alike, the sum tells images of a task that was left out from
 known ones better than either number; images unlike all tasks, the distance alone tells better
-(`benchmarks/routing.py`).
+(`benchmarks/frozen_routing.py`).
 """
 
 from collections.abc import Iterable

@@ -49,18 +49,26 @@ class LwF(Guard):
 
     def loss(self, step: Step) -> Tensor | None:
         """The distillation of all earlier heads; None during the first task."""
+        heads = zip(self.teacher_logits(step), self.learner.old_heads, strict=True)
+        terms = [self.distillation(before, head(step.features)) for before, head in heads]
+        return self.strength * torch.stack(terms).sum() if terms else None
+
+    def teacher_logits(self, step: Step) -> list[Tensor]:
+        """What each earlier head (B, C) gave for the images of a step before the task; empty during the first task."""
         teacher = self.memory.tensors
         if not teacher:
-            return None
+            return []
         weights = {name.removeprefix("backbone:"): p for name, p in teacher.items() if name.startswith("backbone:")}
         with torch.no_grad():
             features = functional_call(self.learner.current()[0], weights, (step.images,))  # (B, D)
-        terms = []
-        for index, head in enumerate(self.learner.old_heads):
-            before = F.linear(features, teacher[f"head:{index}.weight"], teacher[f"head:{index}.bias"])
-            target = (before / self.temperature).softmax(1)
-            terms.append(F.cross_entropy(head(step.features) / self.temperature, target))
-        return self.strength * torch.stack(terms).sum()
+        return [
+            F.linear(features, teacher[f"head:{index}.weight"], teacher[f"head:{index}.bias"])
+            for index in range(len(self.learner.old_heads))
+        ]
+
+    def distillation(self, before: Tensor, now: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, C) with those of the teacher (B, C), at the temperature T."""
+        return F.cross_entropy(now / self.temperature, (before / self.temperature).softmax(1))
 
     def shared_state(self) -> dict[str, Tensor]:
         """Nothing: the next teacher is the network itself."""

@@ -35,6 +35,9 @@ class ClassEvaluation(Protocol):
 
     measures: Sequence[str]
 
+    def check(self, module: TILModule) -> None:
+        """Raises RunError if the method of a module, which need not be built, cannot be measured so."""
+
     def measure(
         self, module: TILModule, data: SequentialTaskDataModule, files: Sequence[TaskFiles], evaluator: Trainer
     ) -> Accuracies:
@@ -65,13 +68,9 @@ class ClassRows:
         self._rows: list[ClassRow] = []  # after each of the first tasks
 
     def check(self, module: TILModule) -> None:
-        """Raises RunError if classes are to be evaluated, but tasks share weights."""
-        sharing = [type(piece).__name__ for piece in module.pieces if not piece.isolated]
-        if self._evaluation is not None and sharing:
-            raise RunError(
-                "--evaluation class finds tasks by the features of a frozen network, but tasks share what "
-                f"{sharing[0]} trains; leave it out, or use a method that keeps tasks apart"
-            )
+        """Raises RunError if classes are to be evaluated, but the method does not allow it."""
+        if self._evaluation is not None:
+            self._evaluation.check(module)
 
     def extend(
         self, module: TILModule, data: SequentialTaskDataModule, records: Mapping[int, Record], evaluator: Trainer
@@ -90,8 +89,10 @@ class ClassRows:
             patches = sha256("".join(records[i]["patch"] for i in range(index + 1)).encode())
             row = self._read(index, patches)
             if row is None and self._evaluation is not None:
-                oracle = {task["name"]: task["accuracy"] for task in (records[i]["task"] for i in range(index + 1))}
                 others = self._evaluation.measure(module, data, self._files[: index + 1], evaluator)
+                oracle = dict[str, float]()
+                for i in range(index + 1):  # later tasks may have changed the accuracy of earlier ones
+                    oracle |= records[i]["accuracies"]
                 row = ClassRow(patches=patches, accuracies={"oracle": oracle, **others})
                 write_atomic(self._files[index].class_row, sealed_json(row))
             if row is None:
@@ -115,9 +116,5 @@ class ClassRows:
             measure: [statistics.mean(row["accuracies"][measure].values()) for row in self._rows]
             for measure in self._rows[-1]["accuracies"]
         }
-        return {
-            "oracle_accuracy": means["oracle"][-1],
-            "routed_accuracy": means["routed"][-1],
-            "joint_accuracy": means["joint"][-1],
-            "class_accuracies": means,
-        }
+        last = {f"{name}_accuracy": means[name][-1] for name in ("oracle", "routed", "joint") if name in means}
+        return cast(ClassSummary, {**last, "class_accuracies": means})

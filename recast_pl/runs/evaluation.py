@@ -175,6 +175,11 @@ def rounded(percentage: float) -> float:
     return round(percentage, 4)
 
 
+def percent_right(right: Tensor) -> float:
+    """The share of images (N,) that are right, as a percentage."""
+    return rounded(100 * float(right.double().mean()))
+
+
 def probe_accuracies(probes: Probes) -> dict[str, float]:
     """Test accuracies in percent of the probes of a task, by their names in `ProbeAccuracies`."""
     found = {"probe_accuracy": probes.converged, "sgd_probe_accuracy": probes.budgeted}
