@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.cli import COMMANDS
 from recast_pl.config.elements import parse_options
-from recast_pl.config.files import with_resumed_config
+from recast_pl.config.files import with_run_config
 from recast_pl.config.run import STRICT
 from recast_pl.errors import RunError
 from recast_pl.files import STORAGE_FAULTS
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     name, *words = argv
     parser = command_parser(name)
     try:
-        config = parse_options(parser, with_resumed_config(words))
+        config = parse_options(parser, with_run_config(words, getattr(_command(name), "OPENS_RUN", False)))
     except ArgumentError as error:
         remedies = [remedy for class_name, remedy in _REMEDIES.items() if class_name in str(error)]
         if remedies:

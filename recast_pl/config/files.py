@@ -54,19 +54,25 @@ def with_config_paths(words: Sequence[str]) -> list[str]:
     return found
 
 
-def with_resumed_config(words: Sequence[str]) -> list[str]:
-    """Adds the run's own config.yaml to `--run_dir DIR --resume true` if no other configuration is given.
+def with_run_config(words: Sequence[str], opens: bool = False) -> list[str]:
+    """Puts the run's own config.yaml before the options of a command that goes on with the run in `--run_dir DIR`.
 
     Args:
-        words: The options of `fit`.
+        words: The options of the command. `--resume true` goes on with the run if no other configuration is given, and
+            `--extend` always.
+        opens: Whether the command always does.
 
     Raises:
         RunError: If the folder holds no run, or the config.yaml is damaged.
     """
     parts = [part for word in words for part in word.split("=", 1)]
     given = dict(itertools.pairwise(parts))
-    if {"--config", "-c"} & set(parts) or "--run_dir" not in given or not _resumes(parts):
+    opens = (opens or "--extend" in parts) and not {"--help", "-h"} & set(parts)
+    resumes = not {"--config", "-c"} & set(parts) and "--run_dir" in given and _resumes(parts)
+    if not (opens or resumes):
         return list(words)
+    if "--run_dir" not in given:
+        raise RunError("the folder of the run is missing; add --run_dir DIR")
     folder = RunFolder(given["--run_dir"])
     if not folder.config.is_file():
         raise RunError(f"there is nothing to resume: {no_run(folder)}; to start a new run, give a --config")

@@ -20,10 +20,12 @@ from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_trans
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
 from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
+from recast_pl.data.joining import join_sources, join_splits
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import (
     SPLITS,
     SplitPolicy,
+    Splits,
     TaskConfig,
     check_names,
     choose_images,
@@ -106,6 +108,8 @@ class SequentialTaskDataModule(LightningDataModule):
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
         self._opened: dict[str, _TaskImages] = {}
+        self._added: dict[str, Sequence[str]] = {}
+        self.order = seed  # of batches and augmentation
         self._current = 0
         self._train_on: TaskSplit | None = None
         self._train_images = 0
@@ -114,6 +118,17 @@ class SequentialTaskDataModule(LightningDataModule):
     def select(self, index: int) -> None:
         """Makes the task at a position of the stream the current one."""
         self._current, self._train_on = index, None
+
+    def add_images(self, task: str, paths: Sequence[str]) -> None:
+        """Adds images to a task. Its old images keep their splits and labels; new classes come after the old ones.
+
+        Args:
+            task: Name of the task.
+            paths: Folders or manifests, as `TaskConfig.path` names them, but one class is enough.
+        """
+        self._added[task] = tuple(paths)
+        self._opened.pop(task, None)
+        self._prepared = False
 
     def train_on(self, images: Tensor, labels: Tensor) -> None:
         """Replaces the training images until a task is selected.
@@ -125,32 +140,42 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks = [self.tasks[task] for task in labels[:, 0].tolist()]
         self._train_on = TaskSplit(images, labels, np.arange(len(images)), tasks, self._images.seed)
 
-    def check(self) -> None:
-        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
+    def check(self, only: Sequence[int] | None = None) -> None:
+        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used.
+
+        Args:
+            only: Positions of the tasks to check; None for all.
+        """
         check_names(self.tasks)
-        for task in self.tasks:
+        for task in self._some(only):
             check_transforms(task, self.image_size)
             if task.own_path is not None:
                 self._open(task)
             else:
                 dataset_name(task)
 
-    def prepare_data(self) -> None:
+    def prepare_data(self, only: Sequence[int] | None = None) -> None:
         """Downloads and decodes the images of all tasks, so that no task fails after hours.
 
         If several processes do so, the others wait for the first and use its files.
+
+        Args:
+            only: Positions of the tasks that will be selected; None for all.
 
         Raises:
             DataError: If images of a task are missing or, unless they are to be skipped, cannot be read.
         """
         if self._prepared:  # the trainer calls this for each fit and test
             return
-        self.check()
-        for task in self.tasks:
+        self.check(only)
+        for task in self._some(only):
             prepare_source(task, self.root)
-        for task in self.tasks:
+        for task in self._some(only):
             _ = self._open(task).decoded
         self._prepared = True
+
+    def _some(self, only: Sequence[int] | None) -> Sequence[TaskConfig]:
+        return self.tasks if only is None else [self.tasks[index] for index in only]
 
     @property
     def task_name(self) -> str:
@@ -198,7 +223,7 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Training images of the current task, augmented, in a new order for each epoch."""
-        seed = self._images.seed
+        seed = derive_seed(self.order, self.task_name)
         loader = self._loader(self._train_on or self._split("train", seed), seed)
         self._train_images = len(loader.dataset)  # type: ignore[arg-type]
         return loader
@@ -256,9 +281,11 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def _open(self, task: TaskConfig) -> "_TaskImages":
         if task.name not in self._opened:
-            source = open_source(task, self.root)
-            source.images.max_pixels = self.max_pixels
-            self._opened[task.name] = _TaskImages(task, source, self)
+            added = [replace(task, path=path, dataset=None) for path in self._added.get(task.name, ())]
+            sources = [open_source(task, self.root), *(open_source(more, self.root, least=1) for more in added)]
+            for source in sources:
+                source.images.max_pixels = self.max_pixels
+            self._opened[task.name] = _TaskImages(task, sources, self)
         return self._opened[task.name]
 
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
@@ -294,16 +321,22 @@ class SequentialTaskDataModule(LightningDataModule):
 class _TaskImages:
     """The images of a task: found, split, and decoded when they are first needed."""
 
-    def __init__(self, task: TaskConfig, source: ImageSource, data: SequentialTaskDataModule) -> None:
-        self.task, self.source, self.data = task, source, data
+    def __init__(self, task: TaskConfig, sources: Sequence[ImageSource], data: SequentialTaskDataModule) -> None:
+        self.task, self.source, self.data = task, join_sources(sources), data
         self.seed = derive_seed(data.seed, task.name)
-        for note in source.notes:
+        for note in self.source.notes:
             rank_zero_warn(f"task {task.name!r}: {note}")
-        chosen = choose_images(source.names, task.images, self.seed)
-        labels, names = source.labels[chosen], [source.names[index] for index in chosen]
-        splits = split_images(labels, [source.splits[index] for index in chosen], names, self.seed, data.split)
-        self.splits = {name: chosen[indices] for name, indices in splits.items()}
+        counts = [task.images, *(None for _ in sources[1:])]  # of added images, all are used
+        parts = [self._divided(source, count) for source, count in zip(sources, counts, strict=True)]
+        self.splits = join_splits(parts, [len(source.labels) for source in sources])
         self._check_splits("give each class at least 3 images, or images for every split")
+
+    def _divided(self, source: ImageSource, count: int | None) -> Splits:
+        """The splits of so many images of a source; None for all."""
+        chosen = choose_images(source.names, count, self.seed)
+        labels, names = source.labels[chosen], [source.names[index] for index in chosen]
+        splits = split_images(labels, [source.splits[index] for index in chosen], names, self.seed, self.data.split)
+        return {name: chosen[indices] for name, indices in splits.items()}
 
     @cached_property
     def decoded(self) -> DecodedImages:

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ def load(
     device: str | torch.device | None = None,
     tasks: Sequence[str] | None = None,
     trust: bool = False,
+    at: Mapping[str, int] | None = None,
 ) -> "Predictor":
     """Loads the tasks of a run for prediction.
 
@@ -56,13 +57,14 @@ def load(
         tasks: Names of the tasks to read, at least one; None for all.
         trust: Whether the run may use code outside of this package, timm, torchvision and torch, such as your own
             pieces. Only for runs of people you trust: opening one runs that code.
+        at: The version of some tasks, by task; of all others the present one is read.
 
     Returns:
         The predictor with all tasks of the run.
 
     Raises:
-        RunError: If the folder holds no trained task or uses code that is not trusted, there is no such device, or
-            jsonargparse is missing.
+        RunError: If the folder holds no trained task or not a version that is asked for, or uses code that is not
+            trusted, there is no such device, or jsonargparse is missing.
         PatchError: If a patch is damaged, or belongs to another backbone or method.
     """
     precision = Precision()
@@ -72,11 +74,12 @@ def load(
         if module is None:
             module, precision = _from_config(run_dir, place, trust)
         folder = RunFolder(run_dir)
-        patches, files = list(folder.load_patches(tasks).values()), folder.finished()
+        files = folder.trained(tasks, at)
+        patches = [each.load()[0] for each in files]
         restore(module, folder, patches[-1].image_size)
     predictor = Predictor(precision.convert_module(module.to(place)), precision)  # type: ignore[arg-type]
-    for patch in patches:
-        predictor._add(patch, files[patch.task].load_signature)
+    for patch, each in zip(patches, files, strict=True):
+        predictor._add(patch, each.load_signature)
     return predictor
 
 
