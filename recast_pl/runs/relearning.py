@@ -73,7 +73,11 @@ class Relearning(Stream):
         return self._new.number, present
 
     def _check(self, request: Request) -> None:
-        self.check_isolated(f"a new version of task {request.task!r}")
+        if not self.module.isolated:
+            raise RunError(
+                f"tasks of {' + '.join(self.module.method)} share weights, so that no task can change alone; train them "
+                "again, in another --run_dir"
+            )
         if not self.trainers.keeps:
             raise RunError("--trainer.fast_dev_run keeps no version; leave it out")
         if request.keep == "best" and not self.evaluator.limit_val_batches:
