@@ -75,7 +75,7 @@ class Relearning(Stream):
     def _check(self, request: Request) -> None:
         if not self.module.isolated:
             raise RunError(
-                f"tasks of {' + '.join(self.module.method)} share weights, so that no task can change alone; train them "
+                f"tasks of {' + '.join(self.module.method)} share weights, so that none can change alone; train them "
                 "again, in another --run_dir"
             )
         if not self.trainers.keeps:
