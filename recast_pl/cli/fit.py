@@ -6,7 +6,7 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +18,8 @@ from rich.console import Console
 
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
-from recast_pl.cli.relearn import make_version
 from recast_pl.config.comparing import check_same_run, recorded_text
-from recast_pl.config.files import PRECISION_KEY
+from recast_pl.config.files import PRECISION_KEY, with_resumed_config, with_run_config
 from recast_pl.config.paths import add_images, locate_data, locate_paths, recorded_path
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
@@ -59,6 +58,12 @@ def declare(parser: LightningArgumentParser) -> None:
     declare_run(parser)
 
 
+def completed(words: Sequence[str]) -> list[str]:
+    """Adds the configuration of a run that is resumed, or whose task is extended."""
+    extends = "--extend" in [word.partition("=")[0] for word in words]
+    return with_run_config(words) if extends else with_resumed_config(words)
+
+
 def run(parser: LightningArgumentParser, config: Namespace) -> int:
     """Trains the stream of tasks, or fits templates by gradient if the model is a `MimicryModule`."""
     if config.extend is not None or config.path is not None:
@@ -71,6 +76,8 @@ def run(parser: LightningArgumentParser, config: Namespace) -> int:
 
 def _extend(parser: LightningArgumentParser, config: Namespace) -> int:
     """Adds images and classes to a task of a run."""
+    from recast_pl.cli.relearn import make_version  # noqa: PLC0415, which imports this module
+
     if config.extend is None or config.path is None:
         raise RunError("--extend TASK and --path FOLDER go together; give both, with the --run_dir of the task")
     if config.only or config.engine is not None:
@@ -80,7 +87,7 @@ def _extend(parser: LightningArgumentParser, config: Namespace) -> int:
 
 
 def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> int:
-    with _explained_failures():
+    with explained_failures():
         text = config_text(parser, config)
     if is_main_process():
         if not config.resume:
@@ -93,7 +100,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
     locate_paths(config.model, folders)
     locate_data(config.data, folders)
     seed_everything(config.seed_everything, verbose=False)
-    with _explained_failures():
+    with explained_failures():
         init = parser.instantiate(config)
     add_images(init.data, RunFolder(run_dir))
     console = open_console()
@@ -113,7 +120,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
 
 
 @contextmanager
-def _explained_failures() -> Iterator[None]:
+def explained_failures() -> Iterator[None]:
     """A context in which a class that refuses its arguments is an error of one line."""
     try:
         yield

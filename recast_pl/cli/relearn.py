@@ -2,15 +2,18 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
+from recast_pl.cli.fit import explained_failures
 from recast_pl.cli.interruption import interruptible
-from recast_pl.config.comparing import check_same_base, recorded_text
-from recast_pl.config.files import PRECISION_KEY
+from recast_pl.config.comparing import recorded_text
+from recast_pl.config.files import PRECISION_KEY, with_run_config
 from recast_pl.config.paths import add_images, locate_data, locate_paths
+from recast_pl.config.relearning import check_same_base
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import remove_unfinished, writing
@@ -21,8 +24,6 @@ from recast_pl.runs.relearning import Keep, Relearning, Request
 from recast_pl.runs.reservation import reserved
 from recast_pl.terminal import open_console
 
-OPENS_RUN = True  # its options are those of `fit`, over the configuration of the run
-
 
 def declare(parser: LightningArgumentParser) -> None:
     """Adds the options of the command."""
@@ -32,6 +33,11 @@ def declare(parser: LightningArgumentParser) -> None:
     keep = "Which version becomes the present one: the best on the validation images, the new or the old one."
     parser.add_argument("--keep", type=Keep, default="best", help=keep)
     declare_run(parser)
+
+
+def completed(words: Sequence[str]) -> list[str]:
+    """Puts the configuration of the run before the options."""
+    return with_run_config(words)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> int:
@@ -74,14 +80,16 @@ def make_version(parser: LightningArgumentParser, config: Namespace, request: Re
 
 def _stream(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> Relearning:
     """Builds the stream of the run with the options that were given."""
-    text = config_text(parser, config)
+    with explained_failures():
+        text = config_text(parser, config)
     seed = check_same_base(parser, folder.config, text)
     text = recorded_text(parser, folder, text)
     locate_paths(config.model, folder.start_folders())
     locate_data(config.data, folder.start_folders())
     config.data.seed = seed  # of the splits, which stay
     seed_everything(seed, verbose=False)
-    init = parser.instantiate(config)
+    with explained_failures():
+        init = parser.instantiate(config)
     init.data.order = init.seed_everything
     add_images(init.data, folder)
     console, trainers = open_console(), TrainerFactory(init.trainer).alone()

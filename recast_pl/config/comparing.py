@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.config.files import EVALUATION_KEYS, PRECISION_KEY
@@ -10,11 +9,6 @@ from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
 _READING = ("root", "cache", "num_workers")  # settings of the data: where and how images are read changes no result
-
-_BASE = (
-    *("model.class_path", "model.init_args.backbone", "model.init_args.pieces"),
-    *("data.image_size", "data.split", PRECISION_KEY),
-)  # what all versions of a task have in common
 
 
 def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> None:
@@ -37,7 +31,11 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
             config.data.pop(key, None)
         for task in config.data.tasks:
             task.pop("path", None)
-        _drop_rates(config)
+        settings = config.model.get("init_args") or {}
+        for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
+            for key in ("lr", "learning_rate"):  # a resumed task may have another rate
+                if part is not None and "init_args" in part:
+                    part.init_args.pop(key, None)
     changed = [key for key in ("model", "data", "seed_everything", PRECISION_KEY) if before.get(key) != after.get(key)]
     if changed:
         delete = "" if RunFolder(path.parent).is_begun else f", or delete {path.parent}, which has trained nothing yet"
@@ -45,47 +43,6 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
             f"{changed[0]} differs from {path}, and resuming would mix two runs; "
             f"resume with the same options, or start another --run_dir{delete}"
         )
-
-
-def check_same_base(parser: LightningArgumentParser, path: Path, text: str) -> int:
-    """Checks that a task which is learnt again keeps the base, the method and the splits of its run.
-
-    Args:
-        parser: A parser with the options of `declare_run`.
-        path: The config.yaml of the run.
-        text: The configuration to learn it with, as `config_text` returns it.
-
-    Returns:
-        The seed of the run, which decides the splits.
-
-    Raises:
-        RunError: If one of them differs.
-    """
-    before, after = parser.parse_string(path.read_text(encoding="utf-8")), parser.parse_string(text)
-    for config in (before, after):
-        _drop_rates(config)
-    for key in _BASE:
-        one, two = before.get(key), after.get(key)
-        if one != two:
-            raise RunError(
-                f"{key} is {_short(one)} in {path} and {_short(two)} here, which would not fit the run; leave it out, "
-                "or train in another --run_dir"
-            )
-    seed: int = before.seed_everything
-    return seed
-
-
-def _short(value: object) -> str:
-    return f"{value!r:.200}"
-
-
-def _drop_rates(config: Namespace) -> None:
-    """Removes the learning rates, with which a task may be trained further."""
-    settings = config.model.get("init_args") or {}
-    for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
-        for key in ("lr", "learning_rate"):
-            if part is not None and "init_args" in part:
-                part.init_args.pop(key, None)
 
 
 def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str) -> str:

@@ -54,28 +54,41 @@ def with_config_paths(words: Sequence[str]) -> list[str]:
     return found
 
 
-def with_run_config(words: Sequence[str], opens: bool = False) -> list[str]:
-    """Puts the run's own config.yaml before the options of a command that goes on with the run in `--run_dir DIR`.
+def with_resumed_config(words: Sequence[str]) -> list[str]:
+    """Adds the run's own config.yaml to `--run_dir DIR --resume true` if no other configuration is given.
 
     Args:
-        words: The options of the command. `--resume true` goes on with the run if no other configuration is given, and
-            `--extend` always.
-        opens: Whether the command always does.
+        words: The options of `fit`.
 
     Raises:
         RunError: If the folder holds no run, or the config.yaml is damaged.
     """
     parts = [part for word in words for part in word.split("=", 1)]
     given = dict(itertools.pairwise(parts))
-    opens = (opens or "--extend" in parts) and not {"--help", "-h"} & set(parts)
-    resumes = not {"--config", "-c"} & set(parts) and "--run_dir" in given and _resumes(parts)
-    if not (opens or resumes):
+    if {"--config", "-c"} & set(parts) or "--run_dir" not in given or not _resumes(parts):
+        return list(words)
+    folder = RunFolder(given["--run_dir"])
+    if not folder.config.is_file():
+        raise RunError(f"there is nothing to resume: {no_run(folder)}; to start a new run, give a --config")
+    read_run_config(folder.config)
+    return ["--config", str(folder.config), *words]
+
+
+def with_run_config(words: Sequence[str]) -> list[str]:
+    """Puts the run's own config.yaml before the options of a command that changes a task of the run in `--run_dir`.
+
+    Raises:
+        RunError: If the folder is missing or holds no run, or the config.yaml is damaged.
+    """
+    parts = [part for word in words for part in word.split("=", 1)]
+    given = dict(itertools.pairwise(parts))
+    if {"--help", "-h"} & set(parts):
         return list(words)
     if "--run_dir" not in given:
         raise RunError("the folder of the run is missing; add --run_dir DIR")
     folder = RunFolder(given["--run_dir"])
     if not folder.config.is_file():
-        raise RunError(f"there is nothing to resume: {no_run(folder)}; to start a new run, give a --config")
+        raise RunError(f"{no_run(folder)}; give the folder of a run")
     read_run_config(folder.config)
     return ["--config", str(folder.config), *words]
 

@@ -1,7 +1,7 @@
 """The stream of tasks as a LightningDataModule."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -140,42 +140,47 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks = [self.tasks[task] for task in labels[:, 0].tolist()]
         self._train_on = TaskSplit(images, labels, np.arange(len(images)), tasks, self._images.seed)
 
-    def check(self, only: Sequence[int] | None = None) -> None:
+    def check(self, indices: Iterable[int] | None = None) -> None:
         """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used.
 
         Args:
-            only: Positions of the tasks to check; None for all.
+            indices: Positions of the tasks whose images are looked at; None for all.
         """
         check_names(self.tasks)
-        for task in self._some(only):
+        for task in self._chosen(indices):
             check_transforms(task, self.image_size)
             if task.own_path is not None:
                 self._open(task)
             else:
                 dataset_name(task)
 
-    def prepare_data(self, only: Sequence[int] | None = None) -> None:
+    def prepare_data(self) -> None:
         """Downloads and decodes the images of all tasks, so that no task fails after hours.
 
         If several processes do so, the others wait for the first and use its files.
 
-        Args:
-            only: Positions of the tasks that will be selected; None for all.
-
         Raises:
             DataError: If images of a task are missing or, unless they are to be skipped, cannot be read.
         """
-        if self._prepared:  # the trainer calls this for each fit and test
-            return
-        self.check(only)
-        for task in self._some(only):
+        if not self._prepared:  # the trainer calls this for each fit and test
+            self.prepare()
+
+    def prepare(self, indices: Iterable[int] | None = None) -> None:
+        """Does the same as `prepare_data` for the tasks at some positions, the only ones that are used; None for all.
+
+        Raises:
+            DataError: If images of one of these tasks are missing or, unless they are to be skipped, cannot be read.
+        """
+        chosen = None if indices is None else list(indices)
+        self.check(chosen)
+        for task in self._chosen(chosen):
             prepare_source(task, self.root)
-        for task in self._some(only):
+        for task in self._chosen(chosen):
             _ = self._open(task).decoded
         self._prepared = True
 
-    def _some(self, only: Sequence[int] | None) -> Sequence[TaskConfig]:
-        return self.tasks if only is None else [self.tasks[index] for index in only]
+    def _chosen(self, indices: Iterable[int] | None) -> list[TaskConfig]:
+        return self.tasks if indices is None else [self.tasks[index] for index in indices]
 
     @property
     def task_name(self) -> str:

@@ -102,10 +102,10 @@ class Relearning(Stream):
         if self._request.path is not None:
             if self._added.count(self._request.path) > 1:
                 raise RunError(f"the images of {self._request.path} are in task {before.task!r} already; name others")
-            self.data.prepare_data([index])
+            self.data.prepare([index])
             check_images(self.data, index, self._new.present.load_record(), resuming=False)
             self.data.add_images(self._request.task, self._added)
-        self.data.prepare_data([index])
+        self.data.prepare([index])
         self.data.select(index)
         if self._request.keep == "best" and self.data.classes != before.classes:
             raise RunError(
