@@ -20,7 +20,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.methods.piece import Piece
 from recast_pl.reporting.board import PAGE, has_results, write_board
-from recast_pl.studies.board import BoardConfig, Method, Trial, read_board
+from recast_pl.studies.board import Board, BoardConfig, Method, Trial, read_board
 from recast_pl.studies.comparison import Point, config_words
 from recast_pl.terminal import open_console
 
@@ -48,7 +48,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     if config.config is not None:
         command = _command(parser, config)
         config.engine = parser.instantiate(config).engine
-        if status := run_studies(list(_trials(config, output, command)), config.engine):
+        trials = list(_trials(config, output, command))
+        if trials and (status := run_studies([Board(output, trials)], config.engine)):
             return status
     write_board(output)
     open_console().print(f"page: {output / PAGE}.md", soft_wrap=True)
