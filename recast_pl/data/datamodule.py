@@ -108,7 +108,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
         self._opened: dict[str, _TaskImages] = {}
-        self._added: dict[str, Sequence[str]] = {}
+        self._added: dict[str, list[TaskConfig]] = {}
         self.order = seed  # of batches and augmentation
         self._current = 0
         self._train_on: TaskSplit | None = None
@@ -126,7 +126,8 @@ class SequentialTaskDataModule(LightningDataModule):
             task: Name of the task.
             paths: Folders or manifests, as `TaskConfig.path` names them, but one class is enough.
         """
-        self._added[task] = tuple(paths)
+        (config,) = (config for config in self.tasks if config.name == task)
+        self._added[task] = [replace(config, path=path, dataset=None) for path in paths]
         self._opened.pop(task, None)
         self._prepared = False
 
@@ -286,8 +287,8 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def _open(self, task: TaskConfig) -> "_TaskImages":
         if task.name not in self._opened:
-            added = [replace(task, path=path, dataset=None) for path in self._added.get(task.name, ())]
-            sources = [open_source(task, self.root), *(open_source(more, self.root, least=1) for more in added)]
+            added = (open_source(more, self.root, least=1) for more in self._added.get(task.name, ()))
+            sources = [open_source(task, self.root), *added]
             for source in sources:
                 source.images.max_pixels = self.max_pixels
             self._opened[task.name] = _TaskImages(task, sources, self)

@@ -67,19 +67,18 @@ def load(
             trusted, there is no such device, or jsonargparse is missing.
         PatchError: If a patch is damaged, or belongs to another backbone or method.
     """
-    precision = Precision()
-    place = find_device(device) if device is not None or module is None else module.device
+    precision, place = Precision(), find_device(device) if device is not None or module is None else module.device
     # random weights, if the run began with them, are made again; the caller's generators are left alone
     with _lock, _single_precision(), isolate_rng():
         if module is None:
             module, precision = _from_config(run_dir, place, trust)
         folder = RunFolder(run_dir)
         files = folder.trained(tasks, at)
-        patches = [each.load()[0] for each in files]
+        patches = [one.load()[0] for one in files]
         restore(module, folder, patches[-1].image_size)
     predictor = Predictor(precision.convert_module(module.to(place)), precision)  # type: ignore[arg-type]
-    for patch, each in zip(patches, files, strict=True):
-        predictor._add(patch, each.load_signature)
+    for patch, one in zip(patches, files, strict=True):
+        predictor._add(patch, one.load_signature)
     return predictor
 
 
@@ -233,9 +232,8 @@ class Predictor:
         source = task.signature
         if source is None:
             raise RunError(f"task {name!r} was added without its signature; remove it, and add it with its signature")
-        signature = (
-            source if isinstance(source, Signature) else source() if callable(source) else Signature.load(source)
-        )
+        source = source() if callable(source) else source
+        signature = source if isinstance(source, Signature) else Signature.load(source)
         signature.check(self._module.base, task.image_size)
         signature.check_task(name, task.classes)
         return signature

@@ -289,8 +289,8 @@ class RunFolder:
         making = read_json(main.change, RunError, version=int)["version"] if main.change.is_file() else None
         numbers = [int(path.name) for path in (self.path / "versions").glob("*") if path.name.isdecimal()]
         others = {number: self.version(number, main) for number in numbers if number != making}
-        found = {number: files for number, files in others.items() if files.patch.exists()}
-        return dict(sorted({**found, present.load_record().get("version", 1): present}.items()))
+        others[present.load_record().get("version", 1)] = present
+        return {number: files for number, files in sorted(others.items()) if files.patch.exists()}
 
     @property
     def is_trained(self) -> bool:
@@ -351,8 +351,7 @@ class RunFolder:
     def _at(self, present: TaskFiles, number: int) -> TaskFiles:
         versions = self.versions(present)
         if number not in versions:
-            known = ", ".join(map(str, versions))
-            raise RunError(f"task {present.task!r} has no version {number} in {self.path}; it has {known}")
+            raise RunError(f"task {present.task!r} has no version {number} in {self.path}; it has {list(versions)}")
         return versions[number]
 
     def _patches(self) -> Iterable[Path]:
