@@ -11,6 +11,12 @@ from recast_pl.errors import RecastError
 
 COMMANDS = {
     "fit": "Train a stream of tasks, or fit templates by gradient.",
+    "add": "Learn one more task into a run.",
+    "watch": "Learn each folder of images that is put into an inbox, as a task of a run.",
+    "list": "List the tasks of a run.",
+    "remove": "Take a task out of a run.",
+    "rename": "Give a task of a run another name.",
+    "merge": "Put the tasks of copies of a run into it.",
     "test": "Evaluate every trained task of a run again.",
     "predict": "Classify images with a trained task.",
     "export": "Export a trained task as a plain model: safetensors, ONNX or torch.export.",
@@ -46,6 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if not argv or argv[0] not in COMMANDS:
         return _no_command(argv)
+    if argv[0] == "list":  # which must not wait for the imports below
+        return _list(argv[1:])
     parser = importlib.import_module("recast_pl.cli.parser")
     from jsonargparse import ArgumentError  # noqa: PLC0415
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
@@ -61,6 +69,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # `fit`, `compare` and `serve` end in their own ways
         print("recast_pl: interrupted", file=sys.stderr)
         return 130
+    return status
+
+
+def _list(words: list[str]) -> int:
+    try:
+        status: int = importlib.import_module("recast_pl.cli.list").main(words, COMMANDS["list"])
+    except RecastError as error:
+        return _refuse(error)
     return status
 
 

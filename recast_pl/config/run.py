@@ -92,8 +92,8 @@ def read_run(
     if data_root is not None:
         move_images(content["data"], data_root)
     locate_data(content["data"], run.start_folders())
-    locate_paths(content["model"], run.start_folders())
-    check_weights(content["model"], run.config, run.start_folders())
+    locate_paths(content["model"], run.model_folders())
+    check_weights(content["model"], run.config, run.model_folders())
     with _parsing:
         parser = LightningArgumentParser(**STRICT)
         declare_run(parser)

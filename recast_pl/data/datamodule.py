@@ -1,7 +1,7 @@
 """The stream of tasks as a LightningDataModule."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_trans
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
 from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
-from recast_pl.data.sources import dataset_name, open_source, prepare_source
+from recast_pl.data.sources import dataset_name, is_present, open_source, prepare_source
 from recast_pl.data.tasks import (
     SPLITS,
     SplitPolicy,
@@ -125,10 +125,14 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks = [self.tasks[task] for task in labels[:, 0].tolist()]
         self._train_on = TaskSplit(images, labels, np.arange(len(images)), tasks, self._images.seed)
 
-    def check(self) -> None:
-        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
+    def check(self, indices: Iterable[int] | None = None) -> None:
+        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used.
+
+        Args:
+            indices: Positions of the tasks whose images are looked at; None for all.
+        """
         check_names(self.tasks)
-        for task in self.tasks:
+        for task in self._chosen(indices):
             check_transforms(task, self.image_size)
             if task.own_path is not None:
                 self._open(task)
@@ -143,14 +147,29 @@ class SequentialTaskDataModule(LightningDataModule):
         Raises:
             DataError: If images of a task are missing or, unless they are to be skipped, cannot be read.
         """
-        if self._prepared:  # the trainer calls this for each fit and test
-            return
-        self.check()
-        for task in self.tasks:
+        if not self._prepared:  # the trainer calls this for each fit and test
+            self.prepare()
+
+    def prepare(self, indices: Iterable[int] | None = None) -> None:
+        """Does the same as `prepare_data` for the tasks at some positions, the only ones that are used; None for all.
+
+        Raises:
+            DataError: If images of one of these tasks are missing or, unless they are to be skipped, cannot be read.
+        """
+        chosen = None if indices is None else list(indices)
+        self.check(chosen)
+        for task in self._chosen(chosen):
             prepare_source(task, self.root)
-        for task in self.tasks:
+        for task in self._chosen(chosen):
             _ = self._open(task).decoded
         self._prepared = True
+
+    def is_there(self, index: int) -> bool:
+        """Whether the images of the task at a position are on this machine, without a download."""
+        return is_present(self.tasks[index], self.root)
+
+    def _chosen(self, indices: Iterable[int] | None) -> list[TaskConfig]:
+        return self.tasks if indices is None else [self.tasks[index] for index in indices]
 
     @property
     def task_name(self) -> str:
