@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
         an error that the user can fix; 3 if `predict` skips images that cannot be read; 130 after Ctrl-C.
     """
     _bound_spinning()
-    argv = list(sys.argv[1:] if args is None else args)
+    argv = [*(sys.argv[1:] if args is None else args)]  # not by list(), which is a command of this package
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8

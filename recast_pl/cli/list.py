@@ -37,4 +37,5 @@ def main(words: list[str], description: str) -> int:
 def _row(line: TaskLine) -> tuple[str, ...]:
     if line.date is None:
         return line.task, "", "", "", "not learnt yet"
-    return line.task, f"{line.classes}", f"{line.accuracy:.2f}", f"{line.bytes:,}", line.date
+    accuracy = "" if line.accuracy is None else f"{line.accuracy:.2f}"
+    return line.task, f"{line.classes or ''}", accuracy, f"{line.bytes:,}", line.date

@@ -13,7 +13,7 @@ from recast_pl.cli.interruption import interruptible
 from recast_pl.cli.parser import command_parser
 from recast_pl.cli.parser import run as run_command
 from recast_pl.config.elements import parse_options
-from recast_pl.errors import BusyError, DataError, RecastError, RunError, StorageError
+from recast_pl.errors import BusyError, DataError, RecastError, StorageError
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.inbox import Inbox
 from recast_pl.terminal import open_console
@@ -44,7 +44,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     with interruptible() as interruption:
         while looks is None or looks:
             for images in inbox.complete(folder.finished_names()):
-                status = _learn(config.run_dir, images, inbox, options)
+                status = _learn(folder, images, inbox, options)
                 if status:
                     return status
             looks = None if looks is None else looks - 1
@@ -53,12 +53,12 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     return 0 if interruption.signal is None else 128 + interruption.signal
 
 
-def _learn(run_dir: str, images: Path, inbox: Inbox, options: list[str]) -> int:
+def _learn(folder: RunFolder, images: Path, inbox: Inbox, options: list[str]) -> int:
     """Learns a folder as a task, or writes why it cannot be; returns the status of a signal that ended it, or 0."""
     console = open_console()
-    words = ["add", "--run_dir", run_dir, "--task", images.name, "--path", str(images.resolve()), *options]
+    named = ["--run_dir", str(folder.path), "--task", images.name]
     try:
-        status = run_command(words)
+        status = run_command(["add", *named, "--path", str(images.resolve()), *options])
     except BusyError as error:
         console.print(f"{images.name} waits: {error}", soft_wrap=True, markup=False)
         return 0
@@ -68,6 +68,8 @@ def _learn(run_dir: str, images: Path, inbox: Inbox, options: list[str]) -> int:
         cause = error if isinstance(error, RecastError) else error.__cause__
         if not isinstance(cause, RecastError):
             raise
+        if images.name in task_names(folder):  # nothing of it may stay, or a better folder would not fit
+            run_command(["remove", *named])
         path = inbox.reject(images, " ".join(str(cause).split()))
         console.print(f"{images.name} is rejected, see {path}", soft_wrap=True, markup=False)
         return 0

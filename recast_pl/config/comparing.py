@@ -42,7 +42,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str, addin
     later = adding is not None or _leave_out_appended(before, after)
     for config in (before, after):
         _leave_out_harmless(config, later, adding)
-    for key in ("model", "data", "seed_everything", PRECISION_KEY):
+    for key in ("seed_everything", "model", "data", PRECISION_KEY):  # the seed is in the data, too
         for name, old, new in _differences(before.get(key), after.get(key), key):
             begun = RunFolder(path.parent).is_begun
             delete = "" if begun else f", or delete {path.parent}, which has trained nothing yet"

@@ -82,7 +82,7 @@ def _class_facts(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def evaluation_table(rows: Sequence[tuple[str, float, float | None]]) -> RenderableType:
-    """Makes the terminal table of tasks with their recorded and, if there is one, their measured accuracy in percent."""
+    """Makes the terminal table of tasks with their recorded accuracy and, if any, their measured one in percent."""
     same, other = Text("equal"), Text("DIFFERENT", style="bold red")
     cells: list[list[str | Text]] = [
         [task, f"{recorded:.4f}", "", Text("not measured: its images are not here")]

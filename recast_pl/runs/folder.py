@@ -15,7 +15,7 @@ from recast_pl.files import json_text, read_json, read_sealed_json, sha256, writ
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.signature import Signature
 from recast_pl.runs.class_results import ClassResults
-from recast_pl.runs.layout import PATCH_SUFFIXES, YAML, patch_files, positions, task_file_name
+from recast_pl.runs.layout import PATCH_SUFFIXES, RECEIVED, YAML, patch_files, positions, task_file_name
 from recast_pl.runs.origin import Origin
 
 
@@ -301,6 +301,11 @@ class RunFolder:
         if not found:
             raise RunError(f"{self.path} holds no trained task; give the folder of a run made by 'fit'")
         return found
+
+    @property
+    def received(self) -> "RunFolder":
+        """The folder of tasks that a server has received: their patches and signatures, without records."""
+        return RunFolder(self.path / RECEIVED)
 
     def finished_names(self) -> list[str]:
         """Names of the finished tasks, in the order of the stream; none if no task is finished."""

@@ -18,6 +18,10 @@ PATCH_SUFFIXES = (".safetensors", ".recast")
 """The endings of patches: as all tensors are kept, and compact."""
 
 
+RECEIVED = "received"
+"""The folder of tasks that a server has received, arranged like a run folder, without records."""
+
+
 def task_file_name(position: int, task: str) -> str:
     """The name that all files of a task have in their folders, without the ending."""
     return f"{position:02d}_{task}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recast_pl.errors import RunError
-from recast_pl.runs.layout import patch_files, plain_yaml, task_file_name
+from recast_pl.runs.layout import RECEIVED, patch_files, plain_yaml, task_file_name
 
 
 class TaskLine(NamedTuple):
@@ -16,7 +16,7 @@ class TaskLine(NamedTuple):
         classes: Number of classes.
         accuracy: On the test images in percent, just after training.
         bytes: Of its patch.
-        date: When it was trained, in ISO format; empty in older runs.
+        date: When it was trained, in ISO format; empty in older runs; `received` if a server has received its patch.
     """
 
     task: str
@@ -27,7 +27,7 @@ class TaskLine(NamedTuple):
 
 
 def list_tasks(run_dir: str | Path) -> list[TaskLine]:
-    """The finished tasks of a run in the order of the stream, then those that it lists and has not trained yet.
+    """The finished tasks of a run in the order of the stream, then those not trained yet, then those received.
 
     Raises:
         RunError: If the folder holds no task, or a record is damaged.
@@ -38,6 +38,9 @@ def list_tasks(run_dir: str | Path) -> list[TaskLine]:
     if config.is_file():
         listed = [str(task["name"]) for task in plain_yaml(config)["data"]["tasks"]]
         lines += [TaskLine(task) for task in listed if task not in trained]
+    lines += [
+        TaskLine(task, bytes=path.stat().st_size, date="received") for _, task, path in patch_files(run / RECEIVED)
+    ]
     if not lines:
         raise RunError(f"{run} holds no task; give the folder of a run made by 'fit'")
     return lines
