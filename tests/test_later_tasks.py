@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import forks, tiny_words, write_images
+from test_run_folder import HOLD, another_process
 from test_stream import patches, read_summary, without_times
 
 from recast_pl import load
@@ -14,6 +15,9 @@ from recast_pl.inference.following import Follower, keep_received
 from recast_pl.learning.router import Router
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.listing import list_tasks
+from recast_pl.runs.stream import Stream
+
+QUICK = ("--trainer.max_epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +144,36 @@ def test_what_cannot_be_added_is_one_line_and_changes_nothing(options, named, ru
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".tasks.lock"} == before
 
 
+def test_two_processes_add_tasks_at_the_same_time(run, third, image_folder, monkeypatch):
+    fourth, train = image_folder("fourth", 2, seed=4), Stream.run
+
+    def run_beside(self, only=()):
+        if list(only) == ["third"]:  # both are listed before the first one is trained
+            assert main(add(run, fourth, *QUICK, name="fourth")) == 0
+            assert [task["name"] for task in read_summary(run)["tasks"]] == ["first", "second", "fourth"]
+        return train(self, only)
+
+    monkeypatch.setattr(Stream, "run", run_beside)
+    assert main(add(run, third, *QUICK)) == 0
+    assert list(RunFolder(run).load_patches()) == ["first", "second", "third", "fourth"]
+    assert [task["name"] for task in read_summary(run)["tasks"]] == ["first", "second", "third", "fourth"]
+    assert read_summary(run)["unlearnt"] == []
+
+
+def test_nothing_is_added_while_all_tasks_are_trained(run, third, capsys):
+    with another_process(HOLD, run):
+        assert main(add(run, third)) == 2
+    assert "another process is working" in capsys.readouterr().err
+    assert "third" not in (run / "config.yaml").read_text()
+
+
 def router_bits(run):
     router = Router(files.load_signature() for files in RunFolder(run).finished().values())
     return [router._means, router._bias, router._precision, router._centre]
 
 
 def test_a_task_that_is_removed_leaves_nothing(run, tiny_run, third, capsys):
-    assert main(add(run, third)) == 0
+    assert main(add(run, third, *QUICK)) == 0
     assert main(["remove", "--run_dir", str(run), "--task", "first"]) == 0
     assert list(patches(run)) == ["01_second.safetensors", "02_third.safetensors"]  # they keep their numbers
     assert not list(run.rglob("*first*"))
@@ -158,7 +185,7 @@ def test_a_task_that_is_removed_leaves_nothing(run, tiny_run, third, capsys):
     assert main(["list", "--run_dir", str(run)]) == 0
     assert "first" not in capsys.readouterr().out
     assert main(["remove", "--run_dir", str(run), "--task", "third"]) == 0
-    assert main(add(run, third, name="fourth")) == 0
+    assert main(add(run, third, *QUICK, name="fourth")) == 0
     assert list(patches(run)) == ["01_second.safetensors", "02_fourth.safetensors"]
     assert main(["remove", "--run_dir", str(run), "--task", "first"]) == 2
     assert "'first'; the tasks are second, fourth" in capsys.readouterr().err
@@ -166,7 +193,7 @@ def test_a_task_that_is_removed_leaves_nothing(run, tiny_run, third, capsys):
 
 def test_the_router_of_the_tasks_that_are_left_has_the_same_bits(run, tiny_run, third):
     before = router_bits(run)
-    assert main(add(run, third)) == 0
+    assert main(add(run, third, *QUICK)) == 0
     assert not torch.equal(router_bits(run)[2], before[2])
     assert main(["remove", "--run_dir", str(run), "--task", "third"]) == 0
     assert all(torch.equal(one, other) for one, other in zip(router_bits(run), before, strict=True))
@@ -207,16 +234,16 @@ def test_tasks_of_a_run_are_listed(run, third, capsys):
 
 def test_copies_of_a_run_are_merged_and_conflicts_named(run, whole, third, image_folder, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
-    assert main(add(run, third)) == 0
+    assert main(add(run, third, *QUICK)) == 0
     fourth = image_folder("fourth", 2, seed=4)
-    assert main(add(other, fourth, name="fourth")) == 0
+    assert main(add(other, fourth, *QUICK, name="fourth")) == 0
     assert main(["merge", "--run_dir", str(run), "--copies", str(other)]) == 0
     assert list(RunFolder(run).load_patches()) == ["first", "second", "third", "fourth"]
     assert patches(run)["03_fourth.safetensors"] == patches(other)["02_fourth.safetensors"]
     assert [task["name"] for task in read_summary(run)["tasks"]][3] == "fourth"
     assert main(["merge", "--run_dir", str(run), "--copies", str(other)]) == 0  # nothing is new
     assert main(["remove", "--run_dir", str(other), "--task", "fourth"]) == 0
-    assert main(add(other, third, name="fourth")) == 0
+    assert main(add(other, third, *QUICK, name="fourth")) == 0
     capsys.readouterr()
     assert main(["merge", "--run_dir", str(run), "--copies", str(other)]) == 2
     assert "different tasks have one name: 'fourth' (" in capsys.readouterr().err
@@ -232,7 +259,7 @@ def test_an_inbox_becomes_tasks_and_what_cannot_be_learnt_is_rejected_with_the_r
     assert (run / "signatures" / "02_third.safetensors").is_file()
     reason = (inbox / "bad.rejected.txt").read_text()
     assert "bad" in reason.splitlines()[0]
-    assert "bad" not in (run / "config.yaml").read_text()
+    assert "name: bad" not in (run / "config.yaml").read_text()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert main(words) == 0  # nothing is new, and what was rejected has not changed
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before

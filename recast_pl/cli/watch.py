@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat
 
-from recast_pl.cli.add import completed
+from recast_pl.cli import add
 from recast_pl.cli.changing import task_names
 from recast_pl.cli.interruption import interruptible
 from recast_pl.cli.parser import command_parser
@@ -37,7 +37,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     if not inbox.folder.is_dir():
         raise DataError(f"the inbox {inbox.folder} is no folder; make it, or correct --inbox")
     words = ["--run_dir", config.run_dir, "--task", "any", *options]
-    parse_options(command_parser("add"), completed(words))  # so that a wrong option does not reject every task
+    parse_options(command_parser("add"), add.completed(words))  # so that a wrong option does not reject every task
     console = open_console()
     console.print(f"watching {inbox.folder}; Ctrl-C stops it", soft_wrap=True)
     looks = 2 if config.once else None  # the second finds what has not changed since the first

@@ -376,7 +376,7 @@ def _from_config(run_dir: str | Path, device: torch.device, trust: bool) -> tupl
             f"reading {run_dir}/config.yaml needs {cause.name}; install it (pip install 'jsonargparse[signatures]'), "
             "or call load with module=TILModule(...) of the run's backbone and method"
         ) from cause
-    _, init = open_run(run_dir, device, trust)
+    _, init = open_run(run_dir, device, trust, images=False)
     return init.model, TrainerFactory(init.trainer).for_evaluation().precision_plugin
 
 
