@@ -90,26 +90,26 @@ def _add(init: Namespace, folder: RunFolder, entry: dict[str, Any], text: str, c
         if is_main_process():
             with changed_tasks(folder) as tasks:
                 put_task(tasks, entry)
-    known = {task.name: task for task in data.tasks}
-    listed = [task["name"] for task in plain_yaml(folder.config)["data"]["tasks"]]
-    # others may have been added meanwhile; of these, only the names are needed
-    data.tasks = [known.get(other, TaskConfig(other)) for other in listed]
-    stream = make_stream(init, folder.path, text, console)
+    stream = _stream(init, folder, text, console)
     if not til(init.model).isolated:
         with reserved(folder.path) if is_main_process() else nullcontext():
             stream.run()
         return
-    _learn_apart(stream, _files(folder, listed, name))
-
-
-def _learn_apart(stream: Stream, files: TaskFiles) -> None:
-    """Learns a task beside other processes that learn other ones."""
-    if not files.patch.exists():
+    files = _files(folder, [task.name for task in data.tasks], name)
+    if not files.patch.exists() or init.evaluation == "class":  # which needs the network also for the results
         with reserved(files.checkpoints) if is_main_process() else nullcontext():
-            stream.run([files.task])
+            stream.run([name])
     if is_main_process():
-        with changing(stream.folder.path):
-            stream.gather()
+        with changing(folder.path):
+            _stream(init, folder, text, console).gather()
+
+
+def _stream(init: Namespace, folder: RunFolder, text: str, console: Console) -> Stream:
+    """The stream of all tasks that the run lists now; of those that others have added meanwhile, it knows the names."""
+    known = {task.name: task for task in init.data.tasks}
+    listed = [task["name"] for task in plain_yaml(folder.config)["data"]["tasks"]]
+    init.data.tasks = [known.get(name, TaskConfig(name)) for name in listed]
+    return make_stream(init, folder.path, text, console)
 
 
 def _is_finished(init: Namespace, folder: RunFolder, name: str) -> bool:
