@@ -59,8 +59,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir, device=chosen_device(config), trust=config.trust)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
-        seconds, console, folder = math.ceil(limits.timeout), open_console(), RunFolder(config.run_dir)
-        follower = Follower(predictor, folder, lambda text: console.print(text, soft_wrap=True, markup=False))
+        seconds, log, folder = math.ceil(limits.timeout), open_console(stderr=True), RunFolder(config.run_dir)
+        follower = Follower(predictor, folder, lambda text: log.print(text, soft_wrap=True, markup=False))
         settings = uvicorn.Config(
             create_app(
                 predictor, limits, os.environ.get(TOKEN_VARIABLE) or None, hosts, partial(keep_received, folder)
@@ -75,7 +75,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
             timeout_graceful_shutdown=seconds,
         )
         follower.look()
-        console.print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
+        open_console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
         with following(follower, _FOLLOW):
             uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
     return 0

@@ -41,7 +41,8 @@ class Follower:
         self._follows = not any((folder.path / "shared").glob("*"))  # a patch alone is no task where weights are shared
         own = _versions(folder) if self._follows else {}
         self._known = {task: version for task, version in own.items() if task in predictor.tasks}
-        self._faults: dict[str, _Version] = {}
+        self._faults: dict[str, _Version] = {}  # what was reported, so that it is not again
+        self._fault = ""
 
     def look(self) -> None:
         """Makes the changes since the last call."""
@@ -49,8 +50,12 @@ class Follower:
             return
         try:
             found = _versions(self._folder.received) | _versions(self._folder)
+        except OSError:  # such as too many open files, for a moment
+            return
         except RecastError as error:  # a file that is no patch of a run
-            self._report(str(error))
+            if str(error) != self._fault:
+                self._report(str(error))
+            self._fault = str(error)
             return
         for task in [task for task in self._known if task not in found]:
             del self._known[task]
