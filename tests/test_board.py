@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from conftest import ROOT, TINY_VIT
 from scipy.stats import ttest_rel
 
 from recast_pl.cli import main
+from recast_pl.cli.comparing import Here
 from recast_pl.cli.parser import command_parser
 from recast_pl.config.elements import parse_options
+from recast_pl.files import sealed_json
 from recast_pl.reporting.board import results_text
 from recast_pl.reporting.plots import Mark, plot_panels
 from recast_pl.runs.metrics import spread
+from recast_pl.studies.engines import Processes
 
 RATES = [2.0e-3, 3.0e-1]
 METHODS = {
@@ -126,10 +130,35 @@ def test_the_best_rate_has_the_highest_mean_accuracy_then_the_lowest_mean_loss(f
             path = tmp_path / "runs" / "both" / "scale" / f"rate-{rate:g}" / str(seed) / "summary.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps({**summary, "accuracy_matrix": [[accuracies[0], None], accuracies]}))
+            made = {"date": f"2026-01-0{seed}", "versions": {"torch": "2.11.0"}, "machine": f"machine {seed}"}
+            record = sealed_json({"task": {"name": "first"}, "origin": made})
+            for file, content in (("patches/00_first.recast", ""), ("tasks/00_first.json", record)):
+                (path.parent / file).parent.mkdir()
+                (path.parent / file).write_text(content)
     assert main(board("--streams", "both", "--methods", "scale")) == 0
     found = read(tmp_path / "out" / "both" / "scale.json")
     assert found["rate"] == RATES[chosen]
     assert list(found["runs"]) == ["1", "2"]
+    made = [(each["date"], each["machine"], each["seeds"]) for each in found["measured"]]  # where the runs were trained
+    assert made == [("2026-01-01", "machine 1", [1]), ("2026-01-02", "machine 2", [2])]
+
+
+def test_the_runs_of_all_methods_are_one_batch_for_the_engine(board, tmp_path, monkeypatch):
+    """First every rate of every method, then the remaining seeds; so that many workers have something to do."""
+    batches = []
+
+    def run(self, commands):
+        batches.append([Path(words[words.index("--run_dir") + 1]) for words in commands])
+        yield from (Here().run(commands))
+
+    monkeypatch.setattr(Processes, "run", run)
+    words = board("--streams", "one", "--methods", "probe", "scale", "--engine", "Processes")
+    assert main(words) == 0
+    names = [[path.relative_to(tmp_path / "runs" / "one").as_posix() for path in batch] for batch in batches]
+    rate = read(tmp_path / "out" / "one" / "scale.json")["rate"]
+    first = ["probe/fixed/1", "probe/fixed/2", *(f"scale/rate-{rate:g}/1" for rate in RATES)]
+    assert names == [first, [f"scale/rate-{rate:g}/2"]]
+    assert len(read(tmp_path / "out" / "one" / "probe.json")["runs"]) == 2
 
 
 @pytest.mark.slow
@@ -158,6 +187,10 @@ def test_an_interrupted_board_continues_to_the_same_numbers_and_new_seeds_extend
     assert list(found["runs"]) == ["1", "2"]
     assert [found[key] for key in ("rate", "rates")] == [expected[key] for key in ("rate", "rates")]
     assert [made["seeds"] for made in found["measured"]] == [[1], [2]]
+    for change in ({"rates": [1.0e-3]}, {"methods": METHODS | {"scale": METHODS["lora"]}}):
+        assert main(board(*chosen, "--seeds", "3", **change)) == 2
+        assert "scale.json was measured with other settings; move it away" in capsys.readouterr().err
+    path.write_text(results_text({k: v for k, v in found.items() if k != "settings"}))  # as earlier versions wrote it
     assert main(board(*chosen, "--seeds", "3", rates=[1.0e-3])) == 2
     assert "which is not among the rates" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.methods.piece import Piece
 from recast_pl.reporting.board import PAGE, has_results, write_board
-from recast_pl.studies.board import BoardConfig, Method, Trial, read_board
+from recast_pl.studies.board import Board, BoardConfig, Method, Trial, read_board
 from recast_pl.studies.comparison import Point, config_words
 from recast_pl.terminal import open_console
 
@@ -48,7 +48,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     if config.config is not None:
         command = _command(parser, config)
         config.engine = parser.instantiate(config).engine
-        if status := run_studies(list(_trials(config, output, command)), config.engine):
+        trials = list(_trials(config, output, command))
+        if trials and (status := run_studies([Board(output, trials)], config.engine)):
             return status
     write_board(output)
     open_console().print(f"page: {output / PAGE}.md", soft_wrap=True)
@@ -76,12 +77,12 @@ def _trials(config: Namespace, output: Path, command: str) -> Iterator[Trial]:
     for stream in dict.fromkeys(config.streams or board.streams):
         entry, runs = board.streams[stream], Path(config.runs) / stream
         for method in [name for name in entry.methods if name in (config.methods or entry.methods)]:
-            if has_results(output, stream, method, seeds):
+            if has_results(output, stream, method, seeds, entry.settings[method]):
                 continue
             base = [*entry.base, *_write(runs / "stream.yaml", entry.config)]
             words = config_words([*base, *_method_configs(entry.methods[method], runs / method)])
             points = _points(fit, words, options, board.rates, runs / method)
-            yield Trial(output, runs / method, stream, method, points, seeds, options, command)
+            yield Trial(output, runs / method, stream, method, points, seeds, options, command, entry.settings[method])
 
 
 def _variables(words: Sequence[str]) -> dict[str, str]:

@@ -32,6 +32,9 @@ _SMOOTHING = 0.01
 _TEMPERATURES = torch.logspace(-2, 2, 41, dtype=torch.float64)
 """Factors of scores to choose from, by which they are calibrated."""
 
+_SMALL = 10**9
+"""Features × classes below which a CPU solves a head faster than a GPU, which waits for thousands of short kernels."""
+
 
 def solve_head(
     kind: HeadKind, train: Features, classes: int, balanced: bool = False, smoothing: float = 0.0
@@ -49,7 +52,8 @@ def solve_head(
         The head, in single precision on the device of the features.
     """
     device = train.features.device
-    x = (train.features.cpu() if device.type == "mps" else train.features).double()  # MPS has no double precision
+    on_cpu = device.type == "mps" or train.features.numel() * classes < _SMALL  # MPS has no double precision
+    x = (train.features.cpu() if on_cpu else train.features).double()
     y = train.labels.to(x.device)
     mean, scale = x.mean(0), x.var(0, correction=0).mean().sqrt().clamp_min(1e-12)
     weights = class_weights(y, classes)[y] if balanced else torch.ones_like(y, dtype=x.dtype)

@@ -25,14 +25,14 @@ def origin(device: torch.device | None = None) -> Origin:
     """The present date, versions and machine.
 
     Args:
-        device: Where it is computed; None for no mention of a device.
+        device: Where it is computed; None for no mention of a device other than the processor.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):  # code that runs without being installed
             versions[package] = version(package)
-    parts = [platform.node(), f"{platform.system()} {platform.machine()}"]
-    if device is not None:
+    parts = [platform.node(), f"{platform.system()} {platform.machine()}", _processor()]
+    if device is not None and device.type != "cpu":
         parts.append(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     return Origin(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -41,7 +41,7 @@ def origin(device: torch.device | None = None) -> Origin:
     )
 
 
-def processor() -> str:
+def _processor() -> str:
     """Name of this machine's processor, and its number of cores."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
+from recast_pl.config.files import find_config
 from recast_pl.errors import RunError
-from recast_pl.files import write_atomic
+from recast_pl.files import json_text, sha256, write_atomic
 from recast_pl.reporting.board import (
     PAGE,
     Measured,
@@ -37,12 +38,13 @@ from recast_pl.reporting.board import (
 )
 from recast_pl.reporting.tables import terminal_table
 from recast_pl.rules import TASK_RULE, is_task_name
-from recast_pl.runs.folder import Summary
+from recast_pl.runs.collection import PLAN
+from recast_pl.runs.folder import RunFolder, Summary
 from recast_pl.runs.metrics import final_accuracies
-from recast_pl.runs.origin import origin, processor
+from recast_pl.runs.origin import Origin
 from recast_pl.studies.comparison import Comparison, Point
-from recast_pl.studies.engines import Engine
-from recast_pl.studies.sweep_file import Values, check_entries, check_seeds, filled, read_entries
+from recast_pl.studies.engines import Engine, run_unfinished
+from recast_pl.studies.sweep_file import Values, check_entries, check_seeds, filled, read_entries, read_yaml
 
 _KINDS: dict[str, type] = {"seeds": list, "rates": list, "variables": dict, "methods": dict, "streams": dict}
 
@@ -53,11 +55,15 @@ Method = str | list[Any]
 
 
 class StreamConfig(NamedTuple):
-    """A stream of a board: its configs, a config laid over them, and its methods by name."""
+    """A stream of a board: its configs, a config laid over them, and its methods by name.
+
+    `settings` is a digest of what decides the numbers of each method, but not of the values of variables.
+    """
 
     base: Sequence[str]
     config: Mapping[str, Any]
     methods: Mapping[str, Method]
+    settings: dict[str, str]
 
 
 class BoardConfig(NamedTuple):
@@ -91,7 +97,17 @@ def read_board(path: Path, variables: Mapping[str, str]) -> BoardConfig:
     values: Values = {str(key): (None, value) for key, value in (known | variables).items()}
     methods, streams = filled([content["methods"], content["streams"]], values)
     read = {name: _read_stream(path, name, entry, methods) for name, entry in streams.items()}
+    for name, entry in content["streams"].items():
+        for method, plain in {**content["methods"], **entry.get("methods", {})}.items():
+            read[name].settings[method] = _settings(entry, plain, content["rates"])
     return BoardConfig(content["seeds"], content["rates"], read)
+
+
+def _settings(stream: Mapping[str, Any], method: Method, rates: Sequence[float]) -> str:
+    """A digest of what decides the numbers of a method: the entries of the board, and the configs that they name."""
+    configs = [*stream.get("base", []), *([method] if isinstance(method, str) else [])]
+    contents = [read_yaml(Path(find_config(config))) for config in configs]
+    return sha256(json_text([contents, stream.get("config"), method, rates]).encode())[:16]
 
 
 def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) -> StreamConfig:
@@ -106,12 +122,12 @@ def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) 
     for key, method in methods.items():
         if not isinstance(method, str | list):
             raise RunError(f"{what}: method {key!r} is {method!r}; give a config or a list of pieces")
-    return StreamConfig(entry.get("base", []), entry.get("config", {}), methods)
+    return StreamConfig(entry.get("base", []), entry.get("config", {}), methods, {})
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A method on a stream: it chooses the rate with the first seed, trains all seeds, and writes the results.
+    """A method on a stream: it chooses the rate with the first seed, and trains all seeds with it.
 
     Args:
         folder: Folder of the board; the results are in STREAM/METHOD.json.
@@ -122,6 +138,7 @@ class Trial:
         seeds: Seeds; the first one chooses the rate.
         options: Further options of `fit`, for all runs.
         command: The command line that is recorded with the results.
+        settings: A digest of the settings.
     """
 
     folder: Path
@@ -132,28 +149,38 @@ class Trial:
     seeds: Sequence[int]
     options: Sequence[str]
     command: str
-
-    FILE: ClassVar[str] = PAGE
-    """Name of the page, without suffix."""
+    settings: str
 
     def units(self) -> dict[str, list[str]]:
-        """Returns the command line of each run that is known to be needed, by name."""
+        """Returns the command line of each run that is known to be needed, by name: those of all rates come first."""
         known = self._known()
-        units = self._search().units() if known is None else self._rest(known).units()
+        units = (self._search if known is None else self._rest(known)).units()
         return {f"{self.stream}, {self.method}: {name}": words for name, words in units.items()}
 
-    def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
-        """Trains what is not trained, and writes the results and the page; arguments as in `Study`."""
-        known, search = self._known(), self._search()
-        if known is None:
-            if status := search.run(engine, is_finished):
-                return status
-            known = self._choose(search)
-        rest = self._rest(known)
-        if status := rest.run(engine, is_finished):
-            return status
-        self._write(known, rest)
-        return 0
+    def write(self) -> bool:
+        """Writes the results if all runs are finished and some of them are new; returns whether it did.
+
+        Comparisons of the rates and of the seeds go beside their runs.
+        """
+        known = self._known()
+        comparison = self._search if known is None else self._rest(known)
+        if comparison.has_results:
+            write_atomic(comparison.folder / PLAN, json_text(comparison.plan()))
+            comparison.write()
+        if known is None or not comparison.seeds:
+            return False
+        runs = comparison.finished().get(comparison.points[0].name, {})
+        if not runs.keys() >= set(comparison.seeds):
+            return False
+        new = {str(seed): _run_results(runs[seed]) for seed in comparison.seeds}
+        measured: dict[str, Measured] = {}  # by machine
+        for seed in comparison.seeds:
+            made = _origin(self.runs / comparison.points[0].name / str(seed))
+            entry = Measured(command=self.command, seeds=[], **made)
+            measured.setdefault(made["machine"], entry)["seeds"].append(seed)
+        results = Results({**known, "runs": known["runs"] | new, "measured": [*known["measured"], *measured.values()]})
+        write_atomic(self.file, results_text(results))
+        return True
 
     @property
     def file(self) -> Path:
@@ -161,19 +188,36 @@ class Trial:
         return results_file(self.folder, self.stream, self.method)
 
     @property
-    def has_results(self) -> bool:
-        """Returns whether some seeds have results."""
-        return self.file.is_file()
-
-    def table(self) -> RenderableType:
-        """Returns the table of the stream for the terminal."""
-        return terminal_table(stream_cells(read_results(self.folder)[self.stream]), title=self.stream)
-
-    def _known(self) -> Results | None:
-        return read_results(self.folder)[self.stream][self.method] if self.file.is_file() else None
-
     def _search(self) -> Comparison:
         return Comparison(self.runs, self.points, self.seeds[:1], self.options)
+
+    def _known(self) -> Results | None:
+        """The results so far, without runs if only the rate is chosen; None if it is not."""
+        if self.file.is_file():
+            return read_results(self.folder)[self.stream][self.method]
+        if len(self.points) == 1:
+            return self._results(None, {})
+        found = self._search.finished()
+        if len(found) < len(self.points) or any(self.seeds[0] not in runs for runs in found.values()):
+            return None
+        return self._choose({name: runs[self.seeds[0]] for name, runs in found.items()})
+
+    def _choose(self, found: Mapping[str, Summary]) -> Results:
+        """Results without runs, of the rate with the highest validation accuracy, then the lowest loss."""
+        rates = {float(point.labels["rate"]): _validation(found[point.name]) for point in self.points}
+        best = min(rates, key=lambda r: (-rates[r]["validation_accuracy"], rates[r]["validation_loss"]))
+        return self._results(best, {str(rate): values for rate, values in rates.items()})
+
+    def _results(self, rate: float | None, rates: dict[str, dict[str, float]]) -> Results:
+        return Results(
+            stream=self.stream,
+            method=self.method,
+            settings=self.settings,
+            rate=rate,
+            rates=rates,
+            runs={},
+            measured=[],
+        )
 
     def _rest(self, known: Results) -> Comparison:
         """The runs of the chosen rate that have no results."""
@@ -182,32 +226,61 @@ class Trial:
             raise RunError(f"{self.file} has rate {known['rate']}, which is not among the rates; add it, or delete it")
         return Comparison(self.runs, [point], [s for s in self.seeds if str(s) not in known["runs"]], self.options)
 
-    def _write(self, known: Results, rest: Comparison) -> None:
-        """Writes the results with those of further runs, and the page."""
-        runs = rest.finished().get(rest.points[0].name, {})
-        new = {str(seed): _run_results(runs[seed]) for seed in rest.seeds}
-        made, versions = origin(), ("recast-pl", "torch")
-        measured = Measured(
-            command=self.command,
-            date=made["date"],
-            machine=processor(),
-            seeds=list(rest.seeds),
-            versions={name: made["versions"][name] for name in versions if name in made["versions"]},
-        )
-        results = Results({**known, "runs": known["runs"] | new, "measured": [*known["measured"], measured]})
-        write_atomic(self.file, results_text(results))
-        write_board(self.folder)
 
-    def _choose(self, search: Comparison) -> Results:
-        """Results without runs, of the rate with the highest validation accuracy, then the lowest loss."""
-        rates: dict[float, dict[str, float]] = {}
-        if len(self.points) > 1:
-            found = {name: runs[self.seeds[0]] for name, runs in search.finished().items()}
-            rates = {float(point.labels["rate"]): _validation(found[point.name]) for point in self.points}
-        best = min(rates, key=lambda r: (-rates[r]["validation_accuracy"], rates[r]["validation_loss"]), default=None)
-        texts = {str(rate): values for rate, values in rates.items()}
-        return Results(stream=self.stream, method=self.method, rate=best, rates=texts, runs={}, measured=[])
+@dataclass(frozen=True)
+class Board:
+    """Trials in one folder: those of all rates run first, on one engine, and then those of the other seeds.
 
+    Args:
+        folder: Output folder.
+        trials: The trials without results for some seeds.
+    """
+
+    folder: Path
+    trials: Sequence[Trial]
+
+    FILE: ClassVar[str] = PAGE
+    """Name of the page, without suffix."""
+
+    def units(self) -> dict[str, list[str]]:
+        """Returns the command line of each run that is known to be needed, by name."""
+        return {name: words for trial in self.trials for name, words in trial.units().items()}
+
+    def run(self, engine: Engine, is_finished: Callable[[Sequence[str]], bool]) -> int:
+        """Trains what is not trained, and writes results and the page; arguments as in `Study`."""
+        done: set[str] = set()
+        while units := {name: words for name, words in self.units().items() if name not in done}:
+            if status := self._run(units, engine, is_finished):
+                return status
+            done |= units.keys()
+        return 0
+
+    def _run(
+        self, units: Mapping[str, Sequence[str]], engine: Engine, is_finished: Callable[[Sequence[str]], bool]
+    ) -> int:
+        trials = {name: trial for trial in self.trials for name in trial.units()}
+        status = run_unfinished(engine, units, is_finished, lambda name: self._written(trials[name]))
+        for trial in self.trials:  # whose runs may have been finished before
+            self._written(trial)
+        return status
+
+    def _written(self, trial: Trial) -> None:
+        if trial.write():
+            write_board(self.folder)
+
+    @property
+    def has_results(self) -> bool:
+        """Returns whether a trial has results."""
+        return any(trial.file.is_file() for trial in self.trials)
+
+    def table(self) -> RenderableType:
+        """Returns the tables of the streams of the trials for the terminal."""
+        results = read_results(self.folder)
+        streams = dict.fromkeys(trial.stream for trial in self.trials if trial.stream in results)
+        return Group(*(terminal_table(stream_cells(results[stream]), title=stream) for stream in streams))
+
+
+_VERSIONS = ("recast-pl", "torch")
 
 _KEPT = ("probe_accuracy", "task_parameters", "patch_bytes", "seconds", "train_images", "test_images")
 
@@ -220,6 +293,13 @@ def _validation(run: Summary) -> dict[str, float]:
         return {key: statistics.mean(task[key] for task in tasks) for key in keys}
     except KeyError as cause:
         raise RunError(f"a task of the run with seed {run['seed']} has no {cause}; train it again") from cause
+
+
+def _origin(run: Path) -> Origin:
+    """Where and when the last task of a run was trained, and the versions of what decides its numbers."""
+    records = [files.load_record() for files in RunFolder(run).finished().values()]
+    made = max((record["origin"] for record in records), key=lambda facts: facts["date"])
+    return {**made, "versions": {name: made["versions"][name] for name in _VERSIONS if name in made["versions"]}}
 
 
 def _run_results(run: Summary) -> dict[str, dict[str, Any]]:
