@@ -121,7 +121,7 @@ def make_stream(init: Namespace, run_dir: Path, text: str, console: Console) -> 
     if init.joint and init.evaluation != "class":
         raise RunError("--joint names classifiers over the classes of all tasks; add --evaluation class")
     evaluation = RoutedEvaluation(init.joint) if init.evaluation == "class" else None
-    return Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation)
+    return Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation, init.budget)
 
 
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:
