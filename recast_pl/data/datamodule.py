@@ -1,7 +1,7 @@
 """The stream of tasks as a LightningDataModule."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from recast_pl.data.datasets import ImageSource
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.joining import join_sources, join_splits
 from recast_pl.data.label_noise import LabelNoise
-from recast_pl.data.sources import dataset_name, open_source, prepare_source
+from recast_pl.data.sources import dataset_name, is_present, open_source, prepare_source
 from recast_pl.data.tasks import (
     SPLITS,
     SplitPolicy,
@@ -194,6 +194,10 @@ class SequentialTaskDataModule(LightningDataModule):
             _ = self._open(task).decoded
         self._prepared = True
 
+    def is_there(self, index: int) -> bool:
+        """Whether the images of the task at a position are on this machine, without a download."""
+        return is_present(self.tasks[index], self.root)
+
     def _chosen(self, indices: Iterable[int] | None) -> list[TaskConfig]:
         return self.tasks if indices is None else [self.tasks[index] for index in indices]
 
@@ -212,9 +216,9 @@ class SequentialTaskDataModule(LightningDataModule):
         """Number of images of the current task by split."""
         return {split: len(indices) for split, indices in self._images.splits.items()}
 
-    def training_images(self) -> dict[str, int]:
-        """Number of training images of each task, by its name."""
-        return {task.name: len(self._open(task).splits["train"]) for task in self.tasks}
+    def training_images(self, names: Collection[str]) -> dict[str, int]:
+        """Number of training images of some tasks, by name."""
+        return {task.name: len(self._open(task).splits["train"]) for task in self.tasks if task.name in names}
 
     @property
     def split_digest(self) -> str:

@@ -44,7 +44,7 @@ class Forecast:
 
     def expect(self, tasks: Sequence[str]) -> None:
         """Names the tasks that are to be trained, in order."""
-        self._images, self._told = self._data.training_images(), False
+        self._images, self._told = self._data.training_images(tasks), False
         self._left, self._images_left = len(tasks), sum(self._images[task] for task in tasks)
 
     def watch(self, task: str) -> TaskCost:
