@@ -25,6 +25,7 @@ from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
 from recast_pl.files import remove_unfinished, writing
+from recast_pl.inference.class_evaluation import class_evaluation
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
