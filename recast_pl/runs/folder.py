@@ -183,7 +183,7 @@ class RunFolder:
     """
 
     CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
-    MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
+    MIMICRY, IMAGENET, ANALYSIS, ROBUSTNESS = "mimicry.json", "imagenet.json", "analysis.json", "robustness.json"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
