@@ -24,7 +24,8 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 MARKS = "<!-- from configs/paper/, by docs/generate.py -->", "<!-- end -->"
 GROUPS = {
     "Model": (api.TILModule, api.MimicryModule, api.BackboneConfig, api.BankLayout),
-    "Data": (api.SequentialTaskDataModule, api.TaskConfig),
+    "Data": (api.SequentialTaskDataModule, api.TaskConfig, api.Imbalance, api.LabelNoise),
+    "Budget": (api.Budget,),
     "Classifiers over one label space": (api.NCM, api.LDA, api.RanPAC, api.FeCAM),
     "Engines": (api.Processes, api.Ray, api.Slurm),
 }

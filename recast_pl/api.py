@@ -3,6 +3,8 @@
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.data.datamodule import SequentialTaskDataModule
+from recast_pl.data.imbalance import Imbalance
+from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.decomposition.autoencoder import TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
@@ -15,6 +17,7 @@ from recast_pl.errors import RecastError
 from recast_pl.inference.prediction import Choice, Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor, load
 from recast_pl.learning.averaging import AverageEpochs
+from recast_pl.learning.cost import Budget
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.router import Router
 from recast_pl.learning.schedule import QuarterCosine, WarmUp

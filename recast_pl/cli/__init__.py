@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "Train over a grid of options and seeds, into a table and a figure; run it again to continue.",
     "board": "Train methods on streams with several seeds, into results and one page; run it again to continue.",
     "reproduce": "Train a table or figure of the paper, and print ours beside it; run it again to continue.",
+    "robustness": "Test trained tasks on worse images and under attack, several runs side by side.",
     "imagenet": "Compare a pretrained classifier before and after decomposition, on images.",
     "report": "Write one page of tables and figures about runs.",
     "data": "List, download and verify data sets.",

@@ -132,7 +132,9 @@ def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     if init.joint and init.evaluation != "class":
         raise RunError("--joint names classifiers over the classes of all tasks; add --evaluation class")
     evaluation = class_evaluation(model, init.joint) if init.evaluation == "class" else None
-    stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation)
+    stream = Stream(
+        model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation, init.budget
+    )
     if init.engine is not None:
         return _train_on_engine(stream, init, console)
     stream.run(init.only)

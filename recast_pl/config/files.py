@@ -22,6 +22,9 @@ RUN_KEYS = ("seed_everything", "model", "data", "trainer")
 PRECISION_KEY = "patch_precision"
 """A further one, which older runs lack; together they are everything that decides what a run trains."""
 
+BUDGET_KEY = "budget"
+"""What each task may cost, which a resumed run may change."""
+
 EVALUATION_KEYS = ("evaluation", "joint")
 """Others, which change no patch."""
 

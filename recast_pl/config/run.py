@@ -9,12 +9,13 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.config.files import EVALUATION_KEYS, PRECISION_KEY, RUN_KEYS, no_run, read_run_config
+from recast_pl.config.files import BUDGET_KEY, EVALUATION_KEYS, PRECISION_KEY, RUN_KEYS, no_run, read_run_config
 from recast_pl.config.paths import check_weights, locate_data, locate_paths, move_images
 from recast_pl.config.text import MODE
 from recast_pl.config.trust import check_trusted
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
+from recast_pl.learning.cost import Budget
 from recast_pl.learning.device import evaluation_settings, find_device
 from recast_pl.learning.patch import Precision
 from recast_pl.learning.til_module import TILModule
@@ -36,6 +37,7 @@ def declare_run(parser: LightningArgumentParser) -> None:
     parser.add_argument("--evaluation", type=Literal["task", "class"], default="task", help=evaluation)
     joint = "Classifiers over the classes of all tasks to measure beside the router, with --evaluation class."
     parser.add_argument("--joint", type=tuple[JointClassifier, ...], default=(), help=joint)
+    parser.add_class_arguments(Budget, BUDGET_KEY)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(SequentialTaskDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
@@ -56,7 +58,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
         parser: A parser with the options of `declare_run`.
         config: Its result.
     """
-    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY, *EVALUATION_KEYS)})  # type: ignore[no-untyped-call]
+    kept = Namespace(**{key: config[key] for key in (*RUN_KEYS, PRECISION_KEY, BUDGET_KEY, *EVALUATION_KEYS)})  # type: ignore[no-untyped-call]
     text: str = parser.dump(kept, skip_link_targets=False, skip_unset=False)  # null may differ from the default
     return text
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,14 @@ from recast_pl.data.tasks import SPLITS, normal_text
 
 
 class SplitImages(TypedDict):
-    """The images of a split: how many each class has, and a digest of their names, classes and sizes in bytes."""
+    """The images of a split: how many each class has, and a digest of their names, classes and sizes in bytes.
+
+    `wrong_labels` is how many of them have a wrong label on purpose, by `data.label_noise`.
+    """
 
     classes: dict[str, int]
     digest: str
+    wrong_labels: NotRequired[int]
 
 
 def describe_images(source: ImageSource, splits: Mapping[str, NDArray[np.int64]]) -> dict[str, SplitImages]:

@@ -20,6 +20,8 @@ from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_trans
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
 from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
+from recast_pl.data.imbalance import Imbalance
+from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import (
     SPLITS,
@@ -67,6 +69,8 @@ class SequentialTaskDataModule(LightningDataModule):
         max_pixels: Images of more pixels, by their headers, cannot be read; None for Pillow's limit, 178,956,970.
             Decoding takes up to 26 bytes for each pixel.
         transforms: The `transforms` of tasks that have none of their own (any sequence).
+        imbalance: Leaves out images of some classes; None for all images.
+        label_noise: Gives some images wrong labels; None for right ones.
         held_out: Pattern of names of images, such as `*_scan.*`, that are tested and never trained on, to see what
             another source of images changes. No others are tested then. A source's splits are kept: of the images that
             match, its test images count, of the others its training and validation images. Where it has none, all
@@ -92,6 +96,8 @@ class SequentialTaskDataModule(LightningDataModule):
         order_seed: int | None = None,
         max_pixels: int | None = None,
         transforms: tuple[nn.Module, ...] = (),
+        imbalance: Imbalance | None = None,
+        label_noise: LabelNoise | None = None,
         held_out: str | None = None,
     ) -> None:
         super().__init__()
@@ -111,6 +117,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.image_size, self.batch_size, self.num_workers, self.seed = size, batch_size, num_workers, seed
         self.root = data_root(root)
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
+        self.imbalance, self.label_noise = imbalance, label_noise
         self.held_out = held_out
         self._opened: dict[str, _TaskImages] = {}
         self._current = 0
@@ -173,6 +180,10 @@ class SequentialTaskDataModule(LightningDataModule):
     def sizes(self) -> dict[str, int]:
         """Number of images of the current task by split."""
         return {split: len(indices) for split, indices in self._images.splits.items()}
+
+    def training_images(self) -> dict[str, int]:
+        """Number of training images of each task, by its name."""
+        return {task.name: len(self._open(task).splits["train"]) for task in self.tasks}
 
     @property
     def split_digest(self) -> str:
@@ -315,6 +326,11 @@ class _TaskImages:
             raise DataError(f"task {task.name!r}: {error}") from error
         self.splits = {name: chosen[indices] for name, indices in splits.items()}
         self._check_splits("give each class at least 3 images, or images for every split")
+        if data.imbalance is not None:
+            self.splits = data.imbalance.thinned(source, self.splits, self.seed)
+        if data.label_noise is not None:
+            self.source = data.label_noise.applied(source, self.splits, self.seed)
+        self._right_labels = source.labels
 
     @cached_property
     def decoded(self) -> DecodedImages:
@@ -336,7 +352,11 @@ class _TaskImages:
     def record(self) -> dict[str, SplitImages]:
         """The images by split, without those that cannot be read."""
         _ = self.decoded
-        return describe_images(self.source, self.splits)
+        record = describe_images(self.source, self.splits)
+        if self.data.label_noise is not None:
+            for name, split in self.splits.items():
+                record[name]["wrong_labels"] = int((self.source.labels != self._right_labels)[split].sum())
+        return record
 
     def _report_duplicates(self, groups: Sequence[Sequence[int]]) -> None:
         """Warns of equal images in different splits, which make accuracies look better than they are."""

@@ -141,7 +141,7 @@ def choose_images(names: Sequence[str], count: int | None, seed: int) -> NDArray
     Returns:
         Indices in ascending order. A smaller count gives a part of a larger one.
     """
-    chosen = np.argsort(_places(names, derive_seed(seed, "images")), kind="stable")[:count]
+    chosen = np.argsort(name_places(names, derive_seed(seed, "images")), kind="stable")[:count]
     return np.sort(chosen).astype(np.int64)
 
 
@@ -175,7 +175,7 @@ def split_images(
     given = given if held_out is None else hold_out(given, names, held_out)
     split = np.array(given if any(given) else ["train"] * len(labels), dtype="<U5")
     missing = [name for name in ("val", "test") if not (split == name).any()]
-    places = _places(names, seed)
+    places = name_places(names, seed)
     for label in np.unique(labels):
         members = np.flatnonzero((labels == label) & (split == "train"))
         if len(members) > len(missing):
@@ -188,8 +188,8 @@ def split_images(
     return {name: np.flatnonzero(split == name) for name in SPLITS}
 
 
-def _places(names: Sequence[str], seed: int) -> NDArray[np.float64]:
-    """A place in [0, 1) for each name, which looks random and depends on the name and the seed alone."""
+def name_places(names: Sequence[str], seed: int) -> NDArray[np.float64]:
+    """A place in [0, 1) for each name (N,), which looks random and depends on the name and the seed alone."""
     texts = (f"{seed}/{normal_text(name)}".encode(errors="surrogateescape") for name in names)
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, ">u8") / 2.0**64

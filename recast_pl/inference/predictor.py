@@ -222,11 +222,12 @@ class Predictor:
                     "task of an image by; name the task"
                 )
             if self._router is None:
-                self._router = Router(self._signature(name, task) for name, task in self._tasks.items())
+                self._router = Router(map(self.signature, self._tasks))
             return self._router
 
-    def _signature(self, name: str, task: "_LoadedTask") -> Signature:
-        """Reads the signature of a task, which must be of its classes and images, and of this base."""
+    def signature(self, name: str) -> Signature:
+        """Reads the signature of a task; raises RunError if it has none, and PatchError if it does not belong here."""
+        task = self._find(name)
         source = task.signature
         if source is None:
             raise RunError(f"task {name!r} was added without its signature; remove it, and add it with its signature")

@@ -9,6 +9,8 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from recast_pl.learning.histogram import certainty, histogram
+
 
 @dataclass(frozen=True)
 class Features:
@@ -24,6 +26,11 @@ class Features:
         logits = head(features)
         accuracy = (logits.argmax(1) == self.labels).double().mean()
         return float(accuracy), float(F.cross_entropy(logits, self.labels))
+
+    @torch.no_grad()
+    def confidence(self, head: nn.Linear) -> tuple[int, ...]:
+        """A histogram of how sure a head is of the classes of the images."""
+        return histogram(certainty(head(self.features.to(head.weight.dtype)).softmax(1).amax(1)))
 
 
 @torch.no_grad()

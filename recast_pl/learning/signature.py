@@ -22,6 +22,7 @@ from recast_pl.errors import PatchError, RunError, one_line
 from recast_pl.files import pack_tensors, read_tensors, write_atomic
 from recast_pl.learning.compact import narrowed
 from recast_pl.learning.features import Features
+from recast_pl.learning.histogram import BINS
 from recast_pl.learning.patch import check_identity
 from recast_pl.learning.scatter import NO_SCATTER, Scatter
 from recast_pl.methods.piece import check_state
@@ -46,6 +47,8 @@ class Signature:
         scatter: Scatter within classes; empty in a small signature.
         held_out: Features (V, D) and labels (V,) of some validation images, which temperatures and thresholds are
             fitted to.
+        confidence: How many validation images the trained task was how sure of, a `histogram`; empty in a small
+            signature and where it was not measured.
     """
 
     task: str
@@ -56,6 +59,7 @@ class Signature:
     means: Tensor
     scatter: Scatter
     held_out: Features
+    confidence: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -101,7 +105,7 @@ class Signature:
             narrowed(self.means.float()).double(),
             Features(torch.zeros(0, width), self.held_out.labels[:0]),
         )
-        return replace(self, means=means, scatter=NO_SCATTER, held_out=nothing)
+        return replace(self, means=means, scatter=NO_SCATTER, held_out=nothing, confidence=())
 
     def merged(self, other: "Signature") -> "Signature":
         """The signature of all images, from those of two parts of them, such as those of two machines.
@@ -135,6 +139,7 @@ class Signature:
             (self.means + share * apart).float().double(),
             self.scatter.merged(other.scatter, between),
             _sample(held_out, _HELD_OUT),
+            tuple(map(sum, zip(self.confidence, other.confidence, strict=False))),
         )
 
     def check(self, base: str, image_size: ImageSize) -> None:
@@ -173,7 +178,8 @@ class Signature:
     def facts(self) -> dict[str, Any]:
         """All fields that are not tensors, by name."""
         names = ("task", "classes", "base", "image_size")
-        return {name: getattr(self, name) for name in names} | {"exponent": self.scatter.exponent}
+        facts = {name: getattr(self, name) for name in names} | {"exponent": self.scatter.exponent}
+        return facts | ({"confidence": list(self.confidence)} if self.confidence else {})
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "Signature":
@@ -187,7 +193,8 @@ class Signature:
         size = read_size(facts["image_size"])
         assert size is not None  # it is checked
         values = (facts["task"], facts["classes"], facts["base"], size)
-        return cls(*values, tensors["counts"].long(), tensors["means"].double(), scatter, held_out)
+        confidence = tuple(facts.get("confidence", ()))
+        return cls(*values, tensors["counts"].long(), tensors["means"].double(), scatter, held_out, confidence)
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; equal signatures give equal bytes."""
@@ -218,7 +225,10 @@ def _sample(features: Features, count: int) -> Features:
 
 def _check(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], scatter: Scatter) -> None:
     """Raises an error unless the parts of a signature go together."""
-    check_identity({name: fact for name, fact in facts.items() if name != "exponent"})
+    check_identity({name: fact for name, fact in facts.items() if name not in ("exponent", "confidence")})
+    confidence = facts.get("confidence", [0] * BINS)
+    if len(confidence) != BINS or not all(type(count) is int and count >= 0 for count in confidence):
+        raise ValueError(f"its confidence is not {BINS} numbers of images")
     classes, width = len(facts["classes"]), tensors["means"].shape[-1]
     held = len(tensors["labels"])
     shapes = {"counts": (classes,), "means": (classes, width), "features": (held, width), "labels": (held,)}

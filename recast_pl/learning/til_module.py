@@ -173,6 +173,12 @@ class TILModule(TaskNetwork, LightningModule):
         size = self.current()[0].image_size
         return Signature.of(train, validation, self.task_name, self.classes, self.base, size)
 
+    def sign_confidence(self) -> None:
+        """Adds to the signature how sure the current task is of its validation images."""
+        if self.signature is not None:
+            (validation,) = self.features("val")
+            self.signature = replace(self.signature, confidence=validation.confidence(self.current()[1]))
+
     @torch.inference_mode(mode=False)
     @torch.enable_grad()
     def _solve_head(self) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from recast_pl.compat.lightning import ignore_signals, lightning_errors, of_task
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.learning.checkpoint import AtomicCheckpoints, load_trainable_state, trainable_state
+from recast_pl.learning.cost import TaskCost
 from recast_pl.learning.options import check_settings, check_trainer, listed
 
 
@@ -119,12 +121,16 @@ def _without_notices() -> Iterator[None]:
 
 
 class TaskProgressBar(RichProgressBar):
-    """Lightning's progress bar without the version number of the logger."""
+    """Lightning's progress bar with the time left of all tasks, and without the version number of the logger."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The values at the right of the bar."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for left in (callback.stream_left for callback in callbacks if isinstance(callback, TaskCost)):
+            if left is not None:
+                metrics["all tasks"] = f"{timedelta(seconds=round(left))} left"
         return metrics
 
 

@@ -33,14 +33,24 @@ _ACCURACIES: dict[str, Literal["average_accuracy", "average_anytime_accuracy", "
     "forgetting": "forgetting",
 }
 
-MEASURES = (*_COUNTS, *_ACCURACIES)
+_BALANCED = "balanced accuracy %"  # the mean over tasks, each just after training
+
+MEASURES = (*_COUNTS, *_ACCURACIES, _BALANCED)
 """Headings of the values that `measures` returns."""
 
 
 def measures(runs: Sequence[Summary]) -> dict[str, str]:
     """Formats the measures of at least one run by heading; the runs differ in their seed."""
     counts = {heading: f"{measure(runs):,.0f}" for heading, measure in _COUNTS.items()}
-    return counts | {heading: str(spread([run[key] for run in runs])) for heading, key in _ACCURACIES.items()}
+    accuracies = {heading: str(spread([run[key] for run in runs])) for heading, key in _ACCURACIES.items()}
+    return counts | accuracies | {_BALANCED: _balanced(runs)}
+
+
+def _balanced(runs: Sequence[Summary]) -> str:
+    """Formats balanced accuracy; an empty text if a run is of a version that did not record it."""
+    if not all("balanced_accuracy" in task for run in runs for task in run["tasks"]):
+        return ""
+    return str(spread([statistics.mean(task["balanced_accuracy"] for task in run["tasks"]) for run in runs]))
 
 
 def sweep_marks(

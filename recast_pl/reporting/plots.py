@@ -4,7 +4,7 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,10 +163,7 @@ def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average 
         x: Name of the horizontal axis.
         y: Name and unit of the vertical axis.
     """
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(6.4, 3.6 * columns), 0.8 + 3 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, grid = _grid(len(panels))
     series = list(dict.fromkeys(mark.series for marks in panels.values() for mark in marks))
     for axes, (title, marks) in zip(grid, panels.items(), strict=False):
         _draw_lines(axes, marks, series)
@@ -174,10 +171,40 @@ def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average 
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     _add_legend(figure, figure.axes[0], len(series))
     return figure
+
+
+class Panel(NamedTuple):
+    """A part of a figure: title, names and units of its axes, and at least one point with a numeric x."""
+
+    title: str
+    x: str
+    y: str
+    marks: Sequence[Mark]
+
+
+def plot_series(panels: Iterable[Panel]) -> Figure:
+    """Draws lines in several panels, each with axes of its own, and one legend."""
+    drawn = list(panels)
+    figure, grid = _grid(len(drawn))
+    series = list(dict.fromkeys(mark.series for panel in drawn for mark in panel.marks))
+    for axes, panel in zip(grid, drawn, strict=False):
+        _draw_lines(axes, panel.marks, series)
+        axes.set(xlabel=panel.x, ylabel=panel.y, title=plain_label(panel.title))
+    _add_legend(figure, figure.axes[0], len(series))
+    return figure
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with room for some panels, three in a row; the axes that are left over are hidden."""
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(6.4, 3.6 * columns), 0.8 + 3 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid
 
 
 def _add_legend(figure: Figure, axes: Axes, names: int) -> None:

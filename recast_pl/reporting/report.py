@@ -17,6 +17,7 @@ from recast_pl.reporting.document import Block, Bullets, Chart, DataTable, Headi
 from recast_pl.reporting.measures import AVERAGE, MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
 from recast_pl.reporting.plots import Mark, plot_marks
 from recast_pl.reporting.published import published_tables
+from recast_pl.reporting.robustness import read_robustness, robustness_blocks
 from recast_pl.runs.collection import Collection, Run
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.metrics import Spread, final_accuracies, spread
@@ -53,7 +54,7 @@ def compose(collections: Sequence[Collection], folders: Sequence[Path], output: 
     for collection, file in zip(collections, _file_names(collections), strict=True):
         if collection.runs:
             blocks += _collection(collection, file, output)
-    return [*blocks, *_by_backbone(collections), *_reconstructions(folders, output)]
+    return [*blocks, *_by_backbone(collections), *_reconstructions(folders, output), *_robustness(folders)]
 
 
 def _collection(collection: Collection, file: str, output: Path) -> Iterator[Block]:
@@ -267,6 +268,13 @@ def _reconstructions(folders: Sequence[Path], output: Path) -> list[Block]:
         if rows:
             blocks.append(DataTable(caption, ["run", *columns], rows, 2))
     return [Heading("Reconstruction"), *blocks] if blocks else []
+
+
+def _robustness(folders: Sequence[Path]) -> Iterator[Block]:
+    """What `robustness` has measured and written somewhere in the folders."""
+    for index, path in enumerate(sorted({path for folder in folders for path in folder.rglob(RunFolder.ROBUSTNESS)})):
+        yield Heading(f"Robustness, {path.parent}")
+        yield from robustness_blocks(read_robustness(path), f"robustness_{index}")
 
 
 def _number(key: str, digits: int, factor: float = 1, older: str = "") -> Callable[[Mapping[str, Any]], str]:

@@ -102,6 +102,16 @@ def sample_images(data: SequentialTaskDataModule, count: int) -> Tensor:
     return images
 
 
+def activate(module: TILModule, data: SequentialTaskDataModule, index: int, patch: TaskPatch) -> None:
+    """Makes a trained task the current one, and selects its images; arguments and errors as in `measure`."""
+    data.select(index)
+    if data.classes != patch.classes:
+        raise PatchError(
+            f"task {patch.task!r} has classes {data.classes}, its patch has {patch.classes}; restore the images"
+        )
+    module.activate(patch)
+
+
 def measure(
     module: TILModule, data: SequentialTaskDataModule, index: int, patch: TaskPatch, evaluator: Trainer
 ) -> float:
@@ -117,12 +127,7 @@ def measure(
     Raises:
         PatchError: If the classes of the images are not those of the patch, or the patch does not fit the module.
     """
-    data.select(index)
-    if data.classes != patch.classes:
-        raise PatchError(
-            f"task {patch.task!r} has classes {data.classes}, its patch has {patch.classes}; restore the images"
-        )
-    module.activate(patch)
+    activate(module, data, index, patch)
     (result,) = evaluator.test(module, datamodule=data, verbose=False)
     return rounded(result["test/accuracy"])
 

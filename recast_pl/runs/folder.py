@@ -13,6 +13,7 @@ from recast_pl.files import json_text, read_json, read_sealed_json, sha256, writ
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.signature import Signature
 from recast_pl.runs.class_results import ClassResults
+from recast_pl.runs.forecast import Cost
 from recast_pl.runs.origin import Origin
 
 
@@ -62,10 +63,9 @@ class Record(TypedDict):
     """The content of `tasks/NN_TASK.json`, in which older runs lack some entries.
 
     It holds the result, the test accuracies just after training of this task and of those that it has changed, the
-    results by class, the patch's digest, the images that the task was trained on, by split, and when, where and with
-    which versions the task was trained. `configs` names the configurations that it was trained with, in order; more
-    than one if it was resumed with other options.
-
+    results by class, the patch's digest, the images that the task was trained on, by split, when, where and with which
+    versions the task was trained, and what it has cost. `configs` names the configurations that it was trained with,
+    in order; more than one if it was resumed with other options.
     """
 
     task: TaskResult
@@ -76,6 +76,7 @@ class Record(TypedDict):
     wall_seconds: float
     images: NotRequired[dict[str, SplitImages]]
     origin: NotRequired[Origin]
+    cost: NotRequired[Cost]
     configs: NotRequired[list[str]]
 
 
@@ -182,7 +183,7 @@ class RunFolder:
     """
 
     CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
-    MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
+    MIMICRY, IMAGENET, ANALYSIS, ROBUSTNESS = "mimicry.json", "imagenet.json", "analysis.json", "robustness.json"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

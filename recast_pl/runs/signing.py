@@ -1,6 +1,7 @@
 """Makes the signatures of the trained tasks of a run, from their images."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lightning import Trainer
 
@@ -41,7 +42,8 @@ def sign_run(module: TILModule, data: SequentialTaskDataModule, folder: RunFolde
         module.begin_task(name, data.classes)
         if patch.base != module.base:
             raise PatchError(f"{files.patch} is of base {patch.base[:12]}…, the run has {module.base[:12]}…")
-        module.sign(*(split_features(module, data, split, evaluator) for split in ("train", "val"))).save(
-            files.signature
-        )
+        signature = module.sign(*(split_features(module, data, split, evaluator) for split in ("train", "val")))
+        module.activate(patch)
+        confidence = split_features(module, data, "val", evaluator).confidence(module.current()[1])
+        replace(signature, confidence=confidence).save(files.signature)
         yield name

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol, cast
+from typing import cast
 
 from lightning import seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -19,6 +19,7 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, read_json, sealed_json, sha256, write_atomic
+from recast_pl.learning.cost import Budget
 from recast_pl.learning.patch import BITS, Precision, SharedState, TaskPatch
 from recast_pl.learning.quantization import Moments
 from recast_pl.learning.til_module import TILModule
@@ -45,24 +46,13 @@ from recast_pl.runs.folder import (
     Validation,
     config_name,
 )
+from recast_pl.runs.forecast import Forecast
 from recast_pl.runs.images import check_images
 from recast_pl.runs.origin import origin
 from recast_pl.runs.pace import Pace
+from recast_pl.runs.presentation import Presentation
 from recast_pl.runs.reservation import reserved
 from recast_pl.terminal import open_console
-
-
-class Presentation(Protocol):
-    """Shows the results of a stream; called on the main process only."""
-
-    def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
-        """Writes pictures of the results of one task, when it is trained; NAME is that of its files."""
-
-    def write(self, folder: RunFolder, summary: Summary) -> None:
-        """Writes tables and pictures of all results, before `summary.json` is written."""
-
-    def show(self, summary: Summary) -> None:
-        """Shows the results once all tasks are trained."""
 
 
 class Stream:
@@ -84,6 +74,7 @@ class Stream:
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
         precision: How patches are stored; `int8` and `int4` for compact ones. Accuracies are those of stored patches.
         class_evaluation: Measures how images are classified among the classes of all tasks; None for not at all.
+        budget: What each task may cost; None for no limit.
     """
 
     def __init__(
@@ -98,12 +89,14 @@ class Stream:
         presentation: Presentation | None = None,
         precision: Precision = "fp32",
         class_evaluation: ClassEvaluation | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._trial = None if trainers.keeps else TemporaryDirectory()  # removed with this object
         self.folder = RunFolder(run_dir if self._trial is None else self._trial.name)
         self.module, self.data, self.trainers, self.seed = module, data, trainers, seed
         self.config, self.console, self.presentation = config, console or open_console(), presentation
         self.precision, self.evaluator = precision, trainers.for_evaluation()
+        self.forecast = Forecast(data, self.console, budget or Budget(), precision)
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self._names = [task.name for task in data.tasks]
@@ -168,7 +161,9 @@ class Stream:
         self.data.prepare_data()
         self._build(beside_others=bool(only))
         self._read_finished(wanted)
-        return [self._names[index] for index in wanted if index not in self.records]
+        waiting = [self._names[index] for index in wanted if index not in self.records]
+        self.forecast.expect(waiting)
+        return waiting
 
     def merge(self) -> None:
         """Makes the results of all finished tasks, whichever process trained them. Call `begin` before."""
@@ -256,7 +251,7 @@ class Stream:
         checkpoint, timer = self._checkpoint(files), TrainingTime()
         self._note_config(files, checkpoint)
         best = BestEpoch()
-        keeping = [best, timer, LastEpoch(files.checkpoints)]
+        keeping = [best, timer, self.forecast.watch(name), LastEpoch(files.checkpoints)]
         watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
         trainer = self.trainers.for_training(self.folder.path, files.name, [*keeping, *watching])
         with lightning_errors():
@@ -294,6 +289,7 @@ class Stream:
         patch = replace(patch, metrics={"accuracy": accuracies[patch.task], **probes})
         classes = class_results(patch.classes, self.module.test_pairs.numpy())  # of this task, which was tested last
         self.data.select(index)
+        self.module.sign_confidence()
         content, sizes = patch.to_bytes(), self.data.sizes
         result = TaskResult(
             name=patch.task,
@@ -322,6 +318,7 @@ class Stream:
             wall_seconds=round(time.monotonic() - self._started, 2),
             images=self.data.image_record,
             origin=origin(self.evaluator.strategy.root_device),
+            cost=self.forecast.record(),
         )
         if self.config is not None:
             self.records[index]["configs"] = self._configs

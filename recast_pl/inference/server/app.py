@@ -22,6 +22,7 @@ from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.inference.prediction import Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.batching import Batcher
+from recast_pl.inference.server.drift import Drift, DriftMonitor
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, RequestMetrics
 from recast_pl.inference.server.request_filter import LOCAL_HOSTS, RequestFilter, error_response
@@ -32,7 +33,7 @@ from recast_pl.rules import ANY_TASK, NO_TASK
 
 Field = TypeVar("Field", str, UploadFile)
 
-_PATHS = ("/", "/predict", "/tasks", "/health", "/metrics")
+_PATHS = ("/", "/predict", "/tasks", "/drift", "/health", "/metrics")
 
 _PAGE = Path(__file__).with_name("page.html")
 
@@ -67,7 +68,8 @@ def create_app(
         hosts: Host names that requests may be addressed to; `*` allows all.
 
     Returns:
-        The application: `POST /predict`, `GET` and `POST /tasks`, `GET /health` and `/metrics`, and a web page at `/`.
+        The application: `POST /predict`, `GET` and `POST /tasks`, `GET /drift`, `/health` and `/metrics`, and a web
+        page at `/`.
     """
     service = _Service(predictor, limits or Limits(), token)
     _allow_pixels(service.limits.max_pixels)
@@ -97,6 +99,8 @@ class _Service:
         self.batcher = Batcher(predictor, limits, self.counts.batches.observe)
         self.counts.waiting.set_function(lambda: self.batcher.waiting)
         self.counts.tasks.set_function(lambda: len(predictor.tasks))
+        self._drift = DriftMonitor(predictor)
+        self.counts.add(self._drift)
 
     async def page(self) -> Response:
         """The web page."""
@@ -124,6 +128,7 @@ class _Service:
             raise HTTPException(504, reason) from cause
         if isinstance(prediction, RoutedPrediction):
             self.counts.routed.labels("refused" if prediction.task == NO_TASK else "found").inc()
+        self._drift.observe(prediction)
         return prediction
 
     async def tasks(self) -> list[Task]:
@@ -150,7 +155,11 @@ class _Service:
 
     async def metrics(self) -> Response:
         """The metrics."""
-        return Response(self.counts.text(), media_type=CONTENT_TYPE)
+        return Response(await run_in_threadpool(self.counts.text), media_type=CONTENT_TYPE)
+
+    async def drift(self) -> list[Drift]:
+        """How far the recent images of each task are from its validation images, once there were 50."""
+        return await run_in_threadpool(self._drift.measure)
 
     def _check_token(self, request: Request) -> None:
         if self._token is None:
@@ -173,13 +182,15 @@ class _Service:
                     (folder / "signature").write_bytes(signature_content)
                     signature = Signature.load(folder / "signature")
                 self._predictor.add_patch(patch, signature)
+                self._drift.forget(patch.task)
             except PatchError as error:
                 raise HTTPException(422, str(error).replace(f"{folder}{os.sep}", "the ")) from error
         return Task(patch.task, patch.classes)
 
 
 def _add_routes(app: FastAPI, service: _Service) -> None:
-    gets = {"/": service.page, "/tasks": service.tasks, "/health": service.health, "/metrics": service.metrics}
+    gets = {"/": service.page, "/tasks": service.tasks, "/drift": service.drift}
+    gets |= {"/health": service.health, "/metrics": service.metrics}
     for path, handler in gets.items():
         app.add_api_route(path, handler, include_in_schema=path != "/", responses=failures())
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,6 +30,10 @@ class Metrics:
         )
         self.waiting = Gauge("recast_pl_waiting_images", "Images that wait for a label.", registry=self._registry)
         self.tasks = Gauge("recast_pl_tasks", "Tasks that are served.", registry=self._registry)
+
+    def add(self, collector: Collector) -> None:
+        """Adds metrics that are made when they are read."""
+        self._registry.register(collector)
 
     def text(self) -> bytes:
         """All metrics."""

@@ -1,0 +1,185 @@
+"""What a task costs: predicted from its first steps, measured, and kept within a budget.
+
+    seconds = setup + epochs · (steps · step + validation) + f · (images that are read after training)
+
+The setup (features of all images, and the probe) is over when training starts, so it is measured, and so is a step. f
+is the time that the network needs for an image, of one batch. A validation is measured once there was one; before that,
+it is f for each image that it reads and, if the head is solved again, the time that the probe took.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from recast_pl.errors import RunError
+
+_STEPS = 4  # after which the cost is predicted; the first is slower than the others and does not count
+
+_RECENT = 10  # steps that count for the time of a step, about
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each task may cost.
+
+    Args:
+        seconds: From when the task begins until it is tested. Training stops in time to validate and test, and what was
+            best so far is kept; the schedule of learning rates stays that of all epochs. None for no limit.
+
+    Raises:
+        RunError: If the seconds are not above 0.
+    """
+
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not self.seconds > 0:
+            raise RunError(f"budget.seconds={self.seconds} must be above 0, or null for no limit")
+
+
+class TaskCost(Callback):
+    """Measures a task while it is trained, predicts what it costs, and stops it within its budget.
+
+    What a method does after training (such as the Fisher matrix of `EWC`) and tests of earlier tasks are not predicted.
+
+    Args:
+        budget: What the task may cost.
+        tell: Called once, when the cost can be predicted.
+        reads: The splits that are read after training.
+        later: How many tasks come later, and how many times the cost of this one they probably have together.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        tell: Callable[["TaskCost"], None] = lambda _: None,
+        reads: Sequence[str] = ("test", "val"),
+        later: tuple[int, float] = (0, 0.0),
+    ) -> None:
+        self.budget, self._tell, self._reads, self._later = budget, tell, reads, later
+        self.predicted: float | None = None
+        """The seconds of the whole task, as its first steps predicted them."""
+        self.trainer: Any = None
+        self._began = self._since = time.monotonic()
+        self._steps = 0
+        self._image = self._step = self._solving = 0.0
+        self._validation: float | None = None
+
+    @property
+    def spent(self) -> float:
+        """The seconds so far, over all sessions of the task."""
+        return time.monotonic() - self._began
+
+    @property
+    def left(self) -> float | None:
+        """The seconds that are probably left; None if nothing is known yet, or nothing ends the training."""
+        if self._steps < _STEPS:
+            return None
+        trainer, limit = self.trainer, self.budget.seconds
+        steps = trainer.estimated_stepping_batches - trainer.global_step
+        epoch = trainer.num_training_batches * self._step + self._validating
+        left = steps * trainer.accumulate_grad_batches / trainer.num_training_batches * epoch + self._ending
+        left = min(left, float("inf") if limit is None else max(0.0, limit - self.spent))
+        return None if left == float("inf") else float(left)
+
+    @property
+    def stream_left(self) -> float | None:
+        """The seconds that are probably left of this task and the later ones; None if nothing is known yet."""
+        if (left := self.left) is None:
+            return None
+        count, times = self._later
+        later = times * (self.spent + left)
+        return left + (later if self.budget.seconds is None else min(later, count * self.budget.seconds))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts to measure the setup."""
+        self.trainer, self._since = trainer, time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measures the network on one batch; stops, or refuses, a task whose budget is spent before its first step."""
+        setup, sizes, start = time.monotonic() - self._since, self._sizes, time.monotonic()
+        with torch.no_grad(), pl_module.merged():
+            images, _ = next(iter(pl_module.batches("val")))
+            pl_module.current()[0](images)
+        self._image = (time.monotonic() - start) / len(images)
+        if pl_module.head_kind != "sgd":
+            probe = max(0.0, setup - self._image * sum(sizes.values()))
+            self._solving = probe + self._image * sizes["train"]
+        if self._stops(0.0) and pl_module.probes.start is None:
+            raise RunError(
+                f"budget.seconds={self.budget.seconds} of task {pl_module.task_name!r} are too few: {self.spent:.1f} "
+                "are spent before its first step; set more, or use a solved head, such as --model.head logistic"
+            )
+        self._since = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Leaves what is between epochs out of the steps."""
+        self._since = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measures a step, and stops if the next one would exceed the budget."""
+        now, before = time.monotonic(), self._since
+        self._since, self._steps = now, self._steps + 1
+        share = 1 / min(_RECENT, max(1, self._steps - 1))
+        self._step += share * (now - before - self._step)
+        if self._steps == _STEPS and self.predicted is None and (left := self.left) is not None:
+            self.predicted = self.spent + left
+            self._tell(self)
+        self._stops(self._step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts to measure a validation."""
+        self._since = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measures a validation."""
+        self._validation = time.monotonic() - self._since
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        return {"spent": self.spent, "predicted": self.predicted, "validation": self._validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Counts what earlier sessions have spent."""
+        self._began -= state_dict["spent"]
+        self.predicted, self._validation = state_dict["predicted"], state_dict["validation"]
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        sizes: dict[str, int] = self.trainer.datamodule.sizes
+        return sizes
+
+    @property
+    def _validating(self) -> float:
+        return self._image * self._sizes["val"] + self._solving if self._validation is None else self._validation
+
+    @property
+    def _ending(self) -> float:
+        return self._image * sum(self._sizes[split] for split in self._reads)
+
+    def _stops(self, step: float) -> bool:
+        """Stops the training, on all processes, if a step of these seconds would leave too few for what follows."""
+        limit = self.budget.seconds
+        if limit is None:
+            return False
+        spent = self.spent + step + self._validating + self._ending > limit
+        if stops := bool(self.trainer.strategy.reduce_boolean_decision(spent, all=False)):
+            self.trainer.should_stop = True
+        return stops
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of the device, or of this process on a processor, so far; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):
+        import resource  # noqa: PLC0415 Windows has none
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
