@@ -76,9 +76,10 @@ def test_all_commands_run_in_the_order_of_the_pages(folder):
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
     assert summary["average_accuracy"] > 75  # 85.98 on the machine of the README
-    short, full, routed = python_blocks("recast_pl.load(")
+    short, full, old, routed = python_blocks("recast_pl.load(")
     assert run(["-c", short], folder).startswith("flags ")
     assert run(["-c", routed], folder).startswith("signs ")
+    assert len(ast.literal_eval(run(["-c", old], folder))) == 4  # before classes were added to the task
     tasks, label, labels = run(["-c", full], folder).splitlines()
     assert "['signs', 'people']" in tasks
     assert "flags" in label  # the probability of each class, by name
@@ -146,7 +147,7 @@ def test_the_pages_name_files_of_the_code_that_exist():
 
 
 def test_the_documentation_names_every_config():
-    assert len(COMMANDS) == 29
+    assert len(COMMANDS) == 33
     for folder in (".", "methods", "options", "sweeps", "board"):
         for config in (ROOT / "configs" / folder).glob("*.yaml"):
             assert f"`{config.name}`" in TEXT

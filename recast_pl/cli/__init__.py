@@ -11,6 +11,7 @@ from recast_pl.errors import RecastError
 
 COMMANDS = {
     "fit": "Train a stream of tasks, or fit templates by gradient.",
+    "relearn": "Learn a task of a run again, and keep the better version.",
     "test": "Evaluate every trained task of a run again.",
     "predict": "Classify images with a trained task.",
     "export": "Export a trained task as a plain model: safetensors, ONNX or torch.export.",

@@ -6,7 +6,7 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +19,8 @@ from rich.console import Console
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
-from recast_pl.config.files import PRECISION_KEY
-from recast_pl.config.paths import locate_data, locate_paths
+from recast_pl.config.files import PRECISION_KEY, with_resumed_config, with_run_config
+from recast_pl.config.paths import add_images, locate_data, locate_paths, recorded_path
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
@@ -30,6 +30,7 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.mimicry import fit_mimicry
+from recast_pl.runs.relearning import Request
 from recast_pl.runs.reservation import make_folder, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.studies.engines import ONE_DEVICE, Engine, run_units
@@ -48,19 +49,45 @@ def declare(parser: LightningArgumentParser) -> None:
     parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Tasks to train now (default: all).")
     parser.add_argument("--engine", type=Engine | None, help="Where to train the tasks, each on one device.")
+    extend = "Task of the run in --run_dir that gets more images and classes, as a new version."
+    parser.add_argument("--extend", type=str | None, help=extend)
+    path = "With --extend: folder or manifest of the images to add; classes that are new come after the old ones."
+    parser.add_argument("--path", type=str | None, help=path)
+    refine = "With --extend: train what the task has learnt further (default: only its head is found again)."
+    parser.add_argument("--refine", type=bool, nargs="?", const=True, default=False, help=refine)
     declare_run(parser)
+
+
+def completed(words: Sequence[str]) -> list[str]:
+    """Adds the configuration of a run that is resumed, or whose task is extended."""
+    extends = "--extend" in [word.partition("=")[0] for word in words]
+    return with_run_config(words) if extends else with_resumed_config(words)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> int:
     """Trains the stream of tasks, or fits templates by gradient if the model is a `MimicryModule`."""
+    if config.extend is not None or config.path is not None:
+        return _extend(parser, config)
     run_dir = _run_dir(config)
     alone = is_main_process() and not config.only  # others share the folder on purpose
     with writing(run_dir), reserved(run_dir) if alone else nullcontext():
         return _fit(parser, config, run_dir)
 
 
+def _extend(parser: LightningArgumentParser, config: Namespace) -> int:
+    """Adds images and classes to a task of a run."""
+    from recast_pl.cli.relearn import make_version  # noqa: PLC0415, which imports this module
+
+    if config.extend is None or config.path is None:
+        raise RunError("--extend TASK and --path FOLDER go together; give both, with the --run_dir of the task")
+    if config.only or config.engine is not None:
+        raise RunError("--extend makes a new version of one task in this process; leave out --only and --engine")
+    path = recorded_path(RunFolder(config.run_dir), config.path)
+    return make_version(parser, config, Request(config.extend, "new", path, continues=True, refine=config.refine))
+
+
 def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> int:
-    with _explained_failures():
+    with explained_failures():
         text = config_text(parser, config)
     if is_main_process():
         if not config.resume:
@@ -73,8 +100,9 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
     locate_paths(config.model, folders)
     locate_data(config.data, folders)
     seed_everything(config.seed_everything, verbose=False)
-    with _explained_failures():
+    with explained_failures():
         init = parser.instantiate(config)
+    add_images(init.data, RunFolder(run_dir))
     console = open_console()
 
     if isinstance(init.model, MimicryModule):
@@ -92,7 +120,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
 
 
 @contextmanager
-def _explained_failures() -> Iterator[None]:
+def explained_failures() -> Iterator[None]:
     """A context in which a class that refuses its arguments is an error of one line."""
     try:
         yield

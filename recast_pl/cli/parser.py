@@ -1,11 +1,14 @@
-"""Runs one command. Each command is a module with `declare(parser)`, its options, and `run(parser, config)`."""
+"""Runs one command. Each command is a module with `declare(parser)`, its options, and `run(parser, config)`.
+
+It may also have `completed(words)`, which adds to its command line what a run folder says.
+"""
 
 import importlib
 import logging
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -33,8 +36,9 @@ def run(argv: Sequence[str]) -> int:
     _quieten_libraries()
     name, *words = argv
     parser = command_parser(name)
+    completed: Callable[[Sequence[str]], list[str]] = getattr(_command(name), "completed", with_resumed_config)
     try:
-        config = parse_options(parser, with_resumed_config(words))
+        config = parse_options(parser, completed(words))
     except ArgumentError as error:
         remedies = [remedy for class_name, remedy in _REMEDIES.items() if class_name in str(error)]
         if remedies:

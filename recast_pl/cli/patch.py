@@ -32,8 +32,9 @@ def declare(parser: ArgumentParser) -> None:
         ("quantize", "Write a patch in half precision, or compactly."),
     ):
         action = ArgumentParser(description=text, **STRICT)
-        count = {"diff": 2, "quantize": 1}.get(name, "+")
-        action.add_argument("files", type=str, nargs=count, help="Patch files.")
+        count = {"diff": 2, "quantize": 1, "verify": "*"}.get(name, "+")
+        none = " (default: all versions of all tasks of the run)" if name == "verify" else ""
+        action.add_argument("files", type=str, nargs=count, help=f"Patch files{none}.")
         if name in ("verify", "quantize"):
             use = "that the patches must fit" if name == "verify" else "to measure the accuracy (default: not measured)"
             action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
@@ -92,7 +93,7 @@ def _diff(paths: list[Path], options: Namespace) -> None:
 
 def _verify(paths: list[Path], options: Namespace) -> None:
     init = None if options.run_dir is None else opened(options)[1]
-    for path in paths:
+    for path in paths or _all_versions(options.run_dir):
         patch = TaskPatch.load(path)
         if init is not None:
             try:
@@ -102,6 +103,19 @@ def _verify(paths: list[Path], options: Namespace) -> None:
                 raise PatchError(f"{path}: {cause}") from cause
         fits = "" if init is None else f", and fits {options.run_dir}"
         open_console().print(f"{path}: intact{fits}", soft_wrap=True)
+
+
+def _all_versions(run_dir: str | None) -> list[Path]:
+    """The patches of all tasks of a run in all versions, each as its record describes it."""
+    if run_dir is None:
+        raise PatchError("no patch is named; give files, or the --run_dir whose patches are verified")
+    folder = RunFolder(run_dir)
+    found = [files for present in folder.trained() for files in folder.versions(present).values()]
+    for files in found:
+        files.load()
+        if files.signature.is_file():
+            files.load_signature()
+    return [files.patch for files in found]
 
 
 def _average(paths: list[Path], options: Namespace) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recast_pl.cli.options import chosen_device, declare_device, declare_trust
 from recast_pl.data.datamodule import BadImagePolicy
-from recast_pl.errors import DataError
+from recast_pl.errors import DataError, RunError
 from recast_pl.files import STANDARD_OUTPUT, is_standard_output, write_atomic
 from recast_pl.inference.files import classify_files, find_files, read_names
 from recast_pl.inference.prediction import REFUSE, Prediction, RoutedPrediction
@@ -36,6 +36,8 @@ def declare(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--run_dir", type=str, required=True, help="Folder of a run.")
     parser.add_argument("--task", type=str | None, help="Name of a trained task; auto to find that of each image.")
+    at = "Version of the task, by number (default: the present one)."
+    parser.add_argument("--at", type=PositiveInt | None, help=at)
     parser.add_argument("--patch", type=str | None, help="Or a patch file, as 'patch average' and 'quantize' write.")
     images = "Image files, folders (searched at any depth), and patterns such as 'photos/**/*.jpg'."
     parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
@@ -59,6 +61,8 @@ def declare(parser: ArgumentParser) -> None:
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Writes the most probable classes of each image; returns 3 if some images cannot be read."""
     check_choice(RunFolder(config.run_dir), config.task, config.patch)
+    if config.at is not None and config.task in (None, ANY_TASK):
+        raise RunError(f"--at {config.at} is a version of one task; add --task NAME, or leave out --at")
     names = [*config.images, *(read_names(config.list) if config.list else [])]
     if not names:
         raise DataError("no image is named; add --images FILE or FOLDER, or --list FILE")
@@ -82,7 +86,8 @@ def _load(config: Namespace) -> tuple[Predictor, str | None]:
         _ = model.router  # so that a missing signature is found before any image is read
         return model, None
     first = [task or next(iter(RunFolder(config.run_dir).finished()))]
-    model = load(config.run_dir, device=chosen_device(config), tasks=first, trust=config.trust)
+    at = {} if config.at is None else {task: config.at}
+    model = load(config.run_dir, device=chosen_device(config), tasks=first, trust=config.trust, at=at)
     if config.patch is not None:
         patch = TaskPatch.load(config.patch)
         if patch.task in model.tasks:  # the file may be an averaged or quantized version

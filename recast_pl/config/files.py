@@ -77,6 +77,25 @@ def with_resumed_config(words: Sequence[str]) -> list[str]:
     return ["--config", str(folder.config), *words]
 
 
+def with_run_config(words: Sequence[str]) -> list[str]:
+    """Puts the run's own config.yaml before the options of a command that changes a task of the run in `--run_dir`.
+
+    Raises:
+        RunError: If the folder is missing or holds no run, or the config.yaml is damaged.
+    """
+    parts = [part for word in words for part in word.split("=", 1)]
+    given = dict(itertools.pairwise(parts))
+    if {"--help", "-h"} & set(parts):
+        return list(words)
+    if "--run_dir" not in given:
+        raise RunError("the folder of the run is missing; add --run_dir DIR")
+    folder = RunFolder(given["--run_dir"])
+    if not folder.config.is_file():
+        raise RunError(f"{no_run(folder)}; give the folder of a run")
+    read_run_config(folder.config)
+    return ["--config", str(folder.config), *words]
+
+
 def _resumes(parts: Sequence[str]) -> bool:
     """Whether the parts of a command line ask to resume, in any spelling that the option itself takes."""
     if "--resume" not in parts:

@@ -9,6 +9,8 @@ from jsonargparse import Namespace
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import DataError, RunError
+from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.versions import added_images
 
 _PATHS = ("weights", "decomposition", "path", "root")  # the options that take a path
 
@@ -60,6 +62,29 @@ def move_images(data: dict[str, Any], root: str) -> None:
             path, folder = Path(task["path"]), Path(root).expanduser()
             whole = folder / path
             task["path"] = str(whole if not path.is_absolute() and whole.exists() else folder / path.name)
+
+
+def add_images(data: SequentialTaskDataModule, folder: RunFolder, root: str | None = None) -> None:
+    """Adds the images that tasks of a run were extended with, as their records name them.
+
+    Args:
+        data: The run's tasks.
+        folder: The run folder.
+        root: Folder that the images were moved to; None if they were not.
+    """
+    for task, paths in added_images(folder).items():
+        entries: dict[str, Any] = {"tasks": [{"path": path} for path in paths]}
+        if root is not None:
+            move_images(entries, root)
+        locate_paths(entries, folder.start_folders())
+        data.add_images(task, [entry["path"] for entry in entries["tasks"]])
+
+
+def recorded_path(folder: RunFolder, path: str) -> str:
+    """A path as a record of a run names it: relative to the folder that the run was started in, or else in full."""
+    place = Path(path).expanduser()
+    from_start = [start for start in folder.start_folders() if (start / place).resolve() == place.resolve()]
+    return str(place if from_start else place.resolve())
 
 
 def check_images(data: SequentialTaskDataModule) -> None:

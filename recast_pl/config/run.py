@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.config.files import BUDGET_KEY, EVALUATION_KEYS, PRECISION_KEY, RUN_KEYS, no_run, read_run_config
-from recast_pl.config.paths import check_weights, locate_data, locate_paths, move_images
+from recast_pl.config.paths import add_images, check_weights, locate_data, locate_paths, move_images
 from recast_pl.config.text import MODE
 from recast_pl.config.trust import check_trusted
 from recast_pl.data.datamodule import SequentialTaskDataModule
@@ -101,7 +101,9 @@ def read_run(
         declare_run(parser)
         config = parser.parse_object(content)  # not a path, for which the parser changes the working folder
         seed_everything(config.seed_everything, verbose=False)
-        return run.path, parser.instantiate(config)
+        init = parser.instantiate(config)
+    add_images(init.data, run, data_root)
+    return run.path, init
 
 
 def open_run(

@@ -1,7 +1,7 @@
 """The stream of tasks as a LightningDataModule."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,13 @@ from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, d
 from recast_pl.data.changes import SplitImages, describe_images, find_changes
 from recast_pl.data.datasets import ImageSource
 from recast_pl.data.imbalance import Imbalance
+from recast_pl.data.joining import join_sources, join_splits
 from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.sources import dataset_name, open_source, prepare_source
 from recast_pl.data.tasks import (
     SPLITS,
     SplitPolicy,
+    Splits,
     TaskConfig,
     check_names,
     choose_images,
@@ -120,6 +122,8 @@ class SequentialTaskDataModule(LightningDataModule):
         self.imbalance, self.label_noise = imbalance, label_noise
         self.held_out = held_out
         self._opened: dict[str, _TaskImages] = {}
+        self._added: dict[str, list[TaskConfig]] = {}
+        self.order = seed  # of batches and augmentation
         self._current = 0
         self._train_on: TaskSplit | None = None
         self._train_images = 0
@@ -128,6 +132,18 @@ class SequentialTaskDataModule(LightningDataModule):
     def select(self, index: int) -> None:
         """Makes the task at a position of the stream the current one."""
         self._current, self._train_on = index, None
+
+    def add_images(self, task: str, paths: Sequence[str]) -> None:
+        """Adds images to a task. Its old images keep their splits and labels; new classes come after the old ones.
+
+        Args:
+            task: Name of the task.
+            paths: Folders or manifests, as `TaskConfig.path` names them, but one class is enough.
+        """
+        (config,) = (config for config in self.tasks if config.name == task)
+        self._added[task] = [replace(config, path=path, dataset=None) for path in paths]
+        self._opened.pop(task, None)
+        self._prepared = False
 
     def train_on(self, images: Tensor, labels: Tensor) -> None:
         """Replaces the training images until a task is selected.
@@ -139,10 +155,14 @@ class SequentialTaskDataModule(LightningDataModule):
         tasks = [self.tasks[task] for task in labels[:, 0].tolist()]
         self._train_on = TaskSplit(images, labels, np.arange(len(images)), tasks, self._images.seed)
 
-    def check(self) -> None:
-        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used."""
+    def check(self, indices: Iterable[int] | None = None) -> None:
+        """Checks the stream as far as possible without downloads; raises DataError if a task cannot be used.
+
+        Args:
+            indices: Positions of the tasks whose images are looked at; None for all.
+        """
         check_names(self.tasks)
-        for task in self.tasks:
+        for task in self._chosen(indices):
             check_transforms(task, self.image_size)
             if task.own_path is not None:
                 self._open(task)
@@ -157,14 +177,25 @@ class SequentialTaskDataModule(LightningDataModule):
         Raises:
             DataError: If images of a task are missing or, unless they are to be skipped, cannot be read.
         """
-        if self._prepared:  # the trainer calls this for each fit and test
-            return
-        self.check()
-        for task in self.tasks:
+        if not self._prepared:  # the trainer calls this for each fit and test
+            self.prepare()
+
+    def prepare(self, indices: Iterable[int] | None = None) -> None:
+        """Does the same as `prepare_data` for the tasks at some positions, the only ones that are used; None for all.
+
+        Raises:
+            DataError: If images of one of these tasks are missing or, unless they are to be skipped, cannot be read.
+        """
+        chosen = None if indices is None else list(indices)
+        self.check(chosen)
+        for task in self._chosen(chosen):
             prepare_source(task, self.root)
-        for task in self.tasks:
+        for task in self._chosen(chosen):
             _ = self._open(task).decoded
         self._prepared = True
+
+    def _chosen(self, indices: Iterable[int] | None) -> list[TaskConfig]:
+        return self.tasks if indices is None else [self.tasks[index] for index in indices]
 
     @property
     def task_name(self) -> str:
@@ -216,7 +247,7 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[RawBatch]:
         """Training images of the current task, augmented, in a new order for each epoch."""
-        seed = self._images.seed
+        seed = derive_seed(self.order, self.task_name)
         loader = self._loader(self._train_on or self._split("train", seed), seed)
         self._train_images = len(loader.dataset)  # type: ignore[arg-type]
         return loader
@@ -274,9 +305,11 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def _open(self, task: TaskConfig) -> "_TaskImages":
         if task.name not in self._opened:
-            source = open_source(task, self.root)
-            source.images.max_pixels = self.max_pixels
-            self._opened[task.name] = _TaskImages(task, source, self)
+            added = (open_source(more, self.root, least=1) for more in self._added.get(task.name, ()))
+            sources = [open_source(task, self.root), *added]
+            for source in sources:
+                source.images.max_pixels = self.max_pixels
+            self._opened[task.name] = _TaskImages(task, sources, self)
         return self._opened[task.name]
 
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
@@ -312,25 +345,31 @@ class SequentialTaskDataModule(LightningDataModule):
 class _TaskImages:
     """The images of a task: found, split, and decoded when they are first needed."""
 
-    def __init__(self, task: TaskConfig, source: ImageSource, data: SequentialTaskDataModule) -> None:
-        self.task, self.source, self.data = task, source, data
+    def __init__(self, task: TaskConfig, sources: Sequence[ImageSource], data: SequentialTaskDataModule) -> None:
+        self.task, self.source, self.data = task, join_sources(sources), data
         self.seed = derive_seed(data.seed, task.name)
-        for note in source.notes:
+        for note in self.source.notes:
             rank_zero_warn(f"task {task.name!r}: {note}")
-        chosen = choose_images(source.names, task.images, self.seed)
+        counts = [task.images, *(None for _ in sources[1:])]  # of added images, all are used
+        parts = [self._divided(source, count) for source, count in zip(sources, counts, strict=True)]
+        self.splits = join_splits(parts, [len(source.labels) for source in sources])
+        self._check_splits("give each class at least 3 images, or images for every split")
+        if data.imbalance is not None:
+            self.splits = data.imbalance.thinned(self.source, self.splits, self.seed)
+        self._right_labels = self.source.labels
+        if data.label_noise is not None:
+            self.source = data.label_noise.applied(self.source, self.splits, self.seed)
+
+    def _divided(self, source: ImageSource, count: int | None) -> Splits:
+        """The splits of so many images of a source; None for all."""
+        chosen = choose_images(source.names, count, self.seed)
         labels, names = source.labels[chosen], [source.names[index] for index in chosen]
         given = [source.splits[index] for index in chosen]
         try:
-            splits = split_images(labels, given, names, self.seed, data.split, data.held_out)
+            splits = split_images(labels, given, names, self.seed, self.data.split, self.data.held_out)
         except DataError as error:
-            raise DataError(f"task {task.name!r}: {error}") from error
-        self.splits = {name: chosen[indices] for name, indices in splits.items()}
-        self._check_splits("give each class at least 3 images, or images for every split")
-        if data.imbalance is not None:
-            self.splits = data.imbalance.thinned(source, self.splits, self.seed)
-        if data.label_noise is not None:
-            self.source = data.label_noise.applied(source, self.splits, self.seed)
-        self._right_labels = source.labels
+            raise DataError(f"task {self.task.name!r}: {error}") from error
+        return {name: chosen[indices] for name, indices in splits.items()}
 
     @cached_property
     def decoded(self) -> DecodedImages:

@@ -60,7 +60,12 @@ class LabelledFile(NamedTuple):
 
 
 def make_source(
-    kind: str, path: Path, files: Sequence[LabelledFile], empty: Iterable[str] = (), notes: Sequence[str] = ()
+    kind: str,
+    path: Path,
+    files: Sequence[LabelledFile],
+    empty: Iterable[str] = (),
+    notes: Sequence[str] = (),
+    least: int = 2,
 ) -> ImageSource:
     """Numbers the classes of images.
 
@@ -70,17 +75,18 @@ def make_source(
         files: The images. Spellings of a class that differ only in spaces around it, or in Unicode, count as one.
         empty: Further classes, which may have no image.
         notes: As in `ImageSource`.
+        least: Classes that it must have: 1 if the images are added to those of a task.
 
     Raises:
-        DataError: If there are fewer than two classes, or one without a training image.
+        DataError: If there are fewer classes, or one without a training image.
     """
     spellings = defaultdict(set)
     for label in (*empty, *(file.label for file in files)):
         spellings[normal_text(label)].add(label)
     classes = sorted(spellings)
-    if len(classes) < 2:
+    if len(classes) < least:
         remedy = f"arrange images as {LAYOUTS}" if kind == "folder" else "list images with other labels"
-        raise DataError(f"{kind} {str(path)!r} has {len(classes)} classes and needs at least 2; {remedy}")
+        raise DataError(f"{kind} {str(path)!r} has {len(classes)} classes and needs at least {least}; {remedy}")
     index = {spelling: label for label, name in enumerate(classes) for spelling in spellings[name]}
     _check_trained(kind, path, classes, {normal_text(file.label) for file in files if file.split in ("", "train")})
     return ImageSource(

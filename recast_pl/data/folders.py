@@ -19,7 +19,7 @@ class _File(NamedTuple):
     name: str
 
 
-def open_folder(root: Path, classes: ClassFolders = "top") -> ImageSource:
+def open_folder(root: Path, classes: ClassFolders = "top", least: int = 2) -> ImageSource:
     """Finds images in `CLASS/IMAGE`, or in `train|val|test/CLASS/IMAGE`.
 
     Images may lie at any depth below their class folder, and links to folders are followed. Folders are splits if all
@@ -30,6 +30,7 @@ def open_folder(root: Path, classes: ClassFolders = "top") -> ImageSource:
     Args:
         root: The folder.
         classes: As in `TaskConfig`.
+        least: As in `make_source`.
 
     Raises:
         DataError: If the folder is missing, does not have one of the two layouts, or lacks training images of a class.
@@ -58,7 +59,7 @@ def open_folder(root: Path, classes: ClassFolders = "top") -> ImageSource:
     rows.sort(key=lambda row: (row.label, SPLITS.index(row.split) if row.split else 0))  # stable: by path, then
     parents = [root / name for name in splits] if splits else [root]
     empty = [name for parent in parents for name in _subfolders(parent)] if classes == "top" else []
-    return make_source("folder", root, rows, empty, [*notes, *_left_out(root, files, labelled, depth)])
+    return make_source("folder", root, rows, empty, [*notes, *_left_out(root, files, labelled, depth)], least)
 
 
 def _find_splits(root: Path, images: Iterable[_File]) -> tuple[dict[str, str], list[str]]:

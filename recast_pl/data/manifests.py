@@ -18,12 +18,16 @@ _COLUMNS = ("path", "label", "split")
 _Table = tuple[Sequence[str], Sequence[Mapping[Any, Any]]]  # names of columns, and rows
 
 
-def open_manifest(path: Path) -> ImageSource:
+def open_manifest(path: Path, least: int = 2) -> ImageSource:
     """Finds images that a CSV, TSV or Parquet file lists in the columns `path`, `label` and, optionally, `split`.
 
     Paths are relative to the manifest's folder, or absolute. Classes are the labels, as text, in sorted order. Spaces
     around values do not count. Names of columns and splits are recognised in any case, and splits by the same names
     as for `open_folder`.
+
+    Args:
+        path: The file.
+        least: As in `make_source`.
 
     Raises:
         DataError: If the file cannot be read, a row is wrong, or a class has no training image.
@@ -42,7 +46,7 @@ def open_manifest(path: Path) -> ImageSource:
             "or none"
         )
     _check_repeated(path, rows)
-    return make_source("manifest", path, rows)
+    return make_source("manifest", path, rows, least=least)
 
 
 def _read_row(path: Path, number: int, row: Mapping[Any, Any], columns: Sequence[str | None]) -> LabelledFile:

@@ -20,12 +20,13 @@ from recast_pl.files import exclusive
 _TORCHVISION = "torchvision/"
 
 
-def open_source(task: TaskConfig, root: Path) -> ImageSource:
+def open_source(task: TaskConfig, root: Path, least: int = 2) -> ImageSource:
     """Finds the images of a task, without downloading or decoding any.
 
     Args:
         task: The task.
         root: Folder of data sets known by name.
+        least: Classes that a folder or manifest must have.
 
     Raises:
         DataError: If the images are missing or not arranged as they must be.
@@ -35,7 +36,7 @@ def open_source(task: TaskConfig, root: Path) -> ImageSource:
     if task.classes != "top" and not is_folder:
         raise DataError(f"task {task.name!r} has classes: {task.classes}, which only a folder of images takes")
     if path is not None:
-        return open_folder(path, task.classes) if is_folder else open_manifest(path)
+        return open_folder(path, task.classes, least) if is_folder else open_manifest(path, least)
     name, folder = dataset_name(task), _folder_of(task, root)
     if name.startswith(_TORCHVISION):
         return open_torchvision(name.removeprefix(_TORCHVISION), folder, task.args)

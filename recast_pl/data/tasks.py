@@ -23,6 +23,9 @@ SplitPolicy = Literal["official", "ratio"]
 
 ClassFolders = Literal["top", "leaf"]
 
+Splits = dict[str, NDArray[np.int64]]
+"""Image indices by split, in ascending order."""
+
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ def load(
     device: str | torch.device | None = None,
     tasks: Sequence[str] | None = None,
     trust: bool = False,
+    at: Mapping[str, int] | None = None,
 ) -> "Predictor":
     """Loads the tasks of a run for prediction.
 
@@ -56,27 +57,28 @@ def load(
         tasks: Names of the tasks to read, at least one; None for all.
         trust: Whether the run may use code outside of this package, timm, torchvision and torch, such as your own
             pieces. Only for runs of people you trust: opening one runs that code.
+        at: The version of some tasks, by task; of all others the present one is read.
 
     Returns:
         The predictor with all tasks of the run.
 
     Raises:
-        RunError: If the folder holds no trained task or uses code that is not trusted, there is no such device, or
-            jsonargparse is missing.
+        RunError: If the folder holds no trained task or not a version that is asked for, or uses code that is not
+            trusted, there is no such device, or jsonargparse is missing.
         PatchError: If a patch is damaged, or belongs to another backbone or method.
     """
-    precision = Precision()
-    place = find_device(device) if device is not None or module is None else module.device
+    precision, place = Precision(), find_device(device) if device is not None or module is None else module.device
     # random weights, if the run began with them, are made again; the caller's generators are left alone
     with _lock, _single_precision(), isolate_rng():
         if module is None:
             module, precision = _from_config(run_dir, place, trust)
         folder = RunFolder(run_dir)
-        patches, files = list(folder.load_patches(tasks).values()), folder.finished()
+        files = folder.trained(tasks, at)
+        patches = [one.load()[0] for one in files]
         restore(module, folder, patches[-1].image_size)
     predictor = Predictor(precision.convert_module(module.to(place)), precision)  # type: ignore[arg-type]
-    for patch in patches:
-        predictor._add(patch, files[patch.task].load_signature)
+    for patch, one in zip(patches, files, strict=True):
+        predictor._add(patch, one.load_signature)
     return predictor
 
 
@@ -231,9 +233,8 @@ class Predictor:
         source = task.signature
         if source is None:
             raise RunError(f"task {name!r} was added without its signature; remove it, and add it with its signature")
-        signature = (
-            source if isinstance(source, Signature) else source() if callable(source) else Signature.load(source)
-        )
+        source = source() if callable(source) else source
+        signature = source if isinstance(source, Signature) else Signature.load(source)
         signature.check(self._module.base, task.image_size)
         signature.check_task(name, task.classes)
         return signature

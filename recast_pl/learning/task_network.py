@@ -38,6 +38,8 @@ class TaskNetwork(nn.Module):
         self.head: nn.Linear | None = None
         self.old_heads, self.old_tasks = nn.ModuleList(), list[str]()  # in order, if a piece keeps training them
         self.task_name, self.classes, self.base = "", list[str](), ""
+        self.earlier: TaskPatch | None = None  # the version that the current task continues from
+        self.refine = True  # whether the pieces are trained
 
     @property
     def method(self) -> list[str]:
@@ -48,6 +50,11 @@ class TaskNetwork(nn.Module):
     def isolated(self) -> bool:
         """Whether later tasks leave a trained task unchanged."""
         return all(piece.isolated for piece in self.pieces)
+
+    @property
+    def trained(self) -> Sequence[Piece]:
+        """The pieces that the current task trains."""
+        return self.pieces if self.refine else ()
 
     @property
     def task_parameters(self) -> int:
@@ -84,8 +91,32 @@ class TaskNetwork(nn.Module):
     def begin_task(self, name: str, classes: Sequence[str]) -> None:
         """Starts a task, with its class names in order of label. Call `build` before."""
         self._set_task(name, classes)
+        self.earlier, self.refine = None, True
         for piece in self.pieces:
             piece.begin_task()
+
+    def continue_task(self, patch: TaskPatch, refine: bool) -> None:
+        """Lets the current task continue from an earlier version of it. Call `begin_task` before.
+
+        Its signature and its probe are still those of the network that every task starts from.
+
+        Args:
+            patch: The earlier version; it may have fewer classes.
+            refine: Whether to train the pieces further; if not, the head alone is found.
+
+        Raises:
+            PatchError: If the patch belongs to another base or method.
+        """
+        self.check_patch(patch)
+        self.earlier, self.refine = patch.widened(), refine
+
+    def load_earlier(self) -> bool:
+        """Loads what the pieces of the earlier version have learnt; returns whether there is one."""
+        if self.earlier is None:
+            return False
+        for piece, state in zip(self.pieces, self.earlier.pieces, strict=True):
+            (piece.continue_from if self.refine else piece.load_task_state)(state)
+        return True
 
     def activate(self, patch: TaskPatch) -> None:
         """Makes a trained task, in any precision, the current one. Call `build` before.

@@ -97,6 +97,8 @@ class TILModule(TaskNetwork, LightningModule):
             self.build(data.image_size)
             if self.task_name != data.task_name:
                 self.begin_task(data.task_name, data.classes)
+            if self.trainer.ckpt_path:
+                self.load_earlier()  # a checkpoint fits the shapes of parameters that it gives
 
     def configure_callbacks(self) -> list[Callback]:
         """Generates weights once for each evaluation."""
@@ -106,7 +108,7 @@ class TILModule(TaskNetwork, LightningModule):
         """One parameter group for the heads, and the groups of the pieces, each with its own learning rate."""
         heads = [*self.old_heads.parameters(), *self.current()[1].parameters()]
         groups: list[dict[str, Any]] = [{"params": heads, "name": "head"}]
-        for name, rate, parameters in (group for piece in self.pieces for group in piece.groups()):
+        for name, rate, parameters in (group for piece in self.trained for group in piece.groups()):
             groups.append({"params": parameters, "name": name} | ({} if rate is None else {"lr": rate}))
         optimizer, schedule = self._configure(groups)
         schedules = [] if schedule is None else [{"scheduler": schedule, "monitor": followed_metric(schedule)}]
@@ -146,15 +148,17 @@ class TILModule(TaskNetwork, LightningModule):
             solved = self._start_head()
             for piece in self.pieces:
                 piece.begin_training(solved)
-        if self.head_kind != "sgd" and not self.task_parameters:
+            if self.load_earlier() and self.probes.start is not None:
+                train, val = self.features("train", "val")
+                self._start_from(self.current()[1] if self.head_kind == "sgd" else self._solved(train), val)
+        if self.head_kind != "sgd" and not (self.task_parameters and self.refine):
             self.trainer.should_stop = True  # the head is solved, and nothing else is trained
 
     def _start_head(self) -> nn.Linear:
         """Fits the probes to the features that the task starts from, starts the head, and returns a solved one."""
         train, val, test = self.features("train", "val", "test")
         self.signature = self.sign(train, val) if self.isolated else None
-        head, classes = self.current()[1], len(self.classes)
-        probe = solve_head("logistic", train, classes)
+        probe = solve_head("logistic", train, len(self.classes))
         self.probes = Probes(test.score(probe)[0])
         if self.head_kind == "sgd":
             start = self._budgeted_probe(train, val)
@@ -164,9 +168,12 @@ class TILModule(TaskNetwork, LightningModule):
         else:
             start = self._solved(train)
         if self.head_kind != "sgd" or self.warm_start:
-            head.load_state_dict(start.state_dict())
-            self.probes = replace(self.probes, start=val.score(start))
+            self._start_from(start, val)
         return probe if self.head_kind == "sgd" else start
+
+    def _start_from(self, head: nn.Linear, validation: Features) -> None:
+        self.current()[1].load_state_dict(head.state_dict())
+        self.probes = replace(self.probes, start=validation.score(head))
 
     def sign(self, train: Features, validation: Features) -> Signature:
         """The signature of the current task, from features that it starts from."""
@@ -241,7 +248,7 @@ class TILModule(TaskNetwork, LightningModule):
         loss = self.loss(incoming, labels, tasks)
         share = self._data().share_of_step(batch_idx)
         step = Step(images, labels, features, logits, counts=share > 0)
-        for term in (piece.loss(step) for piece in self.pieces):
+        for term in (piece.loss(step) for piece in self.trained):
             loss = loss if term is None else loss + term
         self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))

@@ -237,6 +237,10 @@ class Piece:
         """
         self._load(state, self.parameters if self.isolated else {})
 
+    def continue_from(self, state: dict[str, Tensor]) -> None:
+        """Loads what `task_state` returned, to train it further; raises as `load_task_state` does."""
+        self.load_task_state(state)
+
     def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor] | None:
         """Splits task states by layer, so that one pass of the network can serve several tasks.
 

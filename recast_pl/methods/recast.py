@@ -99,6 +99,14 @@ class Recast(Piece):
         for parameter, (mean,) in self.unpack({"coefficients": state["coefficients"][None]}).items():
             parameter.data = mean.to(parameter.device, copy=True)  # (1, n)
 
+    @torch.no_grad()
+    def continue_from(self, state: dict[str, Tensor]) -> None:
+        """All sets of coefficients start from their mean, which is what a patch keeps."""
+        sets = {name: len(parameter) for name, parameter in self.parameters.items()}
+        self.load_task_state(state)
+        for name, parameter in self.parameters.items():
+            parameter.data = parameter.repeat(sets[name], 1)  # (K, n)
+
     def unpack(self, states: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
         """The means of T tasks as sets (T, 1, n) of each weight, in single precision whatever the network has."""
         means = states["coefficients"].float().split([p.shape[1] for p in self.parameters.values()], 1)  # each (T, n)

@@ -147,7 +147,8 @@ class RoSA(WeightPiece[Sparse]):
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
-        """Loads indices and values."""
+        """Loads indices and values; training that continues from them keeps the indices."""
+        self.steps = self.warm_up + 1
         counts = [len(sparse.indices) for sparse in self.adaptations.values()]
         check_state("RoSA", state, {"indices": (sum(counts),), "values": (sum(counts),)}, indices=torch.int32)
         parts = zip(state["indices"].split(counts), state["values"].split(counts), strict=True)

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 from uuid import uuid4
@@ -65,7 +65,8 @@ class Record(TypedDict):
     It holds the result, the test accuracies just after training of this task and of those that it has changed, the
     results by class, the patch's digest, the images that the task was trained on, by split, when, where and with which
     versions the task was trained, and what it has cost. `configs` names the configurations that it was trained with,
-    in order; more than one if it was resumed with other options.
+    in order; more than one if it was resumed with other options. `version` is missing in the first version of a task.
+    `added` names the folders and manifests of images that were added to those of the configuration.
     """
 
     task: TaskResult
@@ -78,6 +79,8 @@ class Record(TypedDict):
     origin: NotRequired[Origin]
     cost: NotRequired[Cost]
     configs: NotRequired[list[str]]
+    version: NotRequired[int]
+    added: NotRequired[list[str]]
 
 
 class ClassSummary(TypedDict, total=False):
@@ -120,10 +123,11 @@ class TaskFiles:
     The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared`
     holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `signature` is
     absent if it does not, and in older runs. `checkpoints` is a folder that exists while the task is trained; `configs`
-    in it names the configurations so far. `class_row` is there only with `evaluation: class`.
+    in it names the configurations so far. `class_row` is there only with `evaluation: class`. `change` exists while a
+    new version of the task is made, see `recast_pl.runs.versions`.
 
     Args:
-        run: The run folder.
+        run: The run folder, or the folder in it that holds other versions.
         position: Position of the task in the stream, from 0.
         task: Its name.
     """
@@ -137,6 +141,8 @@ class TaskFiles:
         self.class_row = run / "class_evaluation" / f"{self.name}.json"
         self.checkpoints = run / "checkpoints" / self.name
         self.configs = self.checkpoints / "configs.json"
+        self.change = run / "versions" / f"{self.name}.json"
+        self.run = run
 
     @property
     def patch(self) -> Path:
@@ -268,8 +274,25 @@ class RunFolder:
         return cast(Summary, read_json(self.summary, RunError, **entries))
 
     def files(self, position: int, task: str) -> TaskFiles:
-        """The files of the task at a position of the stream, from 0."""
-        return TaskFiles(self.path, position, task)
+        """The files of the present version of the task at a position of the stream, from 0."""
+        files = TaskFiles(self.path, position, task)
+        if not files.change.is_file():
+            return files
+        change = read_json(files.change, RunError, version=int, taken=bool)
+        return self.version(change["version"], files) if change["taken"] else files
+
+    def version(self, number: int, files: TaskFiles) -> TaskFiles:
+        """The files of a version of a task while it is not the present one, in the folder `versions/NUMBER`."""
+        return TaskFiles(self.path / "versions" / str(number), files.position, files.task)
+
+    def versions(self, present: TaskFiles) -> dict[int, TaskFiles]:
+        """The files of all versions of a finished task, by number, from those of its present one."""
+        main = TaskFiles(self.path, present.position, present.task)
+        making = read_json(main.change, RunError, version=int)["version"] if main.change.is_file() else None
+        numbers = [int(path.name) for path in (self.path / "versions").glob("*") if path.name.isdecimal()]
+        others = {number: self.version(number, main) for number in numbers if number != making}
+        others[present.load_record().get("version", 1)] = present
+        return {number: files for number, files in sorted(others.items()) if files.patch.exists()}
 
     @property
     def is_trained(self) -> bool:
@@ -308,12 +331,30 @@ class RunFolder:
             RunError: If a task, or every task, is not finished.
             PatchError: If a patch is damaged.
         """
-        finished, patches = self.finished(), {}
-        for task in finished if tasks is None else tasks:
-            if task not in finished:
-                raise RunError(f"task {task!r} is not trained in {self.path}; trained are {', '.join(finished)}")
-            patches[task], _ = finished[task].load()
-        return patches
+        return {files.task: files.load()[0] for files in self.trained(tasks)}
+
+    def trained(self, tasks: Iterable[str] | None = None, at: Mapping[str, int] | None = None) -> list[TaskFiles]:
+        """The files of finished tasks.
+
+        Args:
+            tasks: Names of the tasks; None for all, in the order of the stream.
+            at: The version of each of these tasks; those that it does not name are in their present one.
+
+        Raises:
+            RunError: If a task, or every task, is not finished, or has no such version.
+        """
+        finished, at = self.finished(), at or {}
+        wanted = list(finished if tasks is None else tasks)
+        unknown = [task for task in (*wanted, *at) if task not in finished]
+        if unknown:
+            raise RunError(f"task {unknown[0]!r} is not trained in {self.path}; trained are {', '.join(finished)}")
+        return [self._at(finished[task], at[task]) if task in at else finished[task] for task in wanted]
+
+    def _at(self, present: TaskFiles, number: int) -> TaskFiles:
+        versions = self.versions(present)
+        if number not in versions:
+            raise RunError(f"task {present.task!r} has no version {number} in {self.path}; it has {list(versions)}")
+        return versions[number]
 
     def _patches(self) -> Iterable[Path]:
         """The files of patches; hidden ones, such as the `._NAME` of other systems, are none."""

@@ -247,17 +247,20 @@ class Stream:
             position = f"task {index + 1} of {len(self._names)}"
             self.console.print(f"{position}: {name}, {len(self.data.classes)} classes, {self.data.sizes}")
         seed_everything(derive_seed(self.seed, name), verbose=False)
-        self.module.begin_task(name, self.data.classes)
+        self._begin_task()
         checkpoint, timer = self._checkpoint(files), TrainingTime()
         self._note_config(files, checkpoint)
         best = BestEpoch()
         keeping = [best, timer, self.forecast.watch(name), LastEpoch(files.checkpoints)]
         watching = [FiniteLoss(name), LearningRateMonitor(), CoefficientHistograms(), SeedEpochs(self.seed, name)]
-        trainer = self.trainers.for_training(self.folder.path, files.name, [*keeping, *watching])
+        trainer = self.trainers.for_training(files.run, files.name, [*keeping, *watching])
         with lightning_errors():
             trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         kept = best.score if trainer.global_step else self.module.probes.start
         self._finish(index, trainer.current_epoch, timer.seconds, validation(kept))
+
+    def _begin_task(self) -> None:
+        self.module.begin_task(self.data.task_name, self.data.classes)
 
     def _checkpoint(self, files: TaskFiles) -> Path | None:
         """The checkpoint to resume from; None to train from the start, which ends with the same bytes."""
@@ -342,7 +345,7 @@ class Stream:
         if shared is not None:
             shared.save(files.shared)
         if self.presentation:
-            self.presentation.write_task(self.folder, files.name, self.records[index])
+            self.presentation.write_task(RunFolder(files.run), files.name, self.records[index])
         if self.module.signature is not None:
             self.module.signature.save(files.signature)
         write_atomic(files.record, sealed_json(self.records[index]))
