@@ -29,6 +29,10 @@ class RunError(RecastError):
     """A run folder cannot be created, resumed or read."""
 
 
+class BusyError(RunError):
+    """Another process is working in a run folder; it can be tried again later."""
+
+
 class ExportError(RecastError):
     """A trained task cannot be exported in the requested format."""
 

@@ -187,6 +187,10 @@ def test_an_interrupted_board_continues_to_the_same_numbers_and_new_seeds_extend
     assert list(found["runs"]) == ["1", "2"]
     assert [found[key] for key in ("rate", "rates")] == [expected[key] for key in ("rate", "rates")]
     assert [made["seeds"] for made in found["measured"]] == [[1], [2]]
+    for change in ({"rates": [1.0e-3]}, {"methods": METHODS | {"scale": METHODS["lora"]}}):
+        assert main(board(*chosen, "--seeds", "3", **change)) == 2
+        assert "scale.json was measured with other settings; move it away" in capsys.readouterr().err
+    path.write_text(results_text({k: v for k, v in found.items() if k != "settings"}))  # as earlier versions wrote it
     assert main(board(*chosen, "--seeds", "3", rates=[1.0e-3])) == 2
     assert "which is not among the rates" in capsys.readouterr().err
 

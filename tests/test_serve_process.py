@@ -26,6 +26,7 @@ from test_report import CHROMIUM
 from test_serve import jpeg_of_scans, renamed
 
 import recast_pl
+import recast_pl.cli
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 20  # seconds, enough for a request on a busy machine
@@ -54,6 +55,14 @@ def folder(run, tmp_path_factory):  # noqa: F811
 @contextmanager
 def started(folder, *more, prefix=(), **settings):
     """The process and the URL of the documented server, with more options."""
+    shutil.rmtree(folder / "logs" / "mine" / "received", ignore_errors=True)  # what tests before have added
+    with restarted(folder, *more, prefix=prefix, **settings) as server:
+        yield server
+
+
+@contextmanager
+def restarted(folder, *more, prefix=(), **settings):
+    """The same, with the tasks that were added to a server before."""
     (words,) = re.findall(r"python (-m recast_pl serve .*)", START)
     command = [*prefix, sys.executable, *shlex.split(words), "--port", "0", *more]
     environment = os.environ | {"RECAST_PL_TOKEN": TOKEN}
@@ -121,7 +130,27 @@ def test_the_documented_commands(server, folder, run):  # noqa: F811
     assert json.loads(said[3])["status"] == "ok"
     assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[4]
     assert json.loads(said[5]) == {"name": "people", "classes": patches(run)["food"].classes}
-    assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # the added task is kept in memory only
+    assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # the run itself has not changed
+
+
+def tasks_of(url):
+    with urllib.request.urlopen(f"{url}/tasks") as response:
+        return [task["name"] for task in json.loads(response.read())]
+
+
+def test_an_added_task_outlives_a_restart_and_changes_of_the_run_take_effect(folder, tmp_path):
+    mine = tmp_path / "logs" / "mine"
+    shutil.copytree(folder / "logs" / "mine", mine, ignore=shutil.ignore_patterns("received"))
+    (post,) = (line for line in REQUESTS.replace("\\\n", " ").splitlines() if "RECAST_PL_TOKEN" in line)
+    with started(tmp_path) as (_, url):
+        words = shlex.split(post.replace("http://127.0.0.1:8000", url).replace("$RECAST_PL_TOKEN", TOKEN))
+        assert subprocess.run([*words, "-s", "--fail-with-body"], cwd=folder, capture_output=True).returncode == 0
+    with restarted(tmp_path) as (_, url):
+        assert tasks_of(url) == ["food", "signs", "people"]
+        assert recast_pl.cli.main(["remove", "--run_dir", str(mine), "--task", "food"]) == 0
+        assert any(tasks_of(url) == ["signs", "people"] or time.sleep(0.2) for _ in range(100))
+        assert recast_pl.cli.main(["rename", "--run_dir", str(mine), "--task", "signs", "--name", "boards"]) == 0
+        assert any(tasks_of(url) == ["people", "boards"] or time.sleep(0.2) for _ in range(100))
 
 
 def memory(process):

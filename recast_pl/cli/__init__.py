@@ -11,6 +11,12 @@ from recast_pl.errors import RecastError
 
 COMMANDS = {
     "fit": "Train a stream of tasks, or fit templates by gradient.",
+    "add": "Learn one more task into a run.",
+    "watch": "Learn each folder of images that is put into an inbox, as a task of a run.",
+    "list": "List the tasks of a run.",
+    "remove": "Take a task out of a run.",
+    "rename": "Give a task of a run another name.",
+    "merge": "Put the tasks of copies of a run into it.",
     "relearn": "Learn a task of a run again, and keep the better version.",
     "test": "Evaluate every trained task of a run again.",
     "predict": "Classify images with a trained task.",
@@ -41,12 +47,14 @@ def main(args: Sequence[str] | None = None) -> int:
         an error that the user can fix; 3 if `predict` skips images that cannot be read; 130 after Ctrl-C.
     """
     _bound_spinning()
-    argv = list(sys.argv[1:] if args is None else args)
+    argv = [*(sys.argv[1:] if args is None else args)]  # not by list(), which is a command of this package
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if not argv or argv[0] not in COMMANDS:
         return _no_command(argv)
+    if argv[0] == "list":  # which must not wait for the imports below
+        return _list(argv[1:])
     parser = importlib.import_module("recast_pl.cli.parser")
     from jsonargparse import ArgumentError  # noqa: PLC0415
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
@@ -62,6 +70,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # `fit`, `compare` and `serve` end in their own ways
         print("recast_pl: interrupted", file=sys.stderr)
         return 130
+    return status
+
+
+def _list(words: list[str]) -> int:
+    try:
+        status: int = importlib.import_module("recast_pl.cli.list").main(words, COMMANDS["list"])
+    except RecastError as error:
+        return _refuse(error)
     return status
 
 

@@ -77,12 +77,12 @@ def _trials(config: Namespace, output: Path, command: str) -> Iterator[Trial]:
     for stream in dict.fromkeys(config.streams or board.streams):
         entry, runs = board.streams[stream], Path(config.runs) / stream
         for method in [name for name in entry.methods if name in (config.methods or entry.methods)]:
-            if has_results(output, stream, method, seeds):
+            if has_results(output, stream, method, seeds, entry.settings[method]):
                 continue
             base = [*entry.base, *_write(runs / "stream.yaml", entry.config)]
             words = config_words([*base, *_method_configs(entry.methods[method], runs / method)])
             points = _points(fit, words, options, board.rates, runs / method)
-            yield Trial(output, runs / method, stream, method, points, seeds, options, command)
+            yield Trial(output, runs / method, stream, method, points, seeds, options, command, entry.settings[method])
 
 
 def _variables(words: Sequence[str]) -> dict[str, str]:

@@ -96,13 +96,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
         if not config.only:  # otherwise other processes may be writing there
             remove_unfinished(run_dir)
     text = recorded_text(parser, RunFolder(run_dir), text)
-    folders = RunFolder(run_dir).start_folders()
-    locate_paths(config.model, folders)
-    locate_data(config.data, folders)
-    seed_everything(config.seed_everything, verbose=False)
-    with explained_failures():
-        init = parser.instantiate(config)
-    add_images(init.data, RunFolder(run_dir))
+    init = instantiated(parser, config, RunFolder(run_dir))
     console = open_console()
 
     if isinstance(init.model, MimicryModule):
@@ -134,6 +128,30 @@ def explained_failures() -> Iterator[None]:
         raise RunError(f"the options cannot be used: {short_reason(str(error))}") from error
 
 
+def instantiated(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> Namespace:
+    """Makes model, data and trainer, with files that are looked for where the run was started, too."""
+    locate_paths(config.model, folder.model_folders())
+    locate_data(config.data, folder.start_folders())
+    seed_everything(config.seed_everything, verbose=False)
+    with explained_failures():
+        init: Namespace = parser.instantiate(config)
+    add_images(init.data, folder)
+    return init
+
+
+def make_stream(init: Namespace, run_dir: Path, text: str, console: Console) -> Stream:
+    """Makes the stream of a run from its parts; `text` is the content of its config.yaml."""
+    trainers = TrainerFactory(init.trainer)
+    results = StreamResults(console, trainers)
+    if init.get("engine") is not None:
+        trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
+    model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
+    if init.joint and init.evaluation != "class":
+        raise RunError("--joint names classifiers over the classes of all tasks; add --evaluation class")
+    evaluation = RoutedEvaluation(init.joint) if init.evaluation == "class" else None
+    return Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation)
+
+
 def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) -> None:
     if init.engine is not None or init.only:
         raise RunError("MimicryModule does not train tasks; leave out --engine and --only")
@@ -152,15 +170,7 @@ def _fit_templates(init: Namespace, run_dir: Path, text: str, console: Console) 
 
 def _train(init: Namespace, run_dir: Path, text: str, console: Console) -> int:
     """Trains the tasks in this process or on the engine; returns 1 if one of them failed."""
-    trainers = TrainerFactory(init.trainer)
-    results = StreamResults(console, trainers)
-    if init.engine is not None:
-        trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
-    model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]
-    if init.joint and init.evaluation != "class":
-        raise RunError("--joint names classifiers over the classes of all tasks; add --evaluation class")
-    evaluation = RoutedEvaluation(init.joint) if init.evaluation == "class" else None
-    stream = Stream(model, init.data, run_dir, trainers, seed, text, console, results, precision, evaluation)
+    stream = make_stream(init, run_dir, text, console)
     if init.engine is not None:
         return _train_on_engine(stream, init, console)
     stream.run(init.only)
@@ -181,7 +191,7 @@ def _train_on_engine(stream: Stream, init: Namespace, console: Console) -> int:
     words = _resuming(stream.folder.path)
     units = {f"task {name}": [*words, *ONE_DEVICE, "--only", name] for name in stream.begin(init.only)}
     failed = run_units(init.engine, units, lambda name: console.print(f"{name} is trained"))
-    stream.merge()
+    stream.gather()
     if failed:
         print(f"to continue: python -m recast_pl {shlex.join(words)}, with the engine", file=sys.stderr)
     return int(failed != 0)

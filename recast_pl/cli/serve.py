@@ -7,18 +7,23 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.interruption import interruptible
 from recast_pl.cli.options import chosen_device, declare_device, declare_trust
 from recast_pl.errors import RunError
+from recast_pl.inference.following import Follower, following, keep_received
 from recast_pl.inference.predictor import load
 from recast_pl.inference.server.limits import Limits
 from recast_pl.optional_imports import extra
+from recast_pl.runs.folder import RunFolder
 from recast_pl.terminal import open_console
 
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+
+_FOLLOW = 2.0  # seconds between two looks at the run folder
 
 _IDLE = 5  # seconds until an idle connection is closed
 
@@ -54,9 +59,12 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir, device=chosen_device(config), trust=config.trust)
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.host in LOCAL_HOSTS else ["*"])
-        seconds = math.ceil(limits.timeout)
+        seconds, log, folder = math.ceil(limits.timeout), open_console(stderr=True), RunFolder(config.run_dir)
+        follower = Follower(predictor, folder, lambda text: log.print(text, soft_wrap=True, markup=False))
         settings = uvicorn.Config(
-            create_app(predictor, limits, os.environ.get(TOKEN_VARIABLE) or None, hosts),
+            create_app(
+                predictor, limits, os.environ.get(TOKEN_VARIABLE) or None, hosts, partial(keep_received, folder)
+            ),
             http=BoundedProtocol,
             ws="none",
             log_config=None,
@@ -66,8 +74,10 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
             timeout_keep_alive=min(_IDLE, seconds),
             timeout_graceful_shutdown=seconds,
         )
+        follower.look()
         open_console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
-        uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
+        with following(follower, _FOLLOW):
+            uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
     return 0
 
 

@@ -1,23 +1,36 @@
 """Decides whether a run may be resumed with the given options."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.config.files import EVALUATION_KEYS, PRECISION_KEY
+from recast_pl.config.paths import MODEL_FILES, NO_FILES
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
 _READING = ("root", "cache", "num_workers")  # settings of the data: where and how images are read changes no result
 
+_OF_LATER_TASKS = {  # settings that change neither the base nor a task that is trained, so that later tasks may differ
+    "data": ("batch_size", "transforms", "on_bad_image", "max_pixels"),
+    "model": ("optimizer", "lr_scheduler"),
+}
 
-def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> None:
-    """Checks that a resumed run keeps its configuration; only learning rates, and where images are, may differ.
+
+def check_same_run(parser: LightningArgumentParser, path: Path, text: str, adding: str | None = None) -> None:
+    """Checks that a resumed run keeps its configuration.
+
+    Learning rates, and where images and missing files of weights are, may differ. Tasks may be added at the end, and
+    then also other settings of training, which they are trained with.
 
     Args:
         parser: A parser with the options of `declare_run`.
         path: The config.yaml of the run; if it does not exist, nothing is checked.
         text: The configuration to resume with, as `config_text` returns it.
+        adding: Name of a task that is added, or added again with other settings; None to compare all tasks.
 
     Raises:
         RunError: If model, data, seed or the precision of patches differ.
@@ -26,23 +39,72 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str) -> No
         return
     # compared after parsing, because the text of defaults inside lists depends on how they were given
     before, after = parser.parse_string(path.read_text(encoding="utf-8")), parser.parse_string(text)
+    later = adding is not None or _leave_out_appended(before, after)
     for config in (before, after):
-        for key in _READING:
-            config.data.pop(key, None)
-        for task in config.data.tasks:
-            task.pop("path", None)
-        settings = config.model.get("init_args") or {}
-        for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
-            for key in ("lr", "learning_rate"):  # a resumed task may have another rate
-                if part is not None and "init_args" in part:
-                    part.init_args.pop(key, None)
-    changed = [key for key in ("model", "data", "seed_everything", PRECISION_KEY) if before.get(key) != after.get(key)]
-    if changed:
-        delete = "" if RunFolder(path.parent).is_begun else f", or delete {path.parent}, which has trained nothing yet"
-        raise RunError(
-            f"{changed[0]} differs from {path}, and resuming would mix two runs; "
-            f"resume with the same options, or start another --run_dir{delete}"
-        )
+        _leave_out_harmless(config, later, adding)
+    for key in ("seed_everything", "model", "data", PRECISION_KEY):  # the seed is in the data, too
+        for name, old, new in _differences(before.get(key), after.get(key), key):
+            begun = RunFolder(path.parent).is_begun
+            delete = "" if begun else f", or delete {path.parent}, which has trained nothing yet"
+            raise RunError(
+                f"{key} differs from {path}: {name} is {old!r:.80} there and {new!r:.80} now, and resuming would mix "
+                f"two runs; resume with the same options, or start another --run_dir{delete}"
+            )
+
+
+def _leave_out_appended(before: Namespace, after: Namespace) -> bool:
+    """Removes the tasks of a configuration that follow those of another one; returns whether there are any."""
+    count = len(before.data.tasks)
+    appended = after.data.tasks[count:]
+    if not appended or before.data.order_seed is not None:  # which would move tasks
+        return False
+    after.data.tasks = after.data.tasks[:count]
+    return True
+
+
+def _leave_out_harmless(config: Namespace, later: bool, adding: str | None) -> None:
+    """Removes the settings that may differ between two sessions of a run."""
+    settings = config.model.get("init_args") or {}
+    for key in (*_READING, *(_OF_LATER_TASKS["data"] if later else ())):
+        config.data.pop(key, None)
+    for key in _OF_LATER_TASKS["model"] if later else ():
+        settings.pop(key, None)
+    config.data.tasks = [task for task in config.data.tasks if task.name != adding]
+    for task in config.data.tasks:
+        task.pop("path", None)
+    for part in (settings.get("optimizer"), *(settings.get("pieces") or ())):
+        for key in ("lr", "learning_rate"):  # a resumed task may have another rate
+            if part is not None and "init_args" in part:
+                part.init_args.pop(key, None)
+
+
+def _differences(before: Any, after: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the name and both values of each entry that differs between two configurations, at any depth."""
+    old, new = _entries(before), _entries(after)
+    if not old or not new:
+        if before != after and not _is_moved_file(name, before, after):
+            yield name, _plain(before), _plain(after)
+        return
+    for key in dict.fromkeys([*old, *new]):
+        yield from _differences(old.get(key), new.get(key), f"{name}.{key}")
+
+
+def _entries(value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, Namespace):
+        return vars(value)
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def _is_moved_file(name: str, before: Any, after: Any) -> bool:
+    """Whether an entry names a file that is no longer where it was."""
+    named = all(isinstance(value, str) and value not in NO_FILES for value in (before, after))
+    return named and name.rpartition(".")[2] in MODEL_FILES and not Path(before).expanduser().exists()
 
 
 def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str) -> str:

@@ -14,11 +14,17 @@ from recast_pl.runs.versions import added_images
 
 _PATHS = ("weights", "decomposition", "path", "root")  # the options that take a path
 
-_NO_FILES = ("hub", "random")  # weights that are not a file
+NO_FILES = ("hub", "random")
+"""Weights that are not a file."""
+
+MODEL_FILES = ("weights", "decomposition")
+"""Files of the model, whose content the fingerprint of the base tells apart."""
 
 
 def locate_paths(value: Any, folders: Sequence[Path], key: str = "") -> Any:
     """Changes relative paths that are not in the working folder to those in the first folder that has them.
+
+    A file of the model that is nowhere, whose path may also be absolute, is looked for by its last part.
 
     Args:
         value: A configuration, or a part of it; it is changed in place.
@@ -34,10 +40,13 @@ def locate_paths(value: Any, folders: Sequence[Path], key: str = "") -> Any:
             entries[name] = locate_paths(entry, folders, name)
     elif isinstance(value, list | tuple):
         return type(value)(locate_paths(entry, folders) for entry in value)
-    elif key in _PATHS and isinstance(value, str) and value not in _NO_FILES:
+    elif key in _PATHS and isinstance(value, str) and value not in NO_FILES:
         path = Path(value).expanduser()
-        there = [folder / path for folder in folders if not path.exists() and (folder / path).exists()]
-        return str(there[0]) if there else value
+        if path.exists():
+            return value
+        names = [path, Path(path.name)] if key in MODEL_FILES else [path]
+        places = [folder / name for name in names for folder in folders]
+        return next((str(place) for place in places if place.exists()), value)
     return value
 
 
@@ -102,7 +111,7 @@ def check_weights(model: Any, config: Path, folders: Sequence[Path]) -> None:
     """Raises RunError if a file of pretrained weights is missing that the `model` of a configuration names."""
     if isinstance(model, Mapping):
         weights = model.get("weights")
-        if isinstance(weights, str) and weights not in _NO_FILES and not Path(weights).expanduser().is_file():
+        if isinstance(weights, str) and weights not in NO_FILES and not Path(weights).expanduser().is_file():
             where = " or in ".join(["the working folder", *dict.fromkeys(map(str, folders))])
             raise RunError(
                 f"{config} needs the weights {weights!r}, not found in {where}; put them there, or correct "

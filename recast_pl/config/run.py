@@ -62,7 +62,11 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
 
 
 def read_run(
-    folder: str | Path, device: torch.device | None = None, trust: bool = False, data_root: str | None = None
+    folder: str | Path,
+    device: torch.device | None = None,
+    trust: bool = False,
+    data_root: str | None = None,
+    images: bool = True,
 ) -> tuple[Path, Namespace]:
     """Builds the model and data of a run folder, which holds a run of tasks or a gradient fit of templates.
 
@@ -74,6 +78,7 @@ def read_run(
         device: Where to compute; None for what this machine has.
         trust: Whether the run may use code outside of this package, timm, torchvision and torch.
         data_root: Folder that the images were moved to; None if they were not.
+        images: Whether the tasks of the data are used; without them, a run of many tasks is opened sooner.
 
     Returns:
         The folder, and the run's seed, model, datamodule, and settings of a trainer that evaluates on this machine.
@@ -87,13 +92,15 @@ def read_run(
     content = read_run_config(run.config)
     content = {key: content[key] for key in (*RUN_KEYS, PRECISION_KEY) if key in content}
     content["trainer"] = evaluation_settings(content["trainer"], device or find_device())
+    if not images:
+        content["data"]["tasks"] = []
     if not trust:
         check_trusted(content, run.config)
     if data_root is not None:
         move_images(content["data"], data_root)
     locate_data(content["data"], run.start_folders())
-    locate_paths(content["model"], run.start_folders())
-    check_weights(content["model"], run.config, run.start_folders())
+    locate_paths(content["model"], run.model_folders())
+    check_weights(content["model"], run.config, run.model_folders())
     with _parsing:
         parser = LightningArgumentParser(**STRICT)
         declare_run(parser)
@@ -105,10 +112,14 @@ def read_run(
 
 
 def open_run(
-    folder: str | Path, device: torch.device | None = None, trust: bool = False, data_root: str | None = None
+    folder: str | Path,
+    device: torch.device | None = None,
+    trust: bool = False,
+    data_root: str | None = None,
+    images: bool = True,
 ) -> tuple[Path, Namespace]:
     """Does the same as `read_run`, and raises RunError also if the run trains no tasks."""
-    run_dir, init = read_run(folder, device, trust, data_root)
+    run_dir, init = read_run(folder, device, trust, data_root, images)
     til(init.model)
     return run_dir, init
 

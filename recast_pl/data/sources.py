@@ -70,6 +70,17 @@ def prepare_source(task: TaskConfig, root: Path) -> None:
         ) from cause
 
 
+def is_present(task: TaskConfig, root: Path) -> bool:
+    """Whether the images of a task are where they should be, whether or not they can be used; arguments as above."""
+    if task.own_path is not None:
+        return task.own_path.exists()
+    try:
+        open_source(task, root)
+    except DataError:
+        return False
+    return True
+
+
 def dataset_name(task: TaskConfig) -> str:
     """The data set that a task names; raises DataError if there is none, or it does not take the task's arguments."""
     name = task.dataset or task.name

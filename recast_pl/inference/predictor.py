@@ -243,13 +243,16 @@ class Predictor:
         """Height and width in pixels of images whose task is to be found; errors are those of `router`."""
         return self.router.image_size
 
-    def add_patch(self, patch: str | Path | TaskPatch, signature: str | Path | Signature | None = None) -> str:
+    def add_patch(
+        self, patch: str | Path | TaskPatch, signature: str | Path | Signature | None = None, replace: bool = False
+    ) -> str:
         """Adds a task that was trained elsewhere, on the same base by the same method.
 
         Args:
             patch: A file of `patches/`, or its content.
             signature: The file of the same name in `signatures/`, or its content; None if the tasks of images are
                 never to be found.
+            replace: Whether it takes the place of a task of its name.
 
         Returns:
             Name of the task.
@@ -268,7 +271,7 @@ class Predictor:
                 f"tasks of {self._module.method} share weights, which the patch of {patch.task!r} does not hold; "
                 "load the run that it was trained in"
             )
-        self._add(patch, signature)
+        self._add(patch, signature, replace)
         return patch.task
 
     def remove(self, task: str) -> None:
@@ -297,10 +300,10 @@ class Predictor:
             images = tv.to_dtype(pixels.to(self._module.device), torch.float32, scale=True)
             return self._network.features(self._precision.convert_input(images), [self._frozen], [len(images)]).float()
 
-    def _add(self, patch: TaskPatch, signature: SignatureSource) -> None:
+    def _add(self, patch: TaskPatch, signature: SignatureSource, replace: bool = False) -> None:
         patch = patch.widened()
         with _lock:
-            if patch.task in self._tasks:
+            if patch.task in self._tasks and not replace:
                 raise PatchError(f"there is a task {patch.task!r} already; remove it first, or rename the new one")
             self._module.check_patch(patch)
             for piece, state in zip(self._module.pieces, patch.pieces, strict=True):
@@ -322,8 +325,8 @@ class Predictor:
         """Predictions for uint8 images (B, 3, S, S) that are sorted by task."""
         groups = [(name, task, len(list(same))) for (name, task), same in itertools.groupby(tasks)]
         with _lock, self._precision.forward_context():
-            for name, task, _ in groups:
-                if self._tasks.get(name) is not task:
+            for name, *_ in groups:  # one that was replaced meanwhile still answers
+                if name not in self._tasks:
                     raise RunError(f"task {name!r} was removed before its images were classified; predict again")
             images = tv.to_dtype(pixels.to(self._module.device), torch.float32, scale=True)
             states, counts = [task.state for _, task, _ in groups], [count for *_, count in groups]
@@ -374,7 +377,7 @@ def _from_config(run_dir: str | Path, device: torch.device, trust: bool) -> tupl
             f"reading {run_dir}/config.yaml needs {cause.name}; install it (pip install 'jsonargparse[signatures]'), "
             "or call load with module=TILModule(...) of the run's backbone and method"
         ) from cause
-    _, init = open_run(run_dir, device, trust)
+    _, init = open_run(run_dir, device, trust, images=False)
     return init.model, TrainerFactory(init.trainer).for_evaluation().precision_plugin
 
 

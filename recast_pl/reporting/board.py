@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 from scipy.special import stdtrit
@@ -41,7 +41,7 @@ class Measured(TypedDict):
 
 
 class Results(TypedDict):
-    """The content of STREAM/METHOD.json; `rate` is None if the method trains no numbers.
+    """The content of STREAM/METHOD.json; `rate` is None if the method trains no numbers, `settings` a digest.
 
     `rates` holds the means over tasks of `validation_accuracy` and `validation_loss`, by rate. `runs` holds numbers of
     each task by seed and task: `accuracy`, `probe_accuracy`, `task_parameters`, `patch_bytes`, `seconds`,
@@ -50,6 +50,7 @@ class Results(TypedDict):
 
     stream: str
     method: str
+    settings: NotRequired[str]
     rate: float | None
     rates: dict[str, dict[str, float]]
     runs: dict[str, dict[str, dict[str, float]]]
@@ -93,10 +94,19 @@ def results_file(folder: Path, stream: str, method: str) -> Path:
     return folder / stream / f"{method}.json"
 
 
-def has_results(folder: Path, stream: str, method: str, seeds: Sequence[int]) -> bool:
-    """Whether a method has results on a stream for all seeds; raises RunError if its file is damaged."""
+def has_results(folder: Path, stream: str, method: str, seeds: Sequence[int], settings: str) -> bool:
+    """Whether a method has results on a stream for all seeds.
+
+    Raises:
+        RunError: If the file is damaged, or some results were measured with other settings.
+    """
     path = results_file(folder, stream, method)
-    return path.is_file() and {str(seed) for seed in seeds} <= _read(path)["runs"].keys()
+    if not path.is_file():
+        return False
+    found = _read(path)
+    if found.get("settings", settings) != settings:  # older results do not name theirs
+        raise RunError(f"{path} was measured with other settings; move it away, or give another --output")
+    return {str(seed) for seed in seeds} <= found["runs"].keys()
 
 
 def _read(path: Path) -> Results:

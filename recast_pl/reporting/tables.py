@@ -81,11 +81,13 @@ def _class_facts(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"accuracy % over all {count} classes: {', '.join(values)}"
 
 
-def evaluation_table(rows: Sequence[tuple[str, float, float]]) -> RenderableType:
-    """Makes the terminal table of tasks with their recorded and their measured accuracy in percent."""
+def evaluation_table(rows: Sequence[tuple[str, float, float | None]]) -> RenderableType:
+    """Makes the terminal table of tasks with their recorded accuracy and, if any, their measured one in percent."""
     same, other = Text("equal"), Text("DIFFERENT", style="bold red")
     cells: list[list[str | Text]] = [
-        [task, f"{recorded:.4f}", f"{measured:.4f}", same if recorded == measured else other]
+        [task, f"{recorded:.4f}", "", Text("not measured: its images are not here")]
+        if measured is None
+        else [task, f"{recorded:.4f}", f"{measured:.4f}", same if recorded == measured else other]
         for task, recorded, measured in rows
     ]
     return terminal_table((["task", "recorded %", "measured %", ""], cells))

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, TypedDict, cast
 
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
 from recast_pl.files import read_sealed_json, sealed_json, sha256, write_atomic
 from recast_pl.learning.til_module import TILModule
-from recast_pl.runs.folder import ClassSummary, Record, RunFolder, TaskFiles
+from recast_pl.runs.folder import ClassSummary, Record, TaskFiles
 
 Accuracies = dict[str, dict[str, float]]
 """Accuracy in percent on the test images of each task, by measure and task."""
@@ -54,13 +55,12 @@ class ClassRows:
     So it does not matter which process trained a task, nor when: rows that are missing are measured later.
 
     Args:
-        folder: The run folder.
-        names: Names of the tasks, in the order of the stream.
+        files: Of all tasks, in the order of the stream.
         evaluation: Measures them; None to measure none, and only read those that exist.
     """
 
-    def __init__(self, folder: RunFolder, names: Sequence[str], evaluation: ClassEvaluation | None) -> None:
-        self._files = [folder.files(index, name) for index, name in enumerate(names)]
+    def __init__(self, files: Sequence[TaskFiles], evaluation: ClassEvaluation | None) -> None:
+        self._files = files
         self._evaluation = evaluation
         self._rows: list[ClassRow] = []  # after each of the first tasks
 
@@ -89,7 +89,7 @@ class ClassRows:
                 return
             patches = sha256("".join(records[i]["patch"] for i in range(index + 1)).encode())
             row = self._read(index, patches)
-            if row is None and self._evaluation is not None:
+            if row is None and self._evaluation is not None and self._can_measure(index, data):
                 oracle = {task["name"]: task["accuracy"] for task in (records[i]["task"] for i in range(index + 1))}
                 others = self._evaluation.measure(module, data, self._files[: index + 1], evaluator)
                 row = ClassRow(patches=patches, accuracies={"oracle": oracle, **others})
@@ -97,6 +97,23 @@ class ClassRows:
             if row is None:
                 return
             self._rows.append(row)
+
+    def read(self, records: Mapping[int, Record]) -> ClassSummary:
+        """The summary of the rows that exist, of the finished tasks by position in the stream."""
+        digests = [records[index]["patch"] for index in sorted(records)]
+        rows = [self._read(index, sha256("".join(digests[: index + 1]).encode())) for index in range(len(digests))]
+        self._rows = [row for row in rows if row is not None]
+        return self.summary(len(rows))
+
+    def _can_measure(self, index: int, data: SequentialTaskDataModule) -> bool:
+        """Whether the images of a task and all before are there; warns if they are not."""
+        lost = [self._files[i].task for i in range(index + 1) if not data.is_there(i)]
+        if lost:
+            rank_zero_warn(
+                f"classes of all tasks are not evaluated after {self._files[index].task!r}: the images of task "
+                f"{lost[0]!r} are not here"
+            )
+        return not lost
 
     def _read(self, index: int, patches: str) -> ClassRow | None:
         """The row after a task; None if it is missing, of other patches, or lacks a measure."""
@@ -107,9 +124,9 @@ class ClassRows:
         wanted = {"oracle", *self._evaluation.measures} if self._evaluation else row["accuracies"].keys()
         return row if row["patches"] == patches and row["accuracies"].keys() == wanted else None
 
-    def summary(self) -> ClassSummary:
-        """Averages over tasks, after each task and at the end; nothing if there is no row."""
-        if not self._rows:
+    def summary(self, count: int) -> ClassSummary:
+        """Averages over tasks, after each task and at the end; nothing unless there is a row for each of `count`."""
+        if len(self._rows) != count or not count:
             return {}
         means = {
             measure: [statistics.mean(row["accuracies"][measure].values()) for row in self._rows]

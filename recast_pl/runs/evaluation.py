@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from recast_pl.data.batches import RawBatch, TaskSplit
 from recast_pl.data.datamodule import SequentialTaskDataModule
-from recast_pl.errors import PatchError, RunError
+from recast_pl.errors import DataError, PatchError, RunError
 from recast_pl.learning.features import Features, extract_features
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.probe import Probes
@@ -26,8 +26,8 @@ from recast_pl.runs.metrics import accuracy_matrix
 
 def evaluate_run(
     module: TILModule, data: SequentialTaskDataModule, folder: RunFolder, trainers: TrainerFactory
-) -> list[tuple[str, float, float]]:
-    """Measures every trained task of a run again, from its patch.
+) -> list[tuple[str, float, float | None]]:
+    """Measures every trained task of a run again, from its patch, if its images are on this machine.
 
     Args:
         module: The run's method and backbone, not yet built.
@@ -36,24 +36,40 @@ def evaluate_run(
         trainers: Makes the trainer that evaluates.
 
     Returns:
-        The name, recorded and measured accuracy in percent of each task, in the order of the stream.
+        The name, recorded and measured accuracy in percent of each task, in the order of the stream; None if the
+        images are not here.
 
     Raises:
-        RunError: If no task is trained, or the images of a task have changed since.
+        RunError: If no task is trained or has its images here, or the images of a task have changed since.
+        DataError: If the images of a task cannot be used.
         PatchError: If a patch is damaged.
     """
     finished, evaluator = folder.finished(), trainers.for_evaluation()
-    data.prepare_data()
+    names, records = [task.name for task in data.tasks], [files.load_record() for files in finished.values()]
+    places = {name: names.index(name) for name in finished if name in names and _has_images(data, names.index(name))}
+    if not places:
+        raise RunError(f"no task of {folder.path} can be measured, because none of their images are here")
     restore(module, folder, data.image_size)
-    records, names = [files.load_record() for files in finished.values()], [task.name for task in data.tasks]
     for name, record in zip(finished, records, strict=True):
-        check_images(data, names.index(name), record, resuming=False)
+        if name in places:
+            check_images(data, places[name], record, resuming=False)
     recorded = accuracy_matrix(records)[-1]
     return [
-        (name, accuracy, measure(module, data, names.index(name), files.load()[0], evaluator))
+        (name, accuracy, measure(module, data, places[name], files.load()[0], evaluator) if name in places else None)
         for (name, files), accuracy in zip(finished.items(), recorded, strict=True)
         if accuracy is not None
     ]
+
+
+def _has_images(data: SequentialTaskDataModule, index: int) -> bool:
+    """Prepares the images of a task; returns False if they are not here and cannot be downloaded."""
+    try:
+        data.prepare([index])
+    except DataError:
+        if data.is_there(index):
+            raise
+        return False
+    return True
 
 
 def check_choice(folder: RunFolder, task: str | None, file: str | None) -> None:

@@ -2,17 +2,19 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
-from uuid import uuid4
+
+import yaml
 
 from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, writing
+from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, write_once
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.signature import Signature
 from recast_pl.runs.class_results import ClassResults
+from recast_pl.runs.layout import PATCH_SUFFIXES, RECEIVED, YAML, patch_files, positions, task_file_name
 from recast_pl.runs.origin import Origin
 
 
@@ -112,9 +114,6 @@ class Summary(ClassSummary):
     wall_seconds: float
 
 
-_PATCHES = (".safetensors", ".recast")  # as all their tensors are, and compact
-
-
 class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
@@ -131,8 +130,8 @@ class TaskFiles:
     """
 
     def __init__(self, run: Path, position: int, task: str) -> None:
-        self.position, self.task, self.name = position, task, f"{position:02d}_{task}"
-        self.plain, self.compact = (run / "patches" / f"{self.name}{suffix}" for suffix in _PATCHES)
+        self.position, self.task, self.name = position, task, task_file_name(position, task)
+        self.plain, self.compact = (run / "patches" / f"{self.name}{suffix}" for suffix in PATCH_SUFFIXES)
         self.record = run / "tasks" / f"{self.name}.json"
         self.signature = run / "signatures" / f"{self.name}.safetensors"
         self.shared = run / "shared" / f"{self.name}.safetensors"
@@ -141,6 +140,7 @@ class TaskFiles:
         self.configs = self.checkpoints / "configs.json"
         self.change = run / "versions" / f"{self.name}.json"
         self.run = run
+        self.tensorboard = run / "tensorboard" / self.name
 
     @property
     def patch(self) -> Path:
@@ -187,6 +187,7 @@ class RunFolder:
     """
 
     CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
+    TASKS_LOCK = ".tasks.lock"  # it stays: if it were removed, two processes could each hold a file of this name
     MIMICRY, IMAGENET, ANALYSIS = "mimicry.json", "imagenet.json", "analysis.json"
 
     def __init__(self, path: str | Path) -> None:
@@ -238,6 +239,10 @@ class RunFolder:
         facts = read_json(self.start, RunError, folder=str, from_run=str)
         return [Path(os.path.normpath(self.path.resolve() / facts["from_run"])), Path(facts["folder"])]
 
+    def model_folders(self) -> list[Path]:
+        """Where the files of the model are looked for: as `start_folders`, and in the run folder itself."""
+        return [*self.start_folders(), self.path]
+
     def add_files(self, write: Callable[[Path], None]) -> bool:
         """Adds files to the run safely beside other processes that add files of the same names.
 
@@ -255,16 +260,17 @@ class RunFolder:
     def keep_config(self, content: bytes, replace: bool) -> None:
         """Keeps a configuration that tasks are trained with, for as long as a record may name it.
 
-        It is `config.yaml` if there is none yet, or to `replace` it. Any other is in `config.NAME.yaml`.
+        It is `config.yaml` if there is none yet, or to `replace` it. Any other is in `config.NAME.yaml`, unless it
+        differs in the list of tasks alone.
         """
         if not self.config.exists():
             write_once(self.config, content)
         before = self.config.read_bytes()
-        if before != content:
+        if config_name(before) != config_name(content):
             other = before if replace else content
             write_once(self.config.with_suffix(f".{config_name(other)}.yaml"), other)
-            if replace:
-                write_atomic(self.config, content)
+        if replace and before != content:
+            write_atomic(self.config, content)
 
     def read_summary(self) -> Summary:
         """Reads `summary.json`; raises RunError if it is missing or damaged."""
@@ -283,19 +289,27 @@ class RunFolder:
         """The files of a version of a task while it is not the present one, in the folder `versions/NUMBER`."""
         return TaskFiles(self.path / "versions" / str(number), files.position, files.task)
 
+    def others(self, files: TaskFiles) -> dict[int, TaskFiles]:
+        """The files of the versions of a task that lie in `versions/NUMBER`, by number."""
+        numbers = [int(path.name) for path in (self.path / "versions").glob("*") if path.name.isdecimal()]
+        found = {number: self.version(number, files) for number in sorted(numbers)}
+        return {number: other for number, other in found.items() if other.patch.exists()}
+
     def versions(self, present: TaskFiles) -> dict[int, TaskFiles]:
         """The files of all versions of a finished task, by number, from those of its present one."""
         main = TaskFiles(self.path, present.position, present.task)
         making = read_json(main.change, RunError, version=int)["version"] if main.change.is_file() else None
-        numbers = [int(path.name) for path in (self.path / "versions").glob("*") if path.name.isdecimal()]
-        others = {number: self.version(number, main) for number in numbers if number != making}
-        others[present.load_record().get("version", 1)] = present
-        return {number: files for number, files in sorted(others.items()) if files.patch.exists()}
+        others = {number: files for number, files in self.others(main).items() if number != making}
+        return dict(sorted({**others, present.load_record().get("version", 1): present}.items()))
+
+    def files_of(self, tasks: Sequence[str]) -> list[TaskFiles]:
+        """The files of each task of a stream, trained or not; see `recast_pl.runs.layout.positions`."""
+        return [self.files(position, task) for position, task in zip(positions(self.path, tasks), tasks, strict=True)]
 
     @property
     def is_trained(self) -> bool:
         """Whether at least one task is finished."""
-        return any(self._patches())
+        return bool(patch_files(self.path))
 
     @property
     def is_begun(self) -> bool:
@@ -308,16 +322,19 @@ class RunFolder:
         Raises:
             RunError: If no task is finished, or a patch has no position in its name.
         """
-        found = []
-        for path in self._patches():
-            position, _, task = path.stem.partition("_")
-            if not (position.isdecimal() and task):
-                raise RunError(f"{path} is not named POSITION_TASK{path.suffix}, as 'fit' names patches; move it away")
-            found.append(self.files(int(position), task))
+        found = {task: self.files(position, task) for position, task, _ in patch_files(self.path)}
         if not found:
             raise RunError(f"{self.path} holds no trained task; give the folder of a run made by 'fit'")
-        found.sort(key=lambda files: files.position)  # as numbers: as text, 99_a would follow 100_b
-        return {files.task: files for files in found}
+        return found
+
+    @property
+    def received(self) -> "RunFolder":
+        """The folder of tasks that a server has received: their patches and signatures, without records."""
+        return RunFolder(self.path / RECEIVED)
+
+    def finished_names(self) -> list[str]:
+        """Names of the finished tasks, in the order of the stream; none if no task is finished."""
+        return [task for _, task, _ in patch_files(self.path)]
 
     def load_patches(self, tasks: Iterable[str] | None = None) -> dict[str, TaskPatch]:
         """Reads the patches of finished tasks, by name.
@@ -354,33 +371,13 @@ class RunFolder:
             raise RunError(f"task {present.task!r} has no version {number} in {self.path}; it has {list(versions)}")
         return versions[number]
 
-    def _patches(self) -> Iterable[Path]:
-        """The files of patches; hidden ones, such as the `._NAME` of other systems, are none."""
-        files = (self.path / "patches").glob("*")
-        return (path for path in files if path.suffix in _PATCHES and not path.name.startswith("."))
-
 
 def config_name(content: bytes) -> str:
-    """The name of a configuration in records: the first digits of its checksum."""
-    return sha256(content)[:12]
+    """The name of a configuration in records: the first digits of a checksum of all but its list of tasks.
 
-
-def write_once(path: Path, content: bytes) -> bool:
-    """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
-
-    Returns:
-        Whether the file has this content now.
-
-    Raises:
-        StorageError: If the file cannot be written.
+    So the name stays when tasks are added to a run.
     """
-    draft = path.with_name(f".{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
-    write_atomic(draft, content)
-    with writing(path):
-        try:
-            path.hardlink_to(draft)  # unlike a rename, it fails if the path exists
-        except OSError:
-            if not path.exists():  # the file system has no hard links
-                draft.replace(path)
-        draft.unlink(missing_ok=True)
-    return path.read_bytes() == content
+    settings = yaml.load(content, YAML)
+    if isinstance(settings, dict) and isinstance(settings.get("data"), dict):
+        settings["data"].pop("tasks", None)
+    return sha256(json_text(settings).encode())[:12]

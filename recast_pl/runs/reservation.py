@@ -1,4 +1,4 @@
-"""Gives a run folder to one process at a time."""
+"""Gives a run folder to one process at a time, for long or for a moment."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from recast_pl.errors import RunError
-from recast_pl.files import writing
+from recast_pl.errors import BusyError
+from recast_pl.files import exclusive, writing
 from recast_pl.runs.folder import RunFolder
 
 _held: set[Path] = set()  # lock files of this process
@@ -47,7 +47,7 @@ def reserved(folder: Path) -> Iterator[None]:
         folder: The run folder.
 
     Raises:
-        RunError: If another process has reserved the folder.
+        BusyError: If another process has reserved the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / RunFolder.LOCK).resolve()
@@ -58,7 +58,7 @@ def reserved(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as cause:
-        raise RunError(
+        raise BusyError(
             f"another process is working in run folder {folder}; wait until it ends, or name another --run_dir"
         ) from cause
     _held.add(path)
@@ -71,3 +71,17 @@ def reserved(folder: Path) -> Iterator[None]:
         lock.release()
         with suppress(OSError):
             folder.rmdir()
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Lets one process at a time change the tasks of a run, for a moment; others that do the same wait.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        BusyError: If another process has reserved the folder, as `fit` does.
+    """
+    with exclusive(folder / RunFolder.TASKS_LOCK, f"changing the tasks of {folder}"), reserved(folder):
+        yield

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol, cast
+from typing import cast
 
 from lightning import seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -31,7 +31,6 @@ from recast_pl.learning.trainer import (
     TrainerFactory,
     TrainingTime,
 )
-from recast_pl.runs import metrics
 from recast_pl.runs.class_results import balanced_accuracy, class_results
 from recast_pl.runs.class_rows import ClassEvaluation, ClassRows
 from recast_pl.runs.evaluation import measure, probe_accuracies, rounded, validation
@@ -49,20 +48,8 @@ from recast_pl.runs.images import check_images
 from recast_pl.runs.origin import origin
 from recast_pl.runs.pace import Pace
 from recast_pl.runs.reservation import reserved
+from recast_pl.runs.results import Presentation, summarize, write_results
 from recast_pl.terminal import open_console
-
-
-class Presentation(Protocol):
-    """Shows the results of a stream; called on the main process only."""
-
-    def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
-        """Writes pictures of the results of one task, when it is trained; NAME is that of its files."""
-
-    def write(self, folder: RunFolder, summary: Summary) -> None:
-        """Writes tables and pictures of all results, before `summary.json` is written."""
-
-    def show(self, summary: Summary) -> None:
-        """Shows the results once all tasks are trained."""
 
 
 class Stream:
@@ -107,7 +94,8 @@ class Stream:
         self.patches: dict[int, TaskPatch] = {}
         self.records: dict[int, Record] = {}
         self._names = [task.name for task in data.tasks]
-        self.class_rows = ClassRows(self.folder, self._names, class_evaluation)
+        self._task_files = self.folder.files_of(self._names)
+        self.class_rows = ClassRows(self._task_files, class_evaluation)
         self._started = time.monotonic()
         self._configs: list[str] = []  # names of the configurations that the current task was trained with
 
@@ -165,14 +153,19 @@ class Stream:
                 f"all tasks of {self.folder.path} were trained with other options, and none is left for these; resume "
                 "without options to see the results, or name another --run_dir"
             )
-        self.data.prepare_data()
+        # a finished task that is kept apart from others needs no image any more
+        needed = [index for index in wanted if not (self.module.isolated and self._files(index).patch.exists())]
+        self.data.prepare(needed)
         self._build(beside_others=bool(only))
+        if only:
+            self._check_base()
         self._read_finished(wanted)
         return [self._names[index] for index in wanted if index not in self.records]
 
-    def merge(self) -> None:
-        """Makes the results of all finished tasks, whichever process trained them. Call `begin` before."""
-        self._read_finished(range(len(self._names)))
+    def gather(self) -> None:
+        """Makes the results of all finished tasks from their records, whichever process trained them."""
+        files = enumerate(self._task_files)
+        self.records = {index: each.load_record() for index, each in files if each.patch.exists()}
         if self.records:
             self._conclude(write=True)
 
@@ -220,6 +213,12 @@ class Stream:
         seed_everything(self.seed, verbose=False)  # random weights, if configured, must be the same in every session
         self.module.build(self.data.image_size)
 
+    def _check_base(self) -> None:
+        """Raises PatchError if the finished tasks of the run belong to another base or method."""
+        finished = next((files for files in self._task_files if files.patch.exists()), None)
+        if finished is not None:
+            self.module.check_patch(TaskPatch.load(finished.patch))
+
     def _save_base(self, folder: Path) -> None:
         for piece in self.module.pieces:
             piece.save_base(folder)
@@ -235,7 +234,8 @@ class Stream:
         self.patches, self.records = {}, {}
         for index in finished:
             patch, self.records[index] = files[index].load()
-            check_images(self.data, index, self.records[index], resuming=True)
+            if not self.module.isolated or self.data.is_there(index):
+                check_images(self.data, index, self.records[index], resuming=True)
             self.module.activate(patch)
             self._keep(index, patch)
 
@@ -370,31 +370,17 @@ class Stream:
         """Writes the results of all finished tasks, unless the folder has them."""
         if not self.evaluator.is_global_zero:
             return
-        summary, path = self._summary(), self.folder.summary
-        content = json_text(summary)
-        if not (path.exists() and path.read_text(encoding="utf-8") == content):
-            if self.presentation:
-                self.presentation.write(self.folder, summary)
-            write_atomic(path, content)
+        write_results(self.folder, self._summary(), self.presentation)
 
     def _summary(self) -> Summary:
-        records = [record for _, record in sorted(self.records.items())]
-        matrix = metrics.accuracy_matrix(records)
-        return Summary(
+        return summarize(
+            [record for _, record in sorted(self.records.items())],
             method=" + ".join(self.module.method),
             backbone=self.module.backbone_config.name,
             seed=self.seed,
-            tasks=[record["task"] for record in records],
             unlearnt=[name for index, name in enumerate(self._names) if index not in self.records],
-            accuracy_matrix=matrix,
-            average_accuracy=metrics.average_accuracy(matrix),
-            average_anytime_accuracy=metrics.average_anytime_accuracy(matrix),
-            backward_transfer=metrics.backward_transfer(matrix),
-            forgetting=metrics.forgetting(matrix),
-            shared_bytes=records[-1]["shared_bytes"],
-            wall_seconds=round(sum(record["wall_seconds"] for record in records), 2),
-            **self.class_rows.summary(),
+            classes=self.class_rows.summary(len(self.records)),
         )
 
     def _files(self, index: int) -> TaskFiles:
-        return self.folder.files(index, self._names[index])
+        return self._task_files[index]

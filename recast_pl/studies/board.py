@@ -23,8 +23,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from rich.console import Group, RenderableType
 
+from recast_pl.config.files import find_config
 from recast_pl.errors import RunError
-from recast_pl.files import json_text, write_atomic
+from recast_pl.files import json_text, sha256, write_atomic
 from recast_pl.reporting.board import (
     PAGE,
     Measured,
@@ -43,7 +44,7 @@ from recast_pl.runs.metrics import final_accuracies
 from recast_pl.runs.origin import Origin
 from recast_pl.studies.comparison import Comparison, Point
 from recast_pl.studies.engines import Engine, run_unfinished
-from recast_pl.studies.sweep_file import Values, check_entries, check_seeds, filled, read_entries
+from recast_pl.studies.sweep_file import Values, check_entries, check_seeds, filled, read_entries, read_yaml
 
 _KINDS: dict[str, type] = {"seeds": list, "rates": list, "variables": dict, "methods": dict, "streams": dict}
 
@@ -54,11 +55,15 @@ Method = str | list[Any]
 
 
 class StreamConfig(NamedTuple):
-    """A stream of a board: its configs, a config laid over them, and its methods by name."""
+    """A stream of a board: its configs, a config laid over them, and its methods by name.
+
+    `settings` is a digest of what decides the numbers of each method, but not of the values of variables.
+    """
 
     base: Sequence[str]
     config: Mapping[str, Any]
     methods: Mapping[str, Method]
+    settings: dict[str, str]
 
 
 class BoardConfig(NamedTuple):
@@ -92,7 +97,17 @@ def read_board(path: Path, variables: Mapping[str, str]) -> BoardConfig:
     values: Values = {str(key): (None, value) for key, value in (known | variables).items()}
     methods, streams = filled([content["methods"], content["streams"]], values)
     read = {name: _read_stream(path, name, entry, methods) for name, entry in streams.items()}
+    for name, entry in content["streams"].items():
+        for method, plain in {**content["methods"], **entry.get("methods", {})}.items():
+            read[name].settings[method] = _settings(entry, plain, content["rates"])
     return BoardConfig(content["seeds"], content["rates"], read)
+
+
+def _settings(stream: Mapping[str, Any], method: Method, rates: Sequence[float]) -> str:
+    """A digest of what decides the numbers of a method: the entries of the board, and the configs that they name."""
+    configs = [*stream.get("base", []), *([method] if isinstance(method, str) else [])]
+    contents = [read_yaml(Path(find_config(config))) for config in configs]
+    return sha256(json_text([contents, stream.get("config"), method, rates]).encode())[:16]
 
 
 def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) -> StreamConfig:
@@ -107,7 +122,7 @@ def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) 
     for key, method in methods.items():
         if not isinstance(method, str | list):
             raise RunError(f"{what}: method {key!r} is {method!r}; give a config or a list of pieces")
-    return StreamConfig(entry.get("base", []), entry.get("config", {}), methods)
+    return StreamConfig(entry.get("base", []), entry.get("config", {}), methods, {})
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,7 @@ class Trial:
         seeds: Seeds; the first one chooses the rate.
         options: Further options of `fit`, for all runs.
         command: The command line that is recorded with the results.
+        settings: A digest of the settings.
     """
 
     folder: Path
@@ -133,6 +149,7 @@ class Trial:
     seeds: Sequence[int]
     options: Sequence[str]
     command: str
+    settings: str
 
     def units(self) -> dict[str, list[str]]:
         """Returns the command line of each run that is known to be needed, by name: those of all rates come first."""
@@ -192,7 +209,15 @@ class Trial:
         return self._results(best, {str(rate): values for rate, values in rates.items()})
 
     def _results(self, rate: float | None, rates: dict[str, dict[str, float]]) -> Results:
-        return Results(stream=self.stream, method=self.method, rate=rate, rates=rates, runs={}, measured=[])
+        return Results(
+            stream=self.stream,
+            method=self.method,
+            settings=self.settings,
+            rate=rate,
+            rates=rates,
+            runs={},
+            measured=[],
+        )
 
     def _rest(self, known: Results) -> Comparison:
         """The runs of the chosen rate that have no results."""

@@ -162,14 +162,19 @@ def read_entries(path: Path, kinds: Mapping[str, type], what: str = "sweep") -> 
         kinds: Type of each entry by its name.
         what: What the file is, for messages.
     """
-    try:
-        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
-        raise RunError(f"cannot read {path} ({cause}); fix it") from cause
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise RunError(f"{path} is not a {what}; it needs some of {', '.join(kinds)}")
     check_entries(content, kinds, f"{path}: a {what}")
     return content
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a YAML file; raises RunError if it is damaged."""
+    try:
+        return get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+        raise RunError(f"cannot read {path} ({cause}); fix it") from cause
 
 
 def check_entries(content: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import hmac
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
 
-from recast_pl.errors import DataError, PatchError, RunError
+from recast_pl.errors import DataError, PatchError, RunError, StorageError
 from recast_pl.inference.prediction import Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.batching import Batcher
@@ -29,6 +29,8 @@ from recast_pl.inference.server.schema import FILE, FORM, IMAGE, PATCH, TOKEN, T
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.signature import Signature
 from recast_pl.rules import ANY_TASK, NO_TASK
+
+Keep = Callable[[TaskPatch, bytes, bytes | None], object]
 
 Field = TypeVar("Field", str, UploadFile)
 
@@ -57,6 +59,7 @@ def create_app(
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Collection[str] = LOCAL_HOSTS,
+    keep: Keep | None = None,
 ) -> FastAPI:
     """Makes the ASGI application, for any ASGI server that uses a single process.
 
@@ -65,11 +68,13 @@ def create_app(
         limits: Limits of the load; None for the defaults of `Limits`.
         token: Clients that add tasks must send it as `Authorization: Bearer TOKEN`; None if none may add tasks.
         hosts: Host names that requests may be addressed to; `*` allows all.
+        keep: Stores a task that a client has added, from its patch, the patch's file and that of the signature (None if
+            there is none); None to keep it in memory only.
 
     Returns:
         The application: `POST /predict`, `GET` and `POST /tasks`, `GET /health` and `/metrics`, and a web page at `/`.
     """
-    service = _Service(predictor, limits or Limits(), token)
+    service = _Service(predictor, limits or Limits(), token, keep)
     _allow_pixels(service.limits.max_pixels)
     app = FastAPI(
         title="recast_pl",
@@ -91,9 +96,9 @@ def create_app(
 class _Service:
     """The handlers of all paths; arguments are those of `create_app`."""
 
-    def __init__(self, predictor: Predictor, limits: Limits, token: str | None) -> None:
+    def __init__(self, predictor: Predictor, limits: Limits, token: str | None, keep: Keep | None) -> None:
         self.limits, self.counts = limits, Metrics()
-        self._predictor, self._token = predictor, token
+        self._predictor, self._token, self._keep = predictor, token, keep
         self.batcher = Batcher(predictor, limits, self.counts.batches.observe)
         self.counts.waiting.set_function(lambda: self.batcher.waiting)
         self.counts.tasks.set_function(lambda: len(predictor.tasks))
@@ -131,7 +136,7 @@ class _Service:
         return [Task(name, self._predictor.classes(name)) for name in self._predictor.tasks]
 
     async def add(self, request: Request) -> Task:
-        """Adds a task until the server ends. The body is a file of `patches/`, or a form with `patch` and `signature`.
+        """Adds a task. The body is a file of `patches/`, or a form with `patch` and `signature`.
 
         The signature is the file of the same name in `signatures/`. Without it, the server cannot find the tasks of
         images any more.
@@ -175,7 +180,18 @@ class _Service:
                 self._predictor.add_patch(patch, signature)
             except PatchError as error:
                 raise HTTPException(422, str(error).replace(f"{folder}{os.sep}", "the ")) from error
+        self._store(patch, patch_content, signature_content)
         return Task(patch.task, patch.classes)
+
+    def _store(self, patch: TaskPatch, content: bytes, signature: bytes | None) -> None:
+        """Keeps an added task for later, or does not add it."""
+        if self._keep is None:
+            return
+        try:
+            self._keep(patch, content, signature)
+        except StorageError as error:
+            self._predictor.remove(patch.task)
+            raise HTTPException(500, "the task cannot be stored, so it was not added; see the server's disk") from error
 
 
 def _add_routes(app: FastAPI, service: _Service) -> None:
