@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -60,6 +61,27 @@ def write_atomic(path: str | Path, content: bytes | str | Iterable[str]) -> None
                 file.writelines(parts)
         else:
             _replace(Path(os.path.realpath(path)), parts)
+
+
+def write_once(path: Path, content: bytes) -> bool:
+    """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
+
+    Returns:
+        Whether the file has this content now.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    draft = path.with_name(f".{uuid4().hex}{_PART}")
+    write_atomic(draft, content)
+    with writing(path):
+        try:
+            path.hardlink_to(draft)  # unlike a rename, it fails if the path exists
+        except OSError:
+            if not path.exists():  # the file system has no hard links
+                draft.replace(path)
+        draft.unlink(missing_ok=True)
+    return path.read_bytes() == content
 
 
 def is_standard_output(path: str | Path) -> bool:

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace, get_loader
@@ -17,6 +16,7 @@ from recast_pl.cli.fit import explained_failures, instantiated, make_stream
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.config.comparing import check_same_run
 from recast_pl.config.files import no_run, read_run_config
+from recast_pl.config.paths import recorded_path
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.config.task_list import changed_tasks, put_task
 from recast_pl.data.tasks import TaskConfig
@@ -55,7 +55,7 @@ def completed(words: Sequence[str]) -> list[str]:
         raise RunError(f"there is no run to add to: {no_run(folder)}; to start one, use 'fit'")
     tasks: list[dict[str, Any]] = list(read_run_config(folder.config)["data"].get("tasks") or ())
     if "--path" in given:
-        put_task(tasks, {"name": given["--task"], "path": _lasting_path(folder, given["--path"])})
+        put_task(tasks, {"name": given["--task"], "path": recorded_path(folder, given["--path"])})
     elif all(task["name"] != given["--task"] for task in tasks):
         tasks.append({"name": given["--task"]})
     return ["--config", str(folder.config), "--data.tasks", json.dumps(tasks), *words]
@@ -125,10 +125,3 @@ def _is_finished(init: Namespace, folder: RunFolder, name: str) -> bool:
 
 def _files(folder: RunFolder, names: Sequence[str], name: str) -> TaskFiles:
     return folder.files_of(names)[names.index(name)]
-
-
-def _lasting_path(folder: RunFolder, path: str) -> str:
-    """A path that is found again: as it is where relative paths of the run start, and else absolute."""
-    given, starts = Path(path).expanduser(), [start.resolve() for start in folder.start_folders()]
-    here = Path.cwd().resolve()
-    return path if given.is_absolute() or here in starts else str(here / given)

@@ -97,7 +97,6 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
             remove_unfinished(run_dir)
     text = recorded_text(parser, RunFolder(run_dir), text)
     init = instantiated(parser, config, RunFolder(run_dir))
-    add_images(init.data, RunFolder(run_dir))
     console = open_console()
 
     if isinstance(init.model, MimicryModule):
@@ -136,6 +135,7 @@ def instantiated(parser: LightningArgumentParser, config: Namespace, folder: Run
     seed_everything(config.seed_everything, verbose=False)
     with explained_failures():
         init: Namespace = parser.instantiate(config)
+    add_images(init.data, folder)
     return init
 
 

@@ -8,7 +8,7 @@ from recast_pl.cli.changing import refresh, task_names
 from recast_pl.config.task_list import changed_tasks
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.removal import check_apart, remove_files
+from recast_pl.runs.removal import check_apart, remove_files, remove_task
 from recast_pl.terminal import open_console
 
 
@@ -36,6 +36,6 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
 def _remove(folder: RunFolder, name: str, names: Sequence[str]) -> None:
     with changed_tasks(folder) as tasks:
-        remove_files(folder.files_of(names)[names.index(name)])
+        remove_task(folder, folder.files_of(names)[names.index(name)])
         tasks[:] = [task for task in tasks if task["name"] != name]
     refresh(folder)

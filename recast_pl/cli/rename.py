@@ -7,7 +7,7 @@ from recast_pl.config.task_list import changed_tasks
 from recast_pl.errors import RunError
 from recast_pl.rules import TASK_RULE, is_task_name
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.removal import check_apart, rename_files
+from recast_pl.runs.removal import check_apart, rename_task
 from recast_pl.terminal import open_console
 
 
@@ -32,7 +32,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     if new.casefold() in others and not files.patch.exists():  # it exists if a renaming was interrupted
         raise RunError(f"--name {new!r} is the name of another task; choose one that is free")
     with changed_tasks(folder) as tasks:
-        rename_files(finished[old], files)
+        rename_task(folder, old, new)
         for task in tasks:
             if task["name"] == old:
                 task["name"] = new

@@ -124,9 +124,8 @@ class SequentialTaskDataModule(LightningDataModule):
         self._opened: dict[str, _TaskImages] = {}
         self._added: dict[str, list[TaskConfig]] = {}
         self.order = seed  # of batches and augmentation
-        self._current = 0
+        self._current = self._train_images = 0
         self._train_on: TaskSplit | None = None
-        self._train_images = 0
         self._prepared = False
 
     def select(self, index: int) -> None:
@@ -140,8 +139,7 @@ class SequentialTaskDataModule(LightningDataModule):
             task: Name of the task.
             paths: Folders or manifests, as `TaskConfig.path` names them, but one class is enough.
         """
-        (config,) = (config for config in self.tasks if config.name == task)
-        self._added[task] = [replace(config, path=path, dataset=None) for path in paths]
+        self._added[task] = [replace(t, path=p, dataset=None) for t in self.tasks if t.name == task for p in paths]
         self._opened.pop(task, None)
         self._prepared = False
 
@@ -196,7 +194,7 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def is_there(self, index: int) -> bool:
         """Whether the images of the task at a position are on this machine, without a download."""
-        return is_present(self.tasks[index], self.root)
+        return all(is_present(part, self.root) for part in self._parts(self.tasks[index]))
 
     def _chosen(self, indices: Iterable[int] | None) -> list[TaskConfig]:
         return self.tasks if indices is None else [self.tasks[index] for index in indices]
@@ -307,10 +305,12 @@ class SequentialTaskDataModule(LightningDataModule):
             raise DataError(f"task {self._current} was selected, but the stream has {len(self.tasks)} tasks")
         return self._open(self.tasks[self._current])
 
+    def _parts(self, task: TaskConfig) -> list[TaskConfig]:
+        return [task, *self._added.get(task.name, ())]
+
     def _open(self, task: TaskConfig) -> "_TaskImages":
         if task.name not in self._opened:
-            added = (open_source(more, self.root, least=1) for more in self._added.get(task.name, ()))
-            sources = [open_source(task, self.root), *added]
+            sources = [open_source(part, self.root, least=1 + (part is task)) for part in self._parts(task)]
             for source in sources:
                 source.images.max_pixels = self.max_pixels
             self._opened[task.name] = _TaskImages(task, sources, self)
@@ -354,8 +354,7 @@ class _TaskImages:
         self.seed = derive_seed(data.seed, task.name)
         for note in self.source.notes:
             rank_zero_warn(f"task {task.name!r}: {note}")
-        counts = [task.images, *(None for _ in sources[1:])]  # of added images, all are used
-        parts = [self._divided(source, count) for source, count in zip(sources, counts, strict=True)]
+        parts = [self._divided(source, None if i else task.images) for i, source in enumerate(sources)]
         self.splits = join_splits(parts, [len(source.labels) for source in sources])
         self._check_splits("give each class at least 3 images, or images for every split")
         if data.imbalance is not None:

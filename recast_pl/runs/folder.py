@@ -5,13 +5,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
-from uuid import uuid4
 
 import yaml
 
 from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
-from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, writing
+from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, write_once
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.signature import Signature
 from recast_pl.runs.class_results import ClassResults
@@ -292,14 +291,18 @@ class RunFolder:
         """The files of a version of a task while it is not the present one, in the folder `versions/NUMBER`."""
         return TaskFiles(self.path / "versions" / str(number), files.position, files.task)
 
+    def others(self, files: TaskFiles) -> dict[int, TaskFiles]:
+        """The files of the versions of a task that lie in `versions/NUMBER`, by number."""
+        numbers = [int(path.name) for path in (self.path / "versions").glob("*") if path.name.isdecimal()]
+        found = {number: self.version(number, files) for number in sorted(numbers)}
+        return {number: other for number, other in found.items() if other.patch.exists()}
+
     def versions(self, present: TaskFiles) -> dict[int, TaskFiles]:
         """The files of all versions of a finished task, by number, from those of its present one."""
         main = TaskFiles(self.path, present.position, present.task)
         making = read_json(main.change, RunError, version=int)["version"] if main.change.is_file() else None
-        numbers = [int(path.name) for path in (self.path / "versions").glob("*") if path.name.isdecimal()]
-        others = {number: self.version(number, main) for number in numbers if number != making}
-        others[present.load_record().get("version", 1)] = present
-        return {number: files for number, files in sorted(others.items()) if files.patch.exists()}
+        others = {number: files for number, files in self.others(main).items() if number != making}
+        return dict(sorted({**others, present.load_record().get("version", 1): present}.items()))
 
     def files_of(self, tasks: Sequence[str]) -> list[TaskFiles]:
         """The files of each task of a stream, trained or not; see `recast_pl.runs.layout.positions`."""
@@ -380,24 +383,3 @@ def config_name(content: bytes) -> str:
     if isinstance(settings, dict) and isinstance(settings.get("data"), dict):
         settings["data"].pop("tasks", None)
     return sha256(json_text(settings).encode())[:12]
-
-
-def write_once(path: Path, content: bytes) -> bool:
-    """Writes a file unless it exists; if several processes try at the same time, one of them succeeds.
-
-    Returns:
-        Whether the file has this content now.
-
-    Raises:
-        StorageError: If the file cannot be written.
-    """
-    draft = path.with_name(f".{uuid4().hex}.part")  # `remove_unfinished` knows names of this form
-    write_atomic(draft, content)
-    with writing(path):
-        try:
-            path.hardlink_to(draft)  # unlike a rename, it fails if the path exists
-        except OSError:
-            if not path.exists():  # the file system has no hard links
-                draft.replace(path)
-        draft.unlink(missing_ok=True)
-    return path.read_bytes() == content

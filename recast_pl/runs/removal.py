@@ -19,11 +19,27 @@ def check_apart(folder: RunFolder, action: str) -> None:
 
 def remove_files(files: TaskFiles) -> None:
     """Removes everything that a run has of a task: the patch first, after which it no longer counts."""
-    paths = (files.plain, files.compact, files.signature, files.record, files.class_row)
+    paths = (files.plain, files.compact, files.signature, files.record, files.class_row, files.change)
     for path in paths:
         path.unlink(missing_ok=True)
     for path in (files.checkpoints, files.tensorboard):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_task(folder: RunFolder, files: TaskFiles) -> None:
+    """Removes everything that a run has of a task, in all versions."""
+    main = TaskFiles(folder.path, files.position, files.task)
+    for each in (main, *folder.others(main).values()):
+        remove_files(each)
+
+
+def rename_task(folder: RunFolder, task: str, name: str) -> None:
+    """Gives a finished task another name, in all versions; raises RunError while a new version of it is made."""
+    main = TaskFiles(folder.path, folder.finished()[task].position, task)
+    if main.change.is_file():
+        raise RunError(f"a new version of task {task!r} is not complete; repeat the command that makes it, then rename")
+    for each in (*folder.others(main).values(), main):
+        rename_files(each, TaskFiles(each.run, each.position, name))
 
 
 def rename_files(old: TaskFiles, new: TaskFiles) -> None:
