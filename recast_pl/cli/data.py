@@ -4,8 +4,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.config.run import STRICT
 from recast_pl.data.catalogue import CATALOGUE, PAPER
-from recast_pl.data.datamodule import BadImagePolicy, SequentialTaskDataModule, data_root
+from recast_pl.data.datamodule import SequentialTaskDataModule, data_root
 from recast_pl.data.sources import source_faults
+from recast_pl.data.task_images import BadImagePolicy
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.reporting.tables import catalogue_table
 from recast_pl.terminal import open_console

@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recast_pl.cli.options import chosen_device, declare_device, declare_trust
-from recast_pl.data.datamodule import BadImagePolicy
+from recast_pl.data.task_images import BadImagePolicy
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import STANDARD_OUTPUT, is_standard_output, write_atomic
 from recast_pl.inference.files import classify_files, find_files, read_names

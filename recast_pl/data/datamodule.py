@@ -3,42 +3,33 @@
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_convert
 from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_transforms, check_transforms, share_of_step
-from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
-from recast_pl.data.changes import SplitImages, describe_images, find_changes
-from recast_pl.data.datasets import ImageSource
+from recast_pl.data.cache import CacheMode
+from recast_pl.data.changes import SplitImages, find_changes
 from recast_pl.data.imbalance import Imbalance
-from recast_pl.data.joining import join_sources, join_splits
 from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.sources import dataset_name, is_present, open_source, prepare_source
+from recast_pl.data.task_images import BadImagePolicy, ImageSettings, TaskImages
 from recast_pl.data.tasks import (
-    SPLITS,
     SplitPolicy,
-    Splits,
     TaskConfig,
     check_names,
-    choose_images,
     derive_seed,
     split_digest,
-    split_images,
 )
 from recast_pl.errors import DataError
 from recast_pl.rules import LARGEST_SIDE, ImageSize, height_and_width, read_size
-
-BadImagePolicy = Literal["error", "skip"]
 
 
 def data_root(root: str | None) -> Path:
@@ -121,7 +112,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.split, self.cache, self.on_bad_image, self.max_pixels = split, cache, on_bad_image, max_pixels
         self.imbalance, self.label_noise = imbalance, label_noise
         self.held_out = held_out
-        self._opened: dict[str, _TaskImages] = {}
+        self._opened: dict[str, TaskImages] = {}
         self._added: dict[str, list[TaskConfig]] = {}
         self.order = seed  # of batches and augmentation
         self._current = self._train_images = 0
@@ -300,7 +291,7 @@ class SequentialTaskDataModule(LightningDataModule):
         return _mirror(torch.stack(results), flip.to(images.device))
 
     @property
-    def _images(self) -> "_TaskImages":
+    def _images(self) -> TaskImages:
         if not 0 <= self._current < len(self.tasks):
             raise DataError(f"task {self._current} was selected, but the stream has {len(self.tasks)} tasks")
         return self._open(self.tasks[self._current])
@@ -308,12 +299,23 @@ class SequentialTaskDataModule(LightningDataModule):
     def _parts(self, task: TaskConfig) -> list[TaskConfig]:
         return [task, *self._added.get(task.name, ())]
 
-    def _open(self, task: TaskConfig) -> "_TaskImages":
+    def _open(self, task: TaskConfig) -> TaskImages:
         if task.name not in self._opened:
             sources = [open_source(part, self.root, least=1 + (part is task)) for part in self._parts(task)]
             for source in sources:
                 source.images.max_pixels = self.max_pixels
-            self._opened[task.name] = _TaskImages(task, sources, self)
+            settings = ImageSettings(
+                seed=self.seed,
+                split=self.split,
+                held_out=self.held_out,
+                imbalance=self.imbalance,
+                label_noise=self.label_noise,
+                size=self.image_size,
+                cache=self.cache,
+                cache_folder=self.root / "cache",
+                on_bad_image=self.on_bad_image,
+            )
+            self._opened[task.name] = TaskImages(task, sources, settings)
         return self._opened[task.name]
 
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
@@ -344,88 +346,6 @@ class SequentialTaskDataModule(LightningDataModule):
         if images.shape[-2:] == height_and_width(size):
             return images
         return F.interpolate(images, height_and_width(size), mode="bilinear", align_corners=False)  # (B, 3, H, W)
-
-
-class _TaskImages:
-    """The images of a task: found, split, and decoded when they are first needed."""
-
-    def __init__(self, task: TaskConfig, sources: Sequence[ImageSource], data: SequentialTaskDataModule) -> None:
-        self.task, self.source, self.data = task, join_sources(sources), data
-        self.seed = derive_seed(data.seed, task.name)
-        for note in self.source.notes:
-            rank_zero_warn(f"task {task.name!r}: {note}")
-        parts = [self._divided(source, None if i else task.images) for i, source in enumerate(sources)]
-        self.splits = join_splits(parts, [len(source.labels) for source in sources])
-        self._check_splits("give each class at least 3 images, or images for every split")
-        if data.imbalance is not None:
-            self.splits = data.imbalance.thinned(self.source, self.splits, self.seed)
-        self._right_labels = self.source.labels
-        if data.label_noise is not None:
-            self.source = data.label_noise.applied(self.source, self.splits, self.seed)
-
-    def _divided(self, source: ImageSource, count: int | None) -> Splits:
-        """The splits of so many images of a source; None for all."""
-        chosen = choose_images(source.names, count, self.seed)
-        labels, names = source.labels[chosen], [source.names[index] for index in chosen]
-        given = [source.splits[index] for index in chosen]
-        try:
-            splits = split_images(labels, given, names, self.seed, self.data.split, self.data.held_out)
-        except DataError as error:
-            raise DataError(f"task {self.task.name!r}: {error}") from error
-        return {name: chosen[indices] for name, indices in splits.items()}
-
-    @cached_property
-    def decoded(self) -> DecodedImages:
-        """All images. Those that cannot be read leave the splits, or stop the run."""
-        data, count = self.data, len(self.source.labels)
-        decoded = decode_images(self.source, data.image_size, data.cache, data.root / "cache")
-        if decoded.bad:
-            message = bad_images_message(self.task.name, decoded.bad, count)
-            if data.on_bad_image == "error":
-                raise DataError(f"{message}; repair them, or train without them: --data.on_bad_image skip")
-            rank_zero_warn(f"{message}; they are skipped")
-            # after the split, so that one bad image does not move the others
-            self.splits = {name: np.setdiff1d(split, list(decoded.bad)) for name, split in self.splits.items()}
-            self._check_splits("repair the images that cannot be read")
-        self._report_duplicates(decoded.equal)
-        return decoded
-
-    @cached_property
-    def record(self) -> dict[str, SplitImages]:
-        """The images by split, without those that cannot be read."""
-        _ = self.decoded
-        record = describe_images(self.source, self.splits)
-        if self.data.label_noise is not None:
-            for name, split in self.splits.items():
-                record[name]["wrong_labels"] = int((self.source.labels != self._right_labels)[split].sum())
-        return record
-
-    def _report_duplicates(self, groups: Sequence[Sequence[int]]) -> None:
-        """Warns of equal images in different splits, which make accuracies look better than they are."""
-        split_of = {index: name for name, split in self.splits.items() for index in split.tolist()}
-        found = [[i for i in group if i in split_of] for group in groups]
-        found = [group for group in found if len({split_of[i] for i in group}) > 1]
-        if found:
-            shown = "; ".join(" = ".join(f"{self.source.names[i]} ({split_of[i]})" for i in g[:3]) for g in found[:3])
-            more = "; ..." if len(found) > 3 else ""
-            rank_zero_warn(
-                f"{len(found):,} images of task {self.task.name!r} are in more than one split, as files with equal "
-                f"pixels: {shown}{more}; remove the copies, or measured accuracies are too high"
-            )
-
-    def _check_splits(self, remedy: str) -> None:
-        empty = [name for name in SPLITS if not len(self.splits[name])]
-        if empty:
-            raise DataError(f"task {self.task.name!r} has no {empty[0]} image; {remedy}")
-        if self.task.images is not None or self.data.held_out is not None:
-            trained = set(self.source.labels[self.splits["train"]].tolist())
-            lost = [name for label, name in enumerate(self.source.classes) if label not in trained]
-            if lost:
-                count = sum(map(len, self.splits.values()))
-                raise DataError(
-                    f"task {self.task.name!r} has no training image of class {lost[0]!r} among its {count} images; "
-                    "use more"
-                )
 
 
 def _mirror(images: Tensor, which: Tensor) -> Tensor:

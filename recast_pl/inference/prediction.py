@@ -27,6 +27,12 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
 
+    @classmethod
+    def of(cls, task: str, classes: Sequence[str], probabilities: Sequence[float]) -> "Prediction":
+        """From the probability of each class."""
+        best = max(range(len(classes)), key=probabilities.__getitem__)
+        return cls(task, classes[best], probabilities[best], dict(zip(classes, probabilities, strict=True)))
+
     def ranked(self, count: int | None) -> dict[str, float]:
         """The `count` most probable classes and their probabilities, in descending order; None for all."""
         return dict(sorted(self.probabilities.items(), key=lambda item: -item[1])[:count])

@@ -340,7 +340,7 @@ class Predictor:
             if not part.isfinite().all():
                 raise PatchError(f"task {name!r} gives probabilities that are not finite; train it again")
         return [
-            _prediction(name, task.classes, row.tolist())
+            Prediction.of(name, task.classes, row.tolist())
             for (name, task, _), part in zip(groups, parts, strict=True)
             for row in part  # (classes,)
         ]
@@ -394,8 +394,3 @@ def _task_of_each(count: int, task: str | None, tasks: Sequence[str] | None) -> 
 
 def _chunks(indices: Sequence[int]) -> list[Sequence[int]]:
     return [indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH)]
-
-
-def _prediction(task: str, classes: Sequence[str], probabilities: list[float]) -> Prediction:
-    best = max(range(len(classes)), key=probabilities.__getitem__)
-    return Prediction(task, classes[best], probabilities[best], dict(zip(classes, probabilities, strict=True)))
