@@ -205,6 +205,8 @@ def test_a_task_gets_another_name(run, tiny_run, capsys):
     assert main(["rename", "--run_dir", str(run), "--task", "first", "--name", "one"]) == 0
     assert list(patches(run)) == ["00_one.safetensors", "01_second.safetensors"]
     assert list(RunFolder(run).load_patches()) == ["one", "second"]
+    words = ["test", "--run_dir", str(run), "--data_root", str(tiny_run.parent)]
+    assert main(words) == 0  # on the same images as before
     assert [task["name"] for task in read_summary(run)["tasks"]] == ["one", "second"]
     image = next((tiny_run.parent / "first").rglob("*.png"))
     capsys.readouterr()

@@ -1,5 +1,8 @@
 """The command `rename`: gives a trained task of a run another name."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.changing import refresh, task_names
@@ -23,19 +26,27 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     folder, old, new = RunFolder(config.run_dir), config.task, config.name
     check_apart(folder, "'rename'")
     finished = folder.finished()
-    if old not in finished:
+    interrupted = old not in finished and new in finished and old in task_names(folder)
+    if old not in finished and not interrupted:
         raise RunError(f"task {old!r} is not trained in {folder.path}; trained are {', '.join(finished)}")
     if not is_task_name(new):
         raise RunError(f"--name {new!r:.80} cannot name a file; choose {TASK_RULE}")
-    files = folder.files(finished[old].position, new)
     others = {name.casefold() for name in task_names(folder) if name != old}
-    if new.casefold() in others and not files.patch.exists():  # it exists if a renaming was interrupted
+    if new.casefold() in others:
         raise RunError(f"--name {new!r} is the name of another task; choose one that is free")
     with changed_tasks(folder) as tasks:
-        rename_task(folder, old, new)
+        if not interrupted:
+            rename_task(folder, old, new)
         for task in tasks:
             if task["name"] == old:
-                task["name"] = new
+                task.update(_renamed(task, new))
     refresh(folder)
     open_console().print(f"task {old} of {folder.path} is called {new} now", soft_wrap=True)
     return 0
+
+
+def _renamed(task: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What changes in the entry of a task: its images and their split stay those of its first name."""
+    old = task["name"]
+    by_name = task.get("path") is None and task.get("dataset") is None
+    return {"name": name, "split_as": task.get("split_as") or old} | ({"dataset": old} if by_name else {})

@@ -51,7 +51,7 @@ class TaskImages:
 
     def __init__(self, task: TaskConfig, sources: Sequence[ImageSource], settings: ImageSettings) -> None:
         self.task, self.source, self.settings = task, join_sources(sources), settings
-        self.seed = derive_seed(settings.seed, task.name)
+        self.seed = derive_seed(settings.seed, task.split_as or task.name)
         for note in self.source.notes:
             rank_zero_warn(f"task {task.name!r}: {note}")
         parts = [self._divided(source, None if i else task.images) for i, source in enumerate(sources)]

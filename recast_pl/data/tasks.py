@@ -55,6 +55,8 @@ class TaskConfig:
             images below them; `leaf`, the innermost ones, named by their paths, such as `birds/owls`.
         images: How many images to use, of all splits together; which ones depends on their names and the seed alone.
             None for all.
+        split_as: The name that decides, with the seed, how images without official splits are divided; None for the
+            task's own. `rename` sets it, so that the split stays.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TaskConfig:
     transforms: Sequence[nn.Module] = ()
     classes: ClassFolders = "top"
     images: int | None = None
+    split_as: str | None = None
 
     @property
     def own_path(self) -> Path | None:
