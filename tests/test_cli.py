@@ -353,7 +353,7 @@ def test_compare_trains_methods_and_seeds_and_continues_where_it_stopped(tiny_fi
         assert row["average accuracy %"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     table = (tmp_path / "table" / "comparison.md").read_text().splitlines()
     assert len(table) == 4
-    assert {line.count("|") for line in table} == {9}
+    assert {line.count("|") for line in table} == {10}
 
 
 def test_compare_reports_forgetting_shared_bytes_and_transfer(tiny_fit, tmp_path):

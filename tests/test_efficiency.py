@@ -247,7 +247,8 @@ def test_evaluation_generates_each_weight_once(tiny_fit, monkeypatch):
     monkeypatch.setattr(TemplateBank, "mix", counted)
     # 5, 3 or 6 batches of training; 1 or 2 to evaluate
     assert main(tiny_fit("--model.head", "sgd", "--trainer.max_epochs", "2")) == 0
-    evaluations = 2 * (1 + 2 + 1)  # for each task features, 2 epochs and test
+    # for each task features, a batch that predicts the cost, 2 epochs, test, and how sure it is of validation images
+    evaluations = 2 * (1 + 1 + 2 + 1 + 1)
     assert counts["evaluation"] == 12 * evaluations  # 12 groups; all layers of a group are generated together
     assert counts["train"] % 24 == 0
     assert counts["train"] >= 24 * 2 * 2 * 2

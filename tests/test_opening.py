@@ -255,7 +255,7 @@ def test_a_run_without_a_record_of_its_start_still_opens(project, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert main(["test", "--run_dir", "project/logs/run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "'w.safetensors', not found in the working folder;" in line
+    assert "'w.safetensors', not found in the working folder or in project/logs/run;" in line
     assert "project/logs/run/config.yaml" in line
 
 

@@ -89,6 +89,7 @@ class Relearning(Stream):
         index, before = self._names.index(self._request.task), self._new.present.load()[0]
         self._prepare(index, before)
         if not self._new.files.patch.exists():
+            self.forecast.expect([self._request.task])
             self._train(index)
         if self._request.keep != "best":
             return self._request.keep == "new"
