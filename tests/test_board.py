@@ -331,7 +331,7 @@ BOARDS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "confi
 def test_every_shipped_stream_is_accepted_with_every_method(board_name, stream, shared, tmp_path, monkeypatch):
     """All command lines are parsed and all images are found; nothing is trained."""
     planned = []
-    monkeypatch.setattr("recast_pl.cli.board.run_studies", lambda studies, engine: planned.extend(studies[0].trials) or 1)
+    monkeypatch.setattr("recast_pl.cli.board.run_studies", lambda boards, _: planned.extend(boards[0].trials) or 1)
     emoji = f"emoji={shared / 'data' / 'emoji'}"
     words = [
         "--config",
