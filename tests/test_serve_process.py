@@ -127,9 +127,10 @@ def test_the_documented_commands(server, folder, run):  # noqa: F811
     assert json.loads(said[0])["task"] == "signs"
     assert {"task", "task_probability", "familiar", "second"} < json.loads(said[1]).keys()
     assert {"food", "signs"} <= {task["name"] for task in json.loads(said[2])}
-    assert json.loads(said[3])["status"] == "ok"
-    assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[4]
-    assert json.loads(said[5]) == {"name": "people", "classes": patches(run)["food"].classes}
+    assert json.loads(said[3]) == []  # too few images to tell whether they have drifted
+    assert json.loads(said[4])["status"] == "ok"
+    assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[5]
+    assert json.loads(said[6]) == {"name": "people", "classes": patches(run)["food"].classes}
     assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # the run itself has not changed
 
 
