@@ -35,7 +35,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     folder, inbox, options = RunFolder(config.run_dir), Inbox(Path(config.inbox)), shlex.split(config.options)
     task_names(folder)
     if not inbox.folder.is_dir():
-        raise DataError(f"the inbox {inbox.folder} is no folder; make it, or correct --inbox")
+        raise DataError(f"the inbox {inbox.folder} is not a folder; make it, or correct --inbox")
     words = ["--run_dir", config.run_dir, "--task", "any", *options]
     parse_options(command_parser("add"), add.completed(words))  # so that a wrong option does not reject every task
     console = open_console()

@@ -38,7 +38,7 @@ class Follower:
 
     def __init__(self, predictor: Predictor, folder: RunFolder, report: Callable[[str], object]) -> None:
         self._predictor, self._folder, self._report = predictor, folder, report
-        self._follows = not any((folder.path / "shared").glob("*"))  # a patch alone is no task where weights are shared
+        self._follows = not any((folder.path / "shared").glob("*"))  # with shared weights a patch is not enough
         own = _versions(folder) if self._follows else {}
         self._known = {task: version for task, version in own.items() if task in predictor.tasks}
         self._faults: dict[str, _Version] = {}  # what was reported, so that it is not again
@@ -52,7 +52,7 @@ class Follower:
             found = _versions(self._folder.received) | _versions(self._folder)
         except OSError:  # such as too many open files, for a moment
             return
-        except RecastError as error:  # a file that is no patch of a run
+        except RecastError as error:  # a file that is not a patch of a run
             if str(error) != self._fault:
                 self._report(str(error))
             self._fault = str(error)
