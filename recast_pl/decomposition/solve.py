@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recast_pl.linalg import eigen
+
 Basis = Literal["svd", "layers", "random"]
 
 _SCALE = 8.0  # a power of 2, so that it changes no digit
@@ -74,7 +76,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 
 def _leading_vectors(stacked: Tensor, count: int) -> Tensor:
     """The leading left singular vectors (L, n), each with its largest entry positive."""
-    _, vectors = torch.linalg.eigh(gram(stacked, stacked))  # ascending eigenvalues
+    _, vectors = eigen(gram(stacked, stacked))  # ascending eigenvalues
     leading: Tensor = vectors.flip(1)[:, :count]
     return leading * leading.gather(0, leading.abs().argmax(0, keepdim=True)).sign()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recast_pl.errors import RunError
 from recast_pl.learning.features import Features
+from recast_pl.linalg import eigen
 
 HeadKind = Literal["sgd", "logistic", "lda", "ridge"]
 
@@ -117,7 +118,7 @@ def solve_logistic(x: Tensor, y: Tensor, classes: int, weights: Tensor, smoothin
         weights: Weights of the images (N,).
         smoothing: Label smoothing.
     """
-    values, vectors = torch.linalg.eigh((weights[:, None] * x).T @ x / weights.sum())
+    values, vectors = eigen((weights[:, None] * x).T @ x / weights.sum())
     x, values = x @ vectors, values.clamp_min(0)  # a rotation, which changes no norm
     folds = list(_folds(y))
     start = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
@@ -205,7 +206,7 @@ def solve_lda(x: Tensor, y: Tensor, classes: int, weights: Tensor, smoothing: fl
     counts = torch.bincount(y, minlength=classes).double()
     means = x.new_zeros(classes, x.shape[1]).index_add_(0, y, x) / counts[:, None]
     own = x - means[y]
-    values, vectors = torch.linalg.eigh(own.T @ own)
+    values, vectors = eigen(own.T @ own)
     priors = torch.bincount(y, weights, classes) / weights.sum()
     x, own, means, values = x @ vectors, own @ vectors, means @ vectors, values.clamp_min(0)
     free = max(1, len(x) - classes)
@@ -261,7 +262,7 @@ def solve_ridge(x: Tensor, y: Tensor, classes: int, weights: Tensor, smoothing: 
     target = F.one_hot(y, classes).to(x)
     mean, level = (weights @ x) / weights.sum(), (weights @ target) / weights.sum()
     rows, goal = root * (x - mean), root * (target - level)
-    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    values, vectors = eigen(rows.T @ rows)
     values = values.clamp_min(0)
     rotated, moments = rows @ vectors, vectors.T @ (rows.T @ goal)
     strengths = values.mean().clamp_min(_TINY) * _SHRINKAGES.to(x) * 10

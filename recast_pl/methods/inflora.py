@@ -26,6 +26,7 @@ from torch import Tensor, distributed, nn
 
 from recast_pl.decomposition.parametrization import Inputs
 from recast_pl.errors import MethodError, PatchError
+from recast_pl.linalg import eigen
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, Adaptation, Part, WeightPiece, thirds
 from recast_pl.methods.lora import LowRank
 from recast_pl.methods.piece import copies
@@ -229,7 +230,7 @@ def design(covariance: Tensor, space: Subspace | None, rank: int) -> Tensor:
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Squares of the singular values (d,) of a matrix (d, m), largest first, and its left singular vectors (d, d)."""
-    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    squares, vectors = eigen(matrix @ matrix.T)
     return squares.flip(0).clamp_min(0), vectors.flip(1)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from recast_pl.errors import RunError
+from recast_pl.linalg import eigen
 from recast_pl.methods.joint_classifier import JointClassifier, Scores, class_sums, linear
 
 _RIDGES = torch.logspace(-8, 8, 17, dtype=torch.float64)
@@ -71,10 +72,10 @@ def ridge_errors(h: Tensor, labels: Tensor) -> Tensor:
     targets = torch.eye(int(labels.max()) + 1, dtype=h.dtype)[labels]
     a, b = h[~held_out], h[held_out]
     if len(a) <= h.shape[1]:
-        values, vectors = torch.linalg.eigh(a @ a.T)
+        values, vectors = eigen(a @ a.T)
         left, right = b @ (a.T @ vectors), vectors.T @ targets[~held_out]
     else:
-        values, vectors = torch.linalg.eigh(a.T @ a)
+        values, vectors = eigen(a.T @ a)
         left, right = b @ vectors, vectors.T @ (a.T @ targets[~held_out])
     values = values.clamp_min(0)
     found = [left @ (right / (values + ridge)[:, None]) for ridge in _RIDGES]
