@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -22,6 +21,7 @@ from recast_pl.errors import DataError, PatchError, RunError, StorageError
 from recast_pl.inference.prediction import Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor
 from recast_pl.inference.server.batching import Batcher
+from recast_pl.inference.server.decoding import Decoders
 from recast_pl.inference.server.drift import Drift, DriftMonitor
 from recast_pl.inference.server.limits import Limits
 from recast_pl.inference.server.metrics import CONTENT_TYPE, Metrics, RequestMetrics
@@ -77,7 +77,6 @@ def create_app(
         page at `/`.
     """
     service = _Service(predictor, limits or Limits(), token, keep)
-    _allow_pixels(service.limits.max_pixels)
     app = FastAPI(
         title="recast_pl",
         lifespan=lambda _: service.batcher.running(),
@@ -101,7 +100,9 @@ class _Service:
     def __init__(self, predictor: Predictor, limits: Limits, token: str | None, keep: Keep | None) -> None:
         self.limits, self.counts = limits, Metrics()
         self._predictor, self._token, self._keep = predictor, token, keep
-        self.batcher = Batcher(predictor, limits, self.counts.batches.observe)
+        self.decoders = Decoders(limits, lambda reason: self.counts.lost.labels(reason).inc())
+        self.batcher = Batcher(predictor, self.decoders, limits, self.counts.batches.observe)
+        self.counts.decoding.set_function(lambda: self.decoders.longest)
         self.counts.waiting.set_function(lambda: self.batcher.waiting)
         self.counts.tasks.set_function(lambda: len(predictor.tasks))
         self._drift = DriftMonitor(predictor)
@@ -155,8 +156,9 @@ class _Service:
         return await run_in_threadpool(self._add, patch, signature)
 
     async def health(self) -> dict[str, Any]:
-        """Shows that the server answers."""
-        return {"status": "ok", "tasks": len(self._predictor.tasks), "waiting": self.batcher.waiting}
+        """Shows that the server answers, how many images wait, and how long the slowest one is being decoded."""
+        waiting, slowest = self.batcher.waiting, round(self.decoders.longest, 3)
+        return {"status": "ok", "tasks": len(self._predictor.tasks), "waiting": waiting, "decoding_seconds": slowest}
 
     async def metrics(self) -> Response:
         """The metrics."""
@@ -226,12 +228,6 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
         responses=failures(400, 401, 408, 409, 413, 415, 422, 500, 503),
         openapi_extra=body(PATCH),
     )
-
-
-def _allow_pixels(count: int) -> None:
-    """Raises Pillow's own limit of pixels, which holds in the whole process, to that of the server."""
-    if Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, count)
 
 
 def _check_type(request: Request, *wanted: str) -> str:

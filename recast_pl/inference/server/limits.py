@@ -13,7 +13,7 @@ class Limits:
     Args:
         max_body: Bytes of a request.
         max_pixels: Pixels of an image, by its header. Decoding takes up to 26 bytes for each, of two large images and
-            of four below 16 million pixels at a time. Pillow's own limit is raised to it.
+            of four below 16 million pixels at a time; a process that decodes may take 32 bytes for each, and 128 MiB.
         timeout: Seconds in which a request must have arrived, and then must be answered.
         batch_size: Images that are classified together, whatever their tasks.
         queue_size: Images that wait or are being classified; further requests are refused until later.

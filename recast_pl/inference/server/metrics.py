@@ -9,6 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+LOSSES = ("time", "stuck", "crash")
+"""Why a process that decodes images may be lost."""
+
 _BATCHES = tuple(2**power for power in range(9))  # images
 
 
@@ -29,6 +32,17 @@ class Metrics:
             "recast_pl_routed_images", "Images whose task was to be found.", ("outcome",), registry=self._registry
         )
         self.waiting = Gauge("recast_pl_waiting_images", "Images that wait for a label.", registry=self._registry)
+        self.lost = Counter(
+            "recast_pl_lost_decoders",
+            "Decoding processes that an image ended: too much processor time, too long otherwise, or a crash.",
+            ("reason",),
+            registry=self._registry,
+        )
+        for reason in LOSSES:
+            self.lost.labels(reason)  # so that they are there from the start
+        self.decoding = Gauge(
+            "recast_pl_decoding_seconds", "Time for which the slowest image is being decoded.", registry=self._registry
+        )
         self.tasks = Gauge("recast_pl_tasks", "Tasks that are served.", registry=self._registry)
 
     def add(self, collector: Collector) -> None:
