@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -68,31 +68,41 @@ class Batcher:
             self._computer.shutdown(wait=False, cancel_futures=True)
             self._computer = ThreadPoolExecutor(1, "classify")
 
-    async def classify(self, content: bytes, task: str) -> Prediction:
-        """Decodes an image file and waits for its prediction.
+    async def classify(self, contents: Sequence[bytes], task: str) -> list[Prediction]:
+        """Decodes image files and waits for their predictions.
 
         Args:
-            content: The file.
-            task: Name of the task; `auto` if it is to be found.
+            contents: The files.
+            task: Name of the task; `auto` if that of each image is to be found.
 
         Raises:
             RunError: If there is no such task.
-            PatchError: If the task cannot classify the image.
-            HTTPException: 503 if too many images wait; 413 or 422 if the image cannot be used, or no task be found.
+            PatchError: If the task cannot classify an image.
+            HTTPException: 503 if too many images wait; 413 or 422 if an image cannot be used, or no task be found.
         """
-        if self.waiting >= self._limits.queue_size:
+        if self.waiting + len(contents) > self._limits.queue_size:
             raise HTTPException(503, f"{self.waiting} images are waiting; try again later", {"Retry-After": "1"})
-        self.waiting += 1
+        self.waiting += len(contents)
+        jobs = [asyncio.ensure_future(self._classify(content, task)) for content in contents]
         try:
-            loop = asyncio.get_running_loop()
-            size = await self._size(task)
-            job = _Request(await self._decoders.decode(content, size), task, loop.create_future())
-            self._jobs.append(job)
-            if self._worker is None or self._worker.done():
-                self._worker = loop.create_task(self._work())
-            return await job.prediction
+            await asyncio.wait(jobs, return_when=asyncio.FIRST_EXCEPTION)
+            for place, job in enumerate(jobs, 1):
+                if job.done() and isinstance(error := job.exception(), HTTPException) and len(jobs) > 1:
+                    raise HTTPException(error.status_code, f"image {place}: {error.detail}", error.headers) from error
+            return await asyncio.gather(*jobs)
         finally:
-            self.waiting -= 1
+            for job in jobs:
+                job.cancel()
+            self.waiting -= len(contents)
+
+    async def _classify(self, content: bytes, task: str) -> Prediction:
+        loop = asyncio.get_running_loop()
+        size = await self._size(task)
+        job = _Request(await self._decoders.decode(content, size), task, loop.create_future())
+        self._jobs.append(job)
+        if self._worker is None or self._worker.done():
+            self._worker = loop.create_task(self._work())
+        return await job.prediction
 
     async def _size(self, task: str) -> ImageSize:
         """The image size of a task. The first time that a task is to be found, this takes as long as a router does."""

@@ -30,6 +30,9 @@ long for another. 16 million pixels take half a second."""
 _SECONDS = 5.0
 """Processor time that any image may take. 50 million pixels take one or two seconds; some small files take minutes."""
 
+_START = 60.0
+"""Seconds that a new process may take for its first image, because it has to start."""
+
 _MOST_TEXT = 2000  # bytes of an answer that is not pixels
 
 
@@ -109,14 +112,15 @@ class _Lane:
         self.pool = ThreadPoolExecutor(count, "decode")
         self._pixels, self._seconds, self._limits, self._lost = pixels, seconds, limits, lost
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()  # None stands for one that is not started
-        self._busy: set[_Process] = set()
+        self._all: set[_Process] = set()
         self._closed = False
         for _ in range(count):
             self._idle.put(None)
 
     @property
     def longest(self) -> float:
-        return max((time.monotonic() - process.since for process in list(self._busy)), default=0.0)
+        times = [process.since for process in list(self._all)]
+        return max((time.monotonic() - since for since in times if since is not None), default=0.0)
 
     def start(self) -> None:
         for process in [self._take() for _ in range(self._idle.qsize())]:
@@ -125,16 +129,11 @@ class _Lane:
     def close(self) -> None:
         self._closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
-        while not self._idle.empty():
-            if process := self._idle.get_nowait():
-                process.end()
-        for process in list(self._busy):
+        for process in list(self._all):
             process.end()
 
     def ask(self, content: bytes, size: ImageSize) -> tuple[int, bytearray]:
-        process = self._take()
-        self._busy.add(process)
-        alive = False
+        process, alive = self._take(), False
         try:
             answer = process.ask(content, size, self._pixels, self._seconds, self._limits.timeout)
             alive = True
@@ -143,24 +142,30 @@ class _Lane:
                 self._lost(str(error))
             raise
         finally:
-            self._busy.discard(process)
-            if self._closed or not alive:
+            if not alive:
                 process.end()
-            self._idle.put(None if self._closed else process if alive else self._new())
+                self._all.discard(process)
+            self._idle.put(process if alive else None if self._closed else self._new())
         return answer
 
     def _take(self) -> "_Process":
+        """A process that waits, or a new one; there are as many as threads, so that no thread waits for one."""
         return self._idle.get() or self._new()
 
     def _new(self) -> "_Process":
-        return _Process(self._limits.max_pixels)
+        process = _Process(self._limits.max_pixels)
+        self._all.add(process)
+        if self._closed:  # meanwhile
+            process.end()
+        return process
 
 
 class _Process:
     """A running `decoder`."""
 
     def __init__(self, max_pixels: int) -> None:
-        self.since = time.monotonic()  # of the present request
+        self.since: float | None = None  # when it got the image that it decodes
+        self._started = False
         pipe, path = subprocess.PIPE, os.pathsep.join(filter(None, sys.path))
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", _PROGRAM, str(max_pixels)],
@@ -186,15 +191,18 @@ class _Process:
             stuck.set()
             self._process.kill()
 
-        timer = threading.Timer(patience, give_up)
+        timer = threading.Timer(patience if self._started else max(patience, _START), give_up)
         timer.start()
         try:
-            return self._exchange(REQUEST.pack(pixels, *height_and_width(size), seconds, len(content)), content)
+            answer = self._exchange(REQUEST.pack(pixels, *height_and_width(size), seconds, len(content)), content)
         except (OSError, EOFError, struct.error) as cause:
             slow = self._process.wait() == -getattr(signal, "SIGPROF", 0)
             raise _LostError("stuck" if stuck.is_set() else "time" if slow else "crash") from cause
         finally:
             timer.cancel()
+            self.since = None
+        self._started = True
+        return answer
 
     def _exchange(self, head: bytes, content: bytes) -> tuple[int, bytearray]:
         requests, answers = self._process.stdin, self._process.stdout

@@ -17,6 +17,7 @@ class Limits:
         timeout: Seconds in which a request must have arrived, and then must be answered.
         batch_size: Images that are classified together, whatever their tasks.
         queue_size: Images that wait or are being classified; further requests are refused until later.
+        connections: Open connections of the command `serve`; further ones are refused until later.
 
     Raises:
         RunError: If a limit is not a finite number above 0.
@@ -27,6 +28,7 @@ class Limits:
     timeout: float = 30.0
     batch_size: int = 32
     queue_size: int = 256
+    connections: int = 500
 
     def __post_init__(self) -> None:
         for field in fields(self):
