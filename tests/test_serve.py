@@ -339,7 +339,7 @@ REFUSED = {  # request, status, part of the error
     "image as text": (
         {"data": {"task": "food", "image": "text"}, "files": {"x": FILE}},
         422,
-        "'image'; send one, with a f",
+        "the form has 1 fields 'image', not all with a file",
     ),
     "two names": ({"files": [("image", FILE), ("images", FILE)]}, 422, "send 'image' once"),
     "many images": ({"data": {"task": "food"}, "files": [("image", FILE)] * 33}, 400, "Too many files"),
@@ -428,7 +428,7 @@ def raw(app, chunks, headers=(), pause=0.0):
 
     async def receive():
         nonlocal taken
-        await asyncio.sleep(pause)
+        await asyncio.sleep(pause if taken < len(chunks) else 99)
         taken += 1
         return {"type": "http.request", "body": chunks[taken - 1], "more_body": taken < len(chunks)}
 

@@ -1,5 +1,6 @@
 """The server's decoding processes: images that are slow, need much memory or make the decoder fail."""
 
+import errno
 import io
 import os
 import signal
@@ -117,6 +118,20 @@ def test_a_process_that_has_crashed_costs_no_answer(serve):  # noqa: F811
     os.kill(process, signal.SIGKILL)
     assert ask(client).json() == wanted
     assert lost(client) == {"time": 0, "stuck": 0, "crash": 1}
+
+
+def test_a_process_that_cannot_start_is_tried_again(serve, monkeypatch):  # noqa: F811
+    client = serve()
+
+    def fail(*words, **settings):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.subprocess, "Popen", fail)
+        for _ in range(9):  # more often than there are processes
+            answer = ask(client)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert ask(client).status_code == 200
 
 
 def test_the_processes_end_with_the_application(serve):  # noqa: F811

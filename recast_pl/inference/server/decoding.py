@@ -98,6 +98,10 @@ class Decoders:
                 if reason == "stuck":
                     break
                 continue
+            except OSError as error:
+                raise HTTPException(
+                    503, "images cannot be decoded now; try again later", {"Retry-After": "1"}
+                ) from error
             if status == 200:
                 return torch.frombuffer(answer, dtype=torch.uint8).reshape(*height_and_width(size), 3).permute(2, 0, 1)
             if status != LATER:
@@ -123,8 +127,8 @@ class _Lane:
         return max((time.monotonic() - since for since in times if since is not None), default=0.0)
 
     def start(self) -> None:
-        for process in [self._take() for _ in range(self._idle.qsize())]:
-            self._idle.put(process)
+        for process in [self._idle.get() for _ in range(self._idle.qsize())]:
+            self._idle.put(process or self._new_if_possible())
 
     def close(self) -> None:
         self._closed = True
@@ -133,8 +137,10 @@ class _Lane:
             process.end()
 
     def ask(self, content: bytes, size: ImageSize) -> tuple[int, bytearray]:
-        process, alive = self._take(), False
+        """The answer for an image; raises OSError if no process can be started, and _LostError if it is lost."""
+        process, alive = self._idle.get(), False  # there are as many as threads, so that no thread waits for one
         try:
+            process = process or self._new()
             answer = process.ask(content, size, self._pixels, self._seconds, self._limits.timeout)
             alive = True
         except _LostError as error:
@@ -142,15 +148,16 @@ class _Lane:
                 self._lost(str(error))
             raise
         finally:
-            if not alive:
+            if process and not alive:
                 process.end()
                 self._all.discard(process)
-            self._idle.put(process if alive else None if self._closed else self._new())
+            self._idle.put(process if alive or self._closed else self._new_if_possible())
         return answer
 
-    def _take(self) -> "_Process":
-        """A process that waits, or a new one; there are as many as threads, so that no thread waits for one."""
-        return self._idle.get() or self._new()
+    def _new_if_possible(self) -> "_Process | None":
+        with suppress(OSError):  # such as too many open files; the next image tries again
+            return self._new()
+        return None
 
     def _new(self) -> "_Process":
         process = _Process(self._limits.max_pixels)
