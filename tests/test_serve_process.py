@@ -584,12 +584,12 @@ async def visit(browser, url, model, broken, odd, axe):
     assert (await browser.value("[...task.options].map(each => each.value)"))[:3] == ["auto", "task 77", "task 770"]
     await browser.value("search.value = '', offer()")
     # many classes
-    folded = (
-        "list({task: 'x', probabilities: {a: .1, b: .05, c: .2, d: .3, e: .15, f: .12, g: .08}}).map(e => e.innerText)"
+    found = "{task: 'x', probabilities: {a: .1, b: .05, c: .2, d: .3, e: .15, f: .12, g: .08}}"
+    first, rest = await browser.value(
+        f"list({found}).map(e => [e.tagName, ...[...e.querySelectorAll('summary, th')].map(t => t.textContent)])"
     )
-    first, rest = await browser.value(folded)
-    assert [line[0] for line in first.split("\n") if len(line) == 1] == ["d", "c", "e", "f", "a"]
-    assert rest.startswith("2 other classes")
+    assert first == ["TABLE", "d", "c", "e", "f", "a"]
+    assert rest == ["DETAILS", "2 other classes", "g", "b"]
     # small and large, light and dark
     await choose(FOOD[1], broken)
     await browser.until("status_.textContent.startsWith('2 images: ')")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import errno
 import json
 import logging
@@ -10,11 +11,13 @@ import threading
 from functools import partial
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 from test_predictor import FOOD, SIGNS, patches, run, tuned  # noqa: F401
-from test_serve import ADDING, LOCAL, TOKEN, ask, metrics, model, predictor, raw, serve, until  # noqa: F401
+from test_serve import ADDING, LOCAL, TOKEN, ask, metrics, model, predictor, renamed, serve, until  # noqa: F401
 
+from recast_pl.cli import main
 from recast_pl.errors import RunError, StorageError
 from recast_pl.inference.following import Follower, forget_received, keep_received
 from recast_pl.inference.server.app import create_app
@@ -318,3 +321,26 @@ def test_the_description_names_all_bodies_and_options(serve):  # noqa: F811
     assert delete["security"]
     assert {"200", "401", "403", "404", "409", "500"} <= delete["responses"].keys()
     assert "503" in paths["/ready"]["get"]["responses"]
+
+
+def test_the_command_serves_patches_beside_the_run(run, tmp_path, monkeypatch, capsys):  # noqa: F811
+    more = dataclasses.replace(patches(run)["food"], task="more")
+    more.save(file := tmp_path / "patches" / "02_more.safetensors")
+    renamed(run, "more").save(tmp_path / "signatures" / "02_more.safetensors")
+    apps, log = [], logging.getLogger(ACCESS_LOG)
+    for name in ("handlers", "level"):  # the command changes them
+        monkeypatch.setattr(log, name, getattr(log, name))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: apps.append(server.config.app))
+    monkeypatch.setenv("RECAST_PL_TOKEN", TOKEN)
+    words = ["serve", "--run_dir", str(run), "--port", "0", "--device", "cpu", "--patches", str(file)]
+    assert main([*words, "--root_path", "/recast", "--allowed_origins", "https://shop.example"]) == 0
+    assert "serving food, signs, more at http://127.0.0.1:" in capsys.readouterr().out
+    client = TestClient(apps[0], base_url=LOCAL)
+    assert [task["name"] for task in client.get("/recast/tasks").json()] == ["food", "signs", "more"]
+    assert "familiar" in client.post("/predict", content=CONTENTS[0], headers=JPEG).json()  # its signature was found
+    assert client.delete("/tasks/more", headers=ADDING).status_code == 409
+    assert client.get("/tasks", headers={"Origin": "https://shop.example"}).status_code == 200
+    assert main([*words, str(file)]) == 2
+    assert "more" in capsys.readouterr().err
+    assert main([*words, "--root_path", "recast"]) == 2
+    assert "root_path is 'recast'; give a path that begins with a slash" in capsys.readouterr().err

@@ -59,7 +59,6 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
 
     limits = Limits(**{field.name: config[field.name] for field in fields(Limits)})
     _check_root_path(config.root_path)
-    _set_up_logs()
     with _listening(config.host, config.port) as (listener, address), interruptible():
         predictor = load(config.run_dir, device=chosen_device(config), trust=config.trust)
         for file in map(Path, config.patches):
@@ -69,6 +68,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
         follower = Follower(predictor, folder, lambda text: log.print(text, soft_wrap=True, markup=False))
         settings = _settings(config, limits, predictor, folder)
         follower.look()
+        _set_up_logs()
         open_console().print(f"serving {', '.join(predictor.tasks)} at {address}; Ctrl-C stops it", soft_wrap=True)
         with following(follower, _FOLLOW):
             uvicorn.Server(settings).run([listener])  # answers pending requests, then raises the signal again
@@ -128,7 +128,7 @@ def _set_up_logs() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handler.addFilter(RateFilter(_LINES))
     access.setLevel(logging.INFO)
-    access.propagate, access.handlers = False, [handler]
+    access.handlers = [handler]
 
 
 @contextmanager
