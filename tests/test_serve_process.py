@@ -12,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
+import urllib.error
 import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
 from urllib.parse import urlsplit
@@ -37,7 +39,7 @@ HEAD = "POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/for
 TASK = b'--x\r\nContent-Disposition: form-data; name="task"\r\n\r\nfood\r\n'
 FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 PAGE = ROOT / "docs" / "howto" / "serving.md"
-START, REQUESTS = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
+START, REQUESTS, MORE = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[:3]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,128 @@ def test_the_documented_commands(server, folder, run):  # noqa: F811
     assert 'recast_pl_requests_total{path="/predict",status="200"}' in said[5]
     assert json.loads(said[6]) == {"name": "people", "classes": patches(run)["food"].classes}
     assert len(list((folder / "logs" / "mine" / "patches").iterdir())) == 2  # the run itself has not changed
+
+
+def test_the_documented_bodies_and_the_deletion_of_a_task(folder, tmp_path):
+    mine = tmp_path / "logs" / "mine"
+    shutil.copytree(folder / "logs" / "mine", mine, ignore=shutil.ignore_patterns("received"))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    people = [str(folder / "more" / "patches" / "02_people.safetensors")]
+    signature = str(folder / "more" / "signatures" / "02_people.safetensors")
+    with started(tmp_path) as (_, url):
+        files = ["-F", f"patch=@{people[0]}", "-F", f"signature=@{signature}"]
+        words = ["curl", "-s", "--fail-with-body", "-H", f"Authorization: Bearer {TOKEN}", *files, f"{url}/tasks"]
+        assert subprocess.run(words).returncode == 0
+        said = []
+        for command in MORE.strip().splitlines():
+            line = command.replace("http://127.0.0.1:8000", url).replace("curl", "curl -s --fail-with-body")
+            bash = ["bash", "-c", line]
+            done = subprocess.run(
+                bash, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"RECAST_PL_TOKEN": TOKEN}
+            )
+            assert done.returncode == 0, done.stdout
+            said.append(json.loads(done.stdout))
+        assert (said[0]["task"], len(said[0]["probabilities"])) == ("signs", 3)
+        assert [one["task"] for one in said[1]] == ["signs", "signs"]
+        assert said[2]["label"] == said[0]["label"]
+        assert said[3]["name"] == "people"
+        assert tasks_of(url) == ["food", "signs"]
+    with restarted(tmp_path, "--patches", *people) as (_, url):
+        assert tasks_of(url) == ["food", "signs", "people"]  # from the option alone
+        with urllib.request.urlopen(f"{url}/openapi.json") as response:
+            assert json.loads(response.read())["openapi"].startswith("3.")
+        request = urllib.request.Request(f"{url}/tasks/people", method="DELETE")
+        request.add_header("Authorization", f"Bearer {TOKEN}")
+        with pytest.raises(urllib.error.HTTPError, match="409"):
+            urllib.request.urlopen(request)
+        request = urllib.request.Request(f"{url}/predict", (FOOD[0]).read_bytes(), {"Content-Type": "image/jpeg"})
+        with urllib.request.urlopen(request) as response:
+            assert "familiar" in json.loads(response.read())  # its signature was found
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+NGINX = """
+user root; daemon off; pid nginx.pid; error_log stderr;
+events {{}}
+http {{
+    access_log off; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    server {{ listen 127.0.0.1:{port}; {block} }}
+}}
+"""
+CADDY = "{{ admin off\n auto_https off\n }}\nhttp://127.0.0.1:{port} {{\n{block}\n}}\n"
+PROXIES = {
+    "nginx": (NGINX, lambda folder: ["/usr/sbin/nginx", "-p", str(folder), "-c", "conf"]),
+    "caddy": (CADDY, lambda folder: ["caddy", "run", "--adapter", "caddyfile", "--config", "conf"]),
+}
+
+
+@contextmanager
+def proxy(name, server, folder):
+    """The URL of a proxy with the documented settings, in front of a server."""
+    (block,) = re.findall(rf"```{name}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    template, command = PROXIES[name]
+    port = free_port()
+    block = block.replace("127.0.0.1:8000", urlsplit(server).netloc)
+    (folder / "conf").write_text(template.format(port=port, block=block))
+    environment = os.environ | {"HOME": str(folder)}
+    with subprocess.Popen(command(folder), cwd=folder, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 30
+            while refuses(url := f"http://127.0.0.1:{port}"):
+                assert time.monotonic() < end
+                assert process.poll() is None
+            yield url
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_documented_proxies(name, folder, run, tmp_path):  # noqa: F811
+    if not shutil.which(PROXIES[name][1](tmp_path)[0]):
+        pytest.skip(f"{name} is not installed")
+    (wanted,) = recast_pl.load(run).predict(FOOD[0], "food")
+    with started(folder, "--root_path", "/recast") as (_, server), proxy(name, server, tmp_path) as url:
+        for path in ("/", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/tasks", "/ready"):
+            with urllib.request.urlopen(f"{url}/recast{path}") as response:
+                assert response.status == 200
+                assert len(response.headers["X-Request-ID"]) >= 32
+        big = FOOD[0].read_bytes() + bytes(3_000_000)  # more than nginx itself allows
+        # as the page sends it, although the proxy has another name
+        headers = {"Content-Type": "image/jpeg", "Origin": "https://www.example.org", "X-Requested-With": "recast_pl"}
+        request = urllib.request.Request(f"{url}/recast/predict?task=food", big, headers)
+        with urllib.request.urlopen(request) as response:
+            assert json.loads(response.read())["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
+        request.remove_header("X-requested-with")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request)
+
+
+def test_connections_above_the_limit_are_refused_and_the_log_tells_of_requests(folder, tmp_path):
+    with (
+        (tmp_path / "log").open("w") as log,
+        started(folder, "--connections", "5", stderr=log) as (_, url),
+        ExitStack() as stack,
+    ):
+        open_ones = [stack.enter_context(connect(url)) for _ in range(5)]
+        time.sleep(0.5)
+        late = stack.enter_context(connect(url))
+        late.settimeout(10)
+        answer = b"".join(iter(lambda: late.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"Retry-After: 1" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {
+            "error": "too many connections are open; try again later"
+        }
+        open_ones[0].sendall(
+            b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-ID: mine\r\nConnection: close\r\n\r\n"
+        )
+        assert b'"status":"ok"' in b"".join(iter(lambda: open_ones[0].recv(65536), b""))
+    assert re.search(r"^[\d-]+ [\d:,]+ GET /health 200 \d+ ms mine$", (tmp_path / "log").read_text(), re.MULTILINE)
 
 
 def tasks_of(url):
@@ -351,101 +475,153 @@ def chromium(folder):
         process.wait(30)
 
 
-TABLE = """[...document.querySelectorAll("tbody tr")].map(row => [row.cells[0].textContent,
-  row.cells[1].firstChild.getBoundingClientRect().width / row.cells[1].clientWidth, row.cells[2].textContent])"""
+ROWS = """[...document.querySelectorAll("article tr")].map(row => [row.cells[0].textContent,
+  row.querySelector(".bar").getBoundingClientRect().width, row.querySelector("td").textContent])"""
+FACTS = """[...document.querySelectorAll("article dt")].map(name => [name.textContent, name.nextSibling.textContent])"""
+SHAPES = [(320, 640, "light"), (320, 640, "dark"), (1280, 800, "light"), (1280, 800, "dark")]
 
 
-FACTS = """[...document.querySelectorAll("dt")].map(name => [name.textContent, name.nextSibling.textContent])"""
+def shown(prediction):
+    return f"{prediction.label}, {100 * prediction.probability:.1f} %" if prediction.label else "None of these tasks"
 
 
-async def visit(browser, url, model, broken, odd):
-    async def expect(task, path):
-        (wanted,) = model.predict(path, task)
-        assert await browser.value("route.offsetHeight") == 0
-        await listed(wanted, task)
-
-    async def listed(wanted, task):
-        caption = f"{task}: {wanted.label}"
-        await browser.until(f"document.querySelector('caption').textContent === {json.dumps(caption)}")
-        await browser.until("!document.getElementById('classes').hidden")
-        ranked = sorted(wanted.probabilities.items(), key=lambda item: -item[1])
-        rows = await browser.value(TABLE)
+async def visit(browser, url, model, broken, odd, axe):
+    async def expect(*predictions):
+        await browser.until("document.querySelectorAll('article .answer').length === " + str(len(predictions)))
+        wanted = [shown(prediction) for prediction in predictions]
+        await browser.until(
+            "JSON.stringify([...document.querySelectorAll('.answer')].map(p => p.textContent)) ==="
+            f"{json.dumps(json.dumps(wanted, separators=(',', ':'), ensure_ascii=False))}"
+        )
+        if len(predictions) > 1:
+            return
+        (one,) = predictions
+        ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
+        rows = await browser.value(ROWS)
         assert [(name, percent) for name, _, percent in rows] == [(n, f"{100 * p:.1f} %") for n, p in ranked]
-        assert [width for _, width, _ in rows] == pytest.approx([p for _, p in ranked], abs=0.05)
 
     for domain in ("Log", "Runtime", "Page", "DOM"):
         await browser(f"{domain}.enable")
     await browser("Page.navigate", url=url)
     await browser.until("document.querySelectorAll('option').length > 1")
 
-    async def choose(path):
+    async def choose(*paths):
         root = (await browser("DOM.getDocument"))["root"]["nodeId"]
         node = await browser("DOM.querySelector", nodeId=root, selector="#file")
-        await browser("DOM.setFileInputFiles", nodeId=node["nodeId"], files=[str(path)])
+        await browser("DOM.setFileInputFiles", nodeId=node["nodeId"], files=[str(path) for path in paths])
 
     async def expect_found(path):
         (wanted,) = model.predict(path)
-        refused = json.dumps(wanted.task == "none")
-        await browser.until(f"!route.hidden && (status_.textContent === 'None of these') === {refused}")
-        facts = dict(await browser.value(FACTS))
-        second = wanted.second
+        await expect(wanted)
+        facts, second = dict(await browser.value(FACTS)), wanted.second
         if wanted.task == "none":
-            assert facts["Task"] == "none of these"
             assert facts["Likeliest"] == f"{second.task}, {100 * second.task_probability:.1f} %"
-            assert await browser.value("classes.offsetHeight") == 0
         else:
             assert facts["Task"] == f"{wanted.task}, {100 * wanted.task_probability:.1f} %"
-            assert facts["Class"] == f"{wanted.label}, {100 * wanted.probability:.1f} %"
             assert facts["Second choice"].startswith(f"{second.task}, {100 * second.task_probability:.1f} %")
-            if second.label:
-                assert facts["Second choice"].endswith(f": {second.label}, {100 * second.probability:.1f} %")
-            await listed(wanted, wanted.task)
+        assert facts["At least as unusual"] == f"{100 * wanted.familiar:.1f} % of known images"
 
-    assert await browser.value("shown.offsetHeight + classes.offsetHeight + route.offsetHeight") == 0
+    assert await browser.value("results.children.length") == 0
     assert await browser.value("task.selectedOptions[0].textContent") == "find the task"
     await choose(FOOD[1])
     await expect_found(FOOD[1])
+    assert await browser.value("document.querySelector('article img').naturalWidth") > 0
     await choose(odd)
     await expect_found(odd)
-    await choose(FOOD[1])
-    await expect_found(FOOD[1])
-    assert await browser.value("document.getElementById('shown').naturalWidth") > 0
-    # by keyboard: the task, then the file
+    # by keyboard: the task, its classes, then the file
     await browser.key("Tab", 9)
     assert await browser.value("document.activeElement.id") == "task"
     for name in ("food", "signs"):
         await browser.key("ArrowDown", 40)
-        await browser.until("route.hidden && !classes.hidden")
-        await expect(name, FOOD[1])
+        await browser.until(f"known.firstChild.textContent === '{len(model.classes(name))} classes of {name}'")
+        await expect(*model.predict(odd, name))
+        listed = await browser.value("[...known.querySelectorAll('li')].map(item => item.textContent)")
+        assert listed == model.classes(name)
+    await browser.key("Tab", 9)
+    assert await browser.value("document.activeElement.tagName") == "SUMMARY"
     await browser.key("Tab", 9)
     assert await browser.value("document.activeElement.id") == "file"
     tree = (await browser("Accessibility.getFullAXTree"))["nodes"]
     named = {(n["role"]["value"], n["name"]["value"]) for n in tree if "name" in n and not n["ignored"]}
     assert ("combobox", "Task") in named
-    assert any(role == "button" and "Choose an image, or drop it here" in name for role, name in named)
+    assert any(role == "button" and "Choose images, drop or paste them here" in name for role, name in named)
     # by mouse
     x, y = await browser.value("(b => [b.x + b.width / 2, b.y + b.height / 2])(drop.getBoundingClientRect())")
 
-    async def drag(path):
-        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    async def drag(*paths):
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             await browser("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     await drag(SIGNS[2])
-    await expect("signs", SIGNS[2])
-    await drag(broken)
-    await browser.until("error.textContent.startsWith('the image cannot be read')")
-    assert await browser.value("classes.offsetHeight + shown.offsetHeight === 0 && status_.textContent === ''")
-    await drag(SIGNS[0])
-    await expect("signs", SIGNS[0])
-    assert await browser.value("error.textContent") == ""
+    await expect(*model.predict(SIGNS[2], "signs"))
+    # several images, of which one cannot be read; then the same ones again
+    for _ in range(2):
+        await drag(SIGNS[0], broken, SIGNS[1])
+        await expect(*model.predict(SIGNS[:2], "signs"))
+        await browser.until("status_.textContent.startsWith('3 images: ')")
+        (said,) = await browser.value("[...document.querySelectorAll('article .error')].map(p => p.textContent)")
+        assert said.startswith("the image cannot be read")
+    # the same image again, after the server had to refuse it, and a pasted one
+    for _ in range(2):
+        await choose(FOOD[0])
+        await expect(*model.predict(FOOD[0], "signs"))
+    await browser.value("results.replaceChildren()")
+    await browser.value("again.click()")
+    await expect(*model.predict(FOOD[0], "signs"))
+    await browser.value(
+        "(data => { data.items.add(new File([images[0]], 'p.jpg'));"
+        "dispatchEvent(new ClipboardEvent('paste', {clipboardData: data})) })(new DataTransfer())"
+    )
+    await browser.until("document.querySelector('h2')?.textContent === 'p.jpg'")
+    await expect(*model.predict(FOOD[0], "signs"))
+    # many tasks, of many classes
+    await browser.value(
+        "tasks = Array.from({length: 1000}, (_, i) => ({name: 'task ' + i, classes: ['cat ' + i, 'dog']})),"
+        "finder.hidden = false, search.value = 'CAT 77', offer()"
+    )
+    assert await browser.value("matches.textContent") == "11 of 1000 tasks"
+    assert (await browser.value("[...task.options].map(each => each.value)"))[:3] == ["auto", "task 77", "task 770"]
+    await browser.value("search.value = '', offer(), task.value = 'auto'")
+    # many classes
+    found = "{task: 'x', probabilities: {a: .1, b: .05, c: .2, d: .3, e: .15, f: .12, g: .08}}"
+    first, rest = await browser.value(
+        f"list({found}).map(e => [e.tagName, ...[...e.querySelectorAll('summary, th')].map(t => t.textContent)])"
+    )
+    assert first == ["TABLE", "d", "c", "e", "f", "a"]
+    assert rest == ["DETAILS", "2 other classes", "g", "b"]
+    # small and large, light and dark
+    await choose(FOOD[1], broken)
+    await browser.until("status_.textContent.startsWith('2 images: ')")
+    for width, height, scheme in SHAPES:
+        await browser(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+        await browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        assert await browser.value("document.documentElement.scrollWidth") <= width
+        if axe:
+            await browser.value(axe)
+            said = await browser.value(
+                "axe.run().then(found => found.violations.map(each => each.id + each.nodes[0].html))"
+            )
+            assert said == []
     assert await browser.value("location.href") == url
     return browser.said
 
 
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory):
+    """The script that checks whether a page can be used by everybody; None where npm cannot get it."""
+    folder = tmp_path_factory.mktemp("axe")
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(["npm", "pack", "--silent", "axe-core@4"], cwd=folder, check=True, timeout=60)
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            return archive.extractfile("package/axe.min.js").read().decode()
+
+
 # A browser is not a dependency: where none is installed, as on CI, this test is skipped.
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_the_page_works_by_mouse_and_by_keyboard(folder, run, tmp_path):  # noqa: F811
+def test_the_page_works_by_mouse_and_by_keyboard(folder, run, tmp_path, axe):  # noqa: F811
     model = recast_pl.load(run)
     (broken := tmp_path / "broken.jpg").write_bytes(b"no image")
     people = sorted((ROOT / "data" / "clipart" / "people").rglob("*.jpg"))
@@ -456,7 +632,7 @@ def test_the_page_works_by_mouse_and_by_keyboard(folder, run, tmp_path):  # noqa
             async with session.get(f"{debugger}/json/list") as response:
                 (page,) = [tab for tab in json.loads(await response.text()) if tab["type"] == "page"]
             async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as connection:
-                return await visit(Browser(connection), f"{url}/", model, broken, odd)
+                return await visit(Browser(connection), f"{url}/", model, broken, odd, axe)
 
     with started(folder) as (_, url), chromium(tmp_path / "profile") as debugger:
         said = asyncio.run(browse(debugger, url))

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
+from recast_pl.data.pixels import fit, to_rgb
 from recast_pl.errors import DataError, one_line
-from recast_pl.rules import ImageSize, height_and_width
+from recast_pl.rules import ImageSize
 
 _NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")  # Pillow passes these on to other programs, or fails
 
@@ -230,7 +231,7 @@ def _file_states(paths: Sequence[Path]) -> list[os.stat_result]:
 def open_image(path: Path) -> Image.Image:
     """Opens one image, upright, as RGB on white; raises DataError if it cannot be read."""
     with _reading(path), _open(path) as image:
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 def decode_file(path: Path, size: ImageSize, max_pixels: int | None = None) -> Tensor:
@@ -336,31 +337,4 @@ def _check_pixels(image: Image.Image, max_pixels: int | None) -> None:
 
 
 def _to_pixels(image: Image.Image, size: ImageSize) -> Tensor:
-    image = _to_rgb(image)
-    height, width = height_and_width(size)
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright and RGB. Transparent parts become white, as on a page, rather than the colour that they hide."""
-    image = _to_eight_bits(ImageOps.exif_transpose(image))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales a 16-bit image to 8 bits, which Pillow's own conversion would clip; returns others unchanged."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if not image.mode.startswith("I"):
-        return image
-    values = np.array(image, dtype=np.int32)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels have no known range")
-    values += 128  # with the next line: values / 257, rounded, in place because images may be large
-    values //= 257
-    return Image.fromarray(values.astype(np.uint8))
+    return torch.from_numpy(np.array(fit(image, size))).permute(2, 0, 1)  # (3, H, W)

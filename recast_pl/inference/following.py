@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from recast_pl.errors import RecastError
+from recast_pl.errors import RecastError, StorageError
 from recast_pl.files import write_atomic
 from recast_pl.inference.predictor import Predictor
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.runs.folder import RunFolder, TaskFiles
 from recast_pl.runs.layout import patch_files
+from recast_pl.runs.removal import remove_files
 
 _keeping = threading.Lock()
 
@@ -117,6 +118,29 @@ def keep_received(folder: RunFolder, patch: TaskPatch, content: bytes, signature
         if signature is not None:
             write_atomic(files.signature, signature)
         write_atomic(files.plain if patch.rounded is None else files.compact, content)
+
+
+def forget_received(folder: RunFolder, task: str) -> bool:
+    """Deletes a task that a server has received from its run folder.
+
+    Args:
+        folder: The run folder.
+        task: Name of the task.
+
+    Returns:
+        Whether it was there; False for a task of the run itself, which goes before one of the same name.
+
+    Raises:
+        StorageError: If it cannot be deleted.
+    """
+    with _keeping:
+        if task in folder.finished_names() or task not in folder.received.finished_names():
+            return False
+        try:
+            remove_files(folder.received.finished()[task])
+        except OSError as cause:
+            raise StorageError(f"cannot delete task {task!r} of {folder.received.path} ({cause})") from cause
+        return True
 
 
 def _versions(folder: RunFolder) -> dict[str, _Version]:

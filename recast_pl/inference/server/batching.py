@@ -1,24 +1,22 @@
 """Images of concurrent requests, classified together."""
 
 import asyncio
-import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from recast_pl.errors import PatchError, RunError
 from recast_pl.inference.prediction import Prediction
 from recast_pl.inference.predictor import Predictor
+from recast_pl.inference.server.decoding import Decoders
 from recast_pl.inference.server.limits import Limits
-from recast_pl.inference.server.untrusted import check_image, decode
 from recast_pl.rules import ANY_TASK, ImageSize
-
-_LARGE = 16_000_000  # pixels from which on images are decoded by threads of their own, so that small ones go on
 
 _CANNOT_FIND = (
     "this server cannot find the task of an image, because its tasks share weights, or a signature is missing or does "
@@ -39,27 +37,23 @@ class _Request(NamedTuple):
 class Batcher:
     """Classifies the images of concurrent requests together, whatever their tasks.
 
-    While one batch is computed, other threads decode images, which wait; all that wait form the next batch. So no
+    While one batch is computed, other processes decode images, which wait; all that wait form the next batch. So no
     request waits for a batch to fill, and batches grow with the load.
 
     Args:
         predictor: The tasks.
+        decoders: Decode the images.
         limits: How many images a batch may have and how many may wait.
         observe: Called with the size of each batch.
     """
 
-    def __init__(self, predictor: Predictor, limits: Limits, observe: Callable[[int], object]) -> None:
+    def __init__(
+        self, predictor: Predictor, decoders: Decoders, limits: Limits, observe: Callable[[int], object]
+    ) -> None:
         self.waiting = 0
-        self._predictor, self._limits, self._observe = predictor, limits, observe
+        self._predictor, self._decoders, self._limits, self._observe = predictor, decoders, limits, observe
         self._jobs: deque[_Request] = deque()  # bounded by `waiting`
         self._worker: asyncio.Task[None] | None = None
-        self._open()
-
-    def _open(self) -> None:
-        """Makes the pools, whose threads start when they are needed."""
-        threads = min(4, os.cpu_count() or 1)
-        self._decoders = ThreadPoolExecutor(threads, "decode")
-        self._large_decoders = ThreadPoolExecutor(max(1, threads // 2), "decode large")
         self._computer = ThreadPoolExecutor(1, "classify")
 
     @asynccontextmanager
@@ -70,45 +64,52 @@ class Batcher:
         finally:
             if self._worker:
                 self._worker.cancel()
-            for pool in (self._decoders, self._large_decoders, self._computer):
-                pool.shutdown(wait=False, cancel_futures=True)
-            self._open()
+            self._decoders.close()
+            self._computer.shutdown(wait=False, cancel_futures=True)
+            self._computer = ThreadPoolExecutor(1, "classify")
 
-    async def classify(self, content: bytes, task: str) -> Prediction:
-        """Decodes an image file and waits for its prediction.
+    async def classify(self, contents: Sequence[bytes], task: str) -> list[Prediction]:
+        """Decodes image files and waits for their predictions.
 
         Args:
-            content: The file.
-            task: Name of the task; `auto` if it is to be found.
+            contents: The files.
+            task: Name of the task; `auto` if that of each image is to be found.
 
         Raises:
             RunError: If there is no such task.
-            PatchError: If the task cannot classify the image.
-            HTTPException: 503 if too many images wait; 413 or 422 if the image cannot be used, or no task be found.
+            PatchError: If the task cannot classify an image.
+            HTTPException: 503 if too many images wait; 413 or 422 if an image cannot be used, or no task be found.
         """
-        if self.waiting >= self._limits.queue_size:
+        if self.waiting + len(contents) > self._limits.queue_size:
             raise HTTPException(503, f"{self.waiting} images are waiting; try again later", {"Retry-After": "1"})
-        self.waiting += 1
+        self.waiting += len(contents)
+        jobs = [asyncio.ensure_future(self._classify(content, task)) for content in contents]
         try:
-            loop = asyncio.get_running_loop()
-            size = await loop.run_in_executor(self._decoders, self._size, task)
-            pixels = await loop.run_in_executor(self._decoders, check_image, content, self._limits.max_pixels)
-            pool = self._large_decoders if pixels >= _LARGE else self._decoders
-            image = await loop.run_in_executor(pool, decode, content, size)
-            job = _Request(image, task, loop.create_future())
-            self._jobs.append(job)
-            if self._worker is None or self._worker.done():
-                self._worker = loop.create_task(self._work())
-            return await job.prediction
+            await asyncio.wait(jobs, return_when=asyncio.FIRST_EXCEPTION)
+            for place, job in enumerate(jobs, 1):
+                if job.done() and isinstance(error := job.exception(), HTTPException) and len(jobs) > 1:
+                    raise HTTPException(error.status_code, f"image {place}: {error.detail}", error.headers) from error
+            return await asyncio.gather(*jobs)
         finally:
-            self.waiting -= 1
+            for job in jobs:
+                job.cancel()
+            self.waiting -= len(contents)
 
-    def _size(self, task: str) -> ImageSize:
+    async def _classify(self, content: bytes, task: str) -> Prediction:
+        loop = asyncio.get_running_loop()
+        size = await self._size(task)
+        job = _Request(await self._decoders.decode(content, size), task, loop.create_future())
+        self._jobs.append(job)
+        if self._worker is None or self._worker.done():
+            self._worker = loop.create_task(self._work())
+        return await job.prediction
+
+    async def _size(self, task: str) -> ImageSize:
         """The image size of a task. The first time that a task is to be found, this takes as long as a router does."""
         if task != ANY_TASK:
             return self._predictor.image_size(task)
         try:
-            return self._predictor.any_size
+            return await run_in_threadpool(lambda: self._predictor.any_size)
         except (RunError, PatchError) as cause:  # whose texts name files of the server
             raise HTTPException(422, _CANNOT_FIND) from cause
 

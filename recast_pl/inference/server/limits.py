@@ -13,10 +13,11 @@ class Limits:
     Args:
         max_body: Bytes of a request.
         max_pixels: Pixels of an image, by its header. Decoding takes up to 26 bytes for each, of two large images and
-            of four below 16 million pixels at a time. Pillow's own limit is raised to it.
+            of four below 16 million pixels at a time; a process that decodes may take 32 bytes for each, and 128 MiB.
         timeout: Seconds in which a request must have arrived, and then must be answered.
         batch_size: Images that are classified together, whatever their tasks.
         queue_size: Images that wait or are being classified; further requests are refused until later.
+        connections: Open connections of the command `serve`; further ones are refused until later.
 
     Raises:
         RunError: If a limit is not a finite number above 0.
@@ -27,6 +28,7 @@ class Limits:
     timeout: float = 30.0
     batch_size: int = 32
     queue_size: int = 256
+    connections: int = 500
 
     def __post_init__(self) -> None:
         for field in fields(self):

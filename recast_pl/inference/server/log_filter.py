@@ -38,3 +38,25 @@ class LogFilter(logging.Filter):
         if hidden := self._hidden.pop(kind, 0):
             record.msg = f"{record.msg}\n({hidden:,} more such messages were left out)"
         return True
+
+
+class RateFilter(logging.Filter):
+    """Passes on at most so many messages in a second, and says how many were left out.
+
+    Args:
+        most: Messages in a second.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most, self._second, self._count = most, 0, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Decides about a message."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if (hidden := self._count - self._most) > 0:
+                record.msg = f"({hidden:,} more were left out)\n{record.msg}"
+            self._second, self._count = second, 0
+        self._count += 1
+        return self._count <= self._most

@@ -36,10 +36,11 @@ class RequestFilter:
         limits: Bytes and seconds that a request may take.
         hosts: Host names that requests may be addressed to; `*` allows all. They keep web pages of other sites from
             reaching a local server through a host name of their own (DNS rebinding).
+        origins: Origins of other sites whose pages may send requests; `*` allows all.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, hosts: Collection[str]) -> None:
-        self._app, self._limits, self._hosts = app, limits, hosts
+    def __init__(self, app: ASGIApp, limits: Limits, hosts: Collection[str], origins: Collection[str] = ()) -> None:
+        self._app, self._limits, self._hosts, self._origins = app, limits, hosts, origins
         self._held = 0  # bytes of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,16 +51,19 @@ class RequestFilter:
         if refusal := self._refusal(Headers(scope=scope)):
             await refusal(scope, receive, send)
             return
-        size, deadline = 0, asyncio.get_running_loop().time() + self._limits.timeout
+        size, complete, deadline = 0, False, asyncio.get_running_loop().time() + self._limits.timeout
 
         async def receive_bounded() -> Message:
-            nonlocal size
+            nonlocal size, complete
+            if complete:
+                return await receive()  # which tells when the client leaves
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError as cause:
                 reason = f"the request did not arrive in {self._limits.timeout:g} seconds; send it faster"
                 raise HTTPException(408, reason) from cause
+            complete = not message.get("more_body", False)
             count = len(message.get("body", b""))
             size += count
             self._held += count
@@ -81,12 +85,18 @@ class RequestFilter:
         if "*" not in self._hosts and _host_name(host) not in self._hosts:
             reason = f"host {host[:80]!r} is not allowed; allow it by --allowed_hosts (or hosts= of create_app)"
             return error_response(403, reason)
-        if origin is not None and origin.partition("://")[2] != host and not _is_own_page(headers):
-            reason = f"requests from pages of {origin[:80]!r} are refused; use the server's own page, or send no Origin"
+        if not (origin is None or self._allows(origin) or origin.partition("://")[2] == host or _is_own_page(headers)):
+            reason = (
+                f"requests from pages of {origin[:80]!r} are refused; use the server's own page, or allow theirs by "
+                "--allowed_origins (or origins= of create_app)"
+            )
             return error_response(403, reason)
         if length.isdecimal() and int(length) > self._limits.max_body:
             return error_response(413, _too_large(self._limits))
         return None
+
+    def _allows(self, origin: str) -> bool:
+        return origin in self._origins or "*" in self._origins
 
 
 def _is_own_page(headers: Headers) -> bool:

@@ -1,17 +1,14 @@
-"""Image files from untrusted sources: checked by their headers, then decoded."""
+"""Image files from untrusted sources: checked by their headers, then decoded. Needs no torch, so it starts fast."""
 
 import io
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import Image
-from starlette.exceptions import HTTPException
-from torch import Tensor
 
-from recast_pl.data.images import decode_any
-from recast_pl.errors import DataError
+from recast_pl.data.pixels import fit
+from recast_pl.errors import one_line
 from recast_pl.rules import ImageSize
 
 # no other formats: Pillow passes some (PostScript) on to other programs, and rare ones are little tested
@@ -21,61 +18,59 @@ _MAX_SCANS = 100
 """Scans that a JPEG file may have, as in libtiff. Encoders write about ten; a small file may have thousands, and each
 takes a pass over all pixels."""
 
-_MAX_SECONDS = 5.0
-"""Processor time that reading a file may take. 50 million pixels take one or two seconds; files of millions of tiny
-parts take minutes."""
-
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # none of those that stand alone, within a scan
 
 
-class _SlowError(Exception):
-    """An image takes too long to read."""
+class BadImageError(Exception):
+    """An image that is not classified, with the status of the answer and its text."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
 
 
-class _Content(io.BytesIO):
-    """A file in memory that cannot be read any more after `_MAX_SECONDS` of the thread's processor time."""
+def decode(content: bytes, size: ImageSize, max_pixels: int, now: int) -> bytes | None:
+    """Decodes an image file as `Predictor.predict` would.
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(content)
-        self._end = time.thread_time() + _MAX_SECONDS
+    Args:
+        content: The file.
+        size: Height and width of the result.
+        max_pixels: Pixels that an image may have.
+        now: Pixels up to which it is decoded now.
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self._end:
-            raise _SlowError(f"it takes more than {_MAX_SECONDS:g} seconds")
-        return super().read(size)
-
-
-def check_image(content: bytes, max_pixels: int) -> int:
-    """Reads the header of an image file, and the number of its pixels.
+    Returns:
+        The pixels, uint8 (H, W, 3); None for an image of more pixels than `now`.
 
     Raises:
-        HTTPException: 413 if it has more than `max_pixels`; 422 if it cannot be read, or has too many scans.
+        BadImageError: 413 if it has more than `max_pixels` or needs too much memory; 422 if it cannot be read, or has
+            too many scans.
     """
     try:
         with _open(content) as image:
-            pixels = image.width * image.height
-            if image.format in ("JPEG", "MPO") and count_scans(content) > _MAX_SCANS:
-                raise HTTPException(422, f"the image has more than {_MAX_SCANS} scans; save it again with fewer")
-    except Image.DecompressionBombError:
-        pixels = 0
+            if _count_pixels(image, content, max_pixels) > now:
+                return None
+            try:
+                return fit(image, size).tobytes()
+            except MemoryError:
+                raise
+            except Exception as cause:
+                raise _unreadable(one_line(cause)) from cause
+    except Image.DecompressionBombError as cause:
+        raise _too_many("far too many", max_pixels) from cause
+    except MemoryError as cause:
+        raise BadImageError(413, "decoding the image takes too much memory; send a smaller one") from cause
+
+
+def _count_pixels(image: Image.Image, content: bytes, max_pixels: int) -> int:
+    """The pixels of an image by its header, which must not be too many."""
+    if image.format in ("JPEG", "MPO") and count_scans(content) > _MAX_SCANS:
+        raise BadImageError(422, f"the image has more than {_MAX_SCANS} scans; save it again with fewer")
+    pixels = image.width * image.height
     if not 0 < pixels <= max_pixels:
-        count = pixels or "far too many"
-        raise HTTPException(
-            413, f"the image has {count} pixels, more than the {max_pixels} allowed; send a smaller one"
-        )
+        raise _too_many(pixels, max_pixels)
     return pixels
-
-
-def decode(content: bytes, size: ImageSize) -> Tensor:
-    """Decodes an image file that `check_image` has passed to uint8 (3, H, W), as `Predictor.predict` would.
-
-    Raises:
-        HTTPException: 422 if it cannot be read.
-    """
-    with _open(content) as image:
-        return decode_any(image, size)
 
 
 def count_scans(content: bytes) -> int:
@@ -92,13 +87,20 @@ def count_scans(content: bytes) -> int:
 
 @contextmanager
 def _open(content: bytes) -> Iterator[Image.Image]:
-    """Opens an image file, and converts errors; the pixels are not read before they are needed."""
+    """Opens an image file; the pixels are not read before they are needed."""
     try:
-        with Image.open(_Content(content), formats=_FORMATS) as image:
-            yield image
-    except (HTTPException, Image.DecompressionBombError):
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except (Image.DecompressionBombError, MemoryError):
         raise
-    except Exception as cause:  # decoders raise nearly anything on damaged files
-        known = cause.__cause__ if isinstance(cause, DataError) else cause if isinstance(cause, _SlowError) else None
-        reason = known or "it is damaged or of an unknown format"  # other texts show addresses in memory
-        raise HTTPException(422, f"the image cannot be read ({reason}); send a {', '.join(_FORMATS)} file") from cause
+    except Exception as cause:  # decoders raise nearly anything on damaged files; texts show addresses in memory
+        raise _unreadable("it is damaged or of an unknown format") from cause
+    with image:
+        yield image
+
+
+def _unreadable(reason: str) -> BadImageError:
+    return BadImageError(422, f"the image cannot be read ({reason}); send a {', '.join(_FORMATS)} file")
+
+
+def _too_many(count: object, limit: int) -> BadImageError:
+    return BadImageError(413, f"the image has {count} pixels, more than the {limit} allowed; send a smaller one")
