@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import recast_pl
 from recast_pl import TILModule
 from recast_pl.cli import main
 from recast_pl.config.run import open_run
@@ -105,7 +106,7 @@ def check_onnx(run, file, task, size=32, **feed):
     session = onnxruntime.InferenceSession(file)
     images, logits = expected(run, task, size)
     for count in (1, 5):
-        (found,) = session.run(None, {"images": images[:count].numpy(), **feed})
+        (found,) = session.run(["logits"], {"images": images[:count].numpy(), **feed})
         np.testing.assert_allclose(found, logits[:count], atol=1e-4)
     told = session.get_modelmeta().custom_metadata_map
     check_graph(told, size)
@@ -132,9 +133,27 @@ def check_bank(run, file, size=32):
         feed = file.with_suffix(f".{task}.safetensors")
         tensors = safetensors.numpy.load_file(feed)
         check_onnx(run, file, task, size, **tensors)
-        sizes.append(tensors["coefficients"].nbytes)
+        sizes.append(tensors["numbers"].nbytes)
         assert len(facts_of(feed)["classes"]) == len(tensors["bias"]) == classes
     return sizes
+
+
+def check_router(run, file):
+    """A device finds the same task as the run, with the same probability."""
+    path = file.with_name(f"{file.stem}_router.safetensors")
+    router, told = safetensors.numpy.load_file(path), facts_of(path)
+    images, _ = expected(run, "signs")
+    pixels = (255 * images).round().to(torch.uint8)
+    any_head = {"weight": router["weight"], "bias": router["bias"]}
+    start = {name: router[name] for name in ("numbers", "indices") if name in router}
+    session = onnxruntime.InferenceSession(file)
+    (features,) = session.run(["features"], {"images": (pixels / 255).numpy(), **start, **any_head})
+    scores = torch.from_numpy((features - router["centre"]) @ router["weight"].T + router["bias"])
+    classes = (scores / told["temperature"]).softmax(1)
+    for wanted, found in zip(recast_pl.load(run).route_tensors(pixels, refuse=0), classes, strict=True):
+        tasks = [float(found[router["task_of"] == index].sum()) for index in range(len(told["tasks"]))]
+        assert told["tasks"][int(np.argmax(tasks))] == wanted.task
+        assert max(tasks) == pytest.approx(wanted.task_probability, abs=1e-4)
 
 
 @pytest.fixture
@@ -175,9 +194,14 @@ def test_onnx_runtime_computes_the_same_as_pytorch(run, tmp_path):
     onnx.checker.check_model(onnx.load(file), full_check=True)
 
 
-def test_one_onnx_file_serves_all_tasks(run, tmp_path):
+def test_one_onnx_file_serves_all_tasks(run, tmp_path, capsys):
     file = tmp_path / "all.onnx"
     assert export(run, "--format", "onnx_bank", "--output", str(file)) == 0
+    measured = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["fp32"])
+    assert measured[1] == f"{file.stat().st_size:,}"
+    tasks = json.loads((run / "summary.json").read_text())["tasks"]
+    assert float(measured[3]) == pytest.approx(sum(task["accuracy"] for task in tasks) / 2, abs=0.01)
+    check_router(run, file)
     trained = json.loads((run / "summary.json").read_text())["tasks"][0]["task_parameters"]
     assert check_bank(run, file) == [4 * trained / 2] * 2  # two sets are trained; the graph takes their mean
 
@@ -190,6 +214,8 @@ def test_one_onnx_file_serves_all_tasks(run, tmp_path):
         (["--task", "signs", "--format", "gguf"], ["gguf"]),
         (["--task", "signs", "--format", "onnx_bank"], ["leave out --task and --patch, or choose onnx"]),
         (["--patch", "p.safetensors", "--format", "onnx_bank"], ["leave out --task and --patch, or choose onnx"]),
+        (["--task", "signs", "--format", "safetensors", "--precision", "int8"], ["no --precision", "choose onnx"]),
+        (["--format", "onnx_bank", "--opset", "9"], ["--opset 9", "18 to 23"]),
     ],
 )
 def test_an_impossible_export_is_refused_in_one_line(words, named, run, capsys):
@@ -202,8 +228,6 @@ def test_a_method_that_changes_activations_has_no_plain_model(tmp_path, capsys):
     run = learn([*RESNET, "--config", "methods/clr.yaml"], tmp_path / "run")
     assert export(run, "--task", "signs", "--format", "safetensors") == 2
     assert "changes more than weights" in capsys.readouterr().err
-    assert export(run, "--format", "onnx_bank") == 2
-    assert "those of CLR are not" in capsys.readouterr().err
     assert not (run / "export").exists()
 
 
