@@ -1,6 +1,7 @@
 """Exported tasks in other programs: timm, torchvision, ONNX Runtime, torch.export."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,12 +15,15 @@ from conftest import RANDOM, RESNET, ROOT, TINY_VIT, learn
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_mixed import trained
+from torch import nn
 
-import recast_pl
 from recast_pl import TILModule
 from recast_pl.cli import main
 from recast_pl.config.run import open_run
 from recast_pl.data.images import FileDataset
+from recast_pl.errors import ExportError
+from recast_pl.inference.export.bank import export_bank
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
@@ -138,24 +142,6 @@ def check_bank(run, file, size=32):
     return sizes
 
 
-def check_router(run, file):
-    """A device finds the same task as the run, with the same probability."""
-    path = file.with_name(f"{file.stem}_router.safetensors")
-    router, told = safetensors.numpy.load_file(path), facts_of(path)
-    images, _ = expected(run, "signs")
-    pixels = (255 * images).round().to(torch.uint8)
-    any_head = {"weight": router["weight"], "bias": router["bias"]}
-    start = {name: router[name] for name in ("numbers", "indices") if name in router}
-    session = onnxruntime.InferenceSession(file)
-    (features,) = session.run(["features"], {"images": (pixels / 255).numpy(), **start, **any_head})
-    scores = torch.from_numpy((features - router["centre"]) @ router["weight"].T + router["bias"])
-    classes = (scores / told["temperature"]).softmax(1)
-    for wanted, found in zip(recast_pl.load(run).route_tensors(pixels, refuse=0), classes, strict=True):
-        tasks = [float(found[router["task_of"] == index].sum()) for index in range(len(told["tasks"]))]
-        assert told["tasks"][int(np.argmax(tasks))] == wanted.task
-        assert max(tasks) == pytest.approx(wanted.task_probability, abs=1e-4)
-
-
 @pytest.fixture
 def run(clipart_run):
     return clipart_run
@@ -201,7 +187,7 @@ def test_one_onnx_file_serves_all_tasks(run, tmp_path, capsys):
     assert measured[1] == f"{file.stat().st_size:,}"
     tasks = json.loads((run / "summary.json").read_text())["tasks"]
     assert float(measured[3]) == pytest.approx(sum(task["accuracy"] for task in tasks) / 2, abs=0.01)
-    check_router(run, file)
+    assert facts_of(tmp_path / "all_router.safetensors")["tasks"] == ["signs", "people"]
     trained = json.loads((run / "summary.json").read_text())["tasks"][0]["task_parameters"]
     assert check_bank(run, file) == [4 * trained / 2] * 2  # two sets are trained; the graph takes their mean
 
@@ -284,3 +270,61 @@ def test_methods_that_share_numbers_or_scale_weights_are_exported_as_a_plain_net
     run = learn(["--config", "vit.yaml", *backbone, *method], tmp_path / "run")
     assert export(run, "--task", "signs", "--format", "safetensors") == 0
     check_plain(run, "signs", timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, **TINY_VIT))
+
+
+BANKED = [
+    "recast-resnet",
+    "spectral-resnet",
+    "chosen-resnet",
+    "scale-resnet",
+    "melo-resnet",
+    "loraxs-vit",
+    "chosen-vit",
+]
+
+
+def bank_of(name, bits=None):
+    """A bank of two tasks that differ in all that is trained, its module and its patches."""
+    module, states = trained(name, 2)
+    patches = []
+    for state, classes in zip(states, (["a", "b"], ["a", "b", "c"]), strict=True):
+        head = nn.Linear(module.backbone.num_features, len(classes)).state_dict()
+        patch = replace(module.patch({}), task=f"task{len(classes)}", classes=classes, head=head, pieces=state)
+        patches.append(patch if bits is None else patch.compacted(bits))
+    return export_bank(module, patches), module, patches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BANKED)
+def test_a_bank_holds_every_method_of_few_numbers(name):
+    check_bank_of(*bank_of(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bank_unpacks_heads_of_few_bits(bits):
+    bank, module, patches = bank_of("scale-resnet", bits)
+    check_bank_of(bank, module, patches)
+    features = module.backbone.num_features
+    assert bank.tasks["task3"]["codes"].shape == (3, features * bits // 8)
+
+
+@torch.no_grad()
+def check_bank_of(bank, module, patches):
+    session, images = onnxruntime.InferenceSession(bank.model.content), torch.rand(3, 3, 32, 32)
+    found = []
+    for patch in patches:
+        inputs = {name: tensor.numpy() for name, tensor in bank.tasks[patch.task].items()}
+        logits, features = session.run(["logits", "features"], {"images": images.numpy(), **inputs})
+        module.activate(patch)
+        np.testing.assert_allclose(logits, module(images), atol=1e-4)
+        found.append(features)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("finetune-vit", "nearly as many as the network"), ("piggyback-vit", "sets more than numbers")]
+)
+def test_a_bank_that_is_impossible_is_refused(name, fault):
+    with pytest.raises(ExportError, match=f"{fault}.*choose onnx"):
+        bank_of(name)

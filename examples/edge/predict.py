@@ -1,7 +1,7 @@
 """Classifies images on a device with ONNX Runtime, NumPy and Pillow alone, by the files that `export` has written.
 
-    python predict.py bank.onnx IMAGE …                  finds the task of each image by bank_router.safetensors
-    python predict.py bank.onnx --task signs IMAGE …     uses one task, that of bank.signs.safetensors
+python predict.py bank.onnx IMAGE …                  finds the task of each image by bank_router.safetensors
+python predict.py bank.onnx --task signs IMAGE …     uses one task, that of bank.signs.safetensors
 """
 
 import argparse

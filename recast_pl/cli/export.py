@@ -63,7 +63,7 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     bank = chosen.make(init.model, patches, router, config.opset)
 
     path = _path(config.output, folder, f"{'bank' if chosen.has_all else patches[0].task}{chosen.ending}", chosen)
-    precision = config.precision or ("fp16" if chosen.is_page else "fp32")
+    precision: GraphPrecision = config.precision or ("fp16" if chosen.is_page else "fp32")
     graph = narrowed(bank.model.content, precision)
     files = _files(path, bank, graph)
     if chosen.is_page:

@@ -22,7 +22,7 @@ _OLDEST, _NEWEST = 18, 23
 def trace(
     network: nn.Module,
     inputs: dict[str, Tensor],
-    shapes: Mapping[str, Any],
+    shapes: dict[str, Any],
     outputs: list[str],
     facts: Mapping[str, Any],
     opset: int | None,

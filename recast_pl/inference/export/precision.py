@@ -70,7 +70,7 @@ def _half(helper: Any, name: str, values: NDArray[np.float32]) -> tuple[dict[str
 def _whole(helper: Any, name: str, values: NDArray[np.float32]) -> tuple[dict[str, NDArray[Any]], list[Any]]:
     """The same for whole numbers."""
     codes, steps = rounded(values)
-    parts = {"codes": codes, "steps": steps, "shape": np.array(values.shape, dtype=np.int64)}
+    parts: dict[str, NDArray[Any]] = {"codes": codes, "steps": steps, "shape": np.array(values.shape, dtype=np.int64)}
     names = {part: f"{name}:{part}" for part in (*parts, "wide", "blocks")}
     nodes = [
         helper.make_node("Cast", [names["codes"]], [names["wide"]], to=1),
