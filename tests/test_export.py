@@ -1,6 +1,7 @@
 """Exported tasks in other programs: timm, torchvision, ONNX Runtime, torch.export."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,11 +15,15 @@ from conftest import RANDOM, RESNET, ROOT, TINY_VIT, learn
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_mixed import trained
+from torch import nn
 
 from recast_pl import TILModule
 from recast_pl.cli import main
 from recast_pl.config.run import open_run
 from recast_pl.data.images import FileDataset
+from recast_pl.errors import ExportError
+from recast_pl.inference.export.bank import export_bank
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
 
@@ -105,7 +110,7 @@ def check_onnx(run, file, task, size=32, **feed):
     session = onnxruntime.InferenceSession(file)
     images, logits = expected(run, task, size)
     for count in (1, 5):
-        (found,) = session.run(None, {"images": images[:count].numpy(), **feed})
+        (found,) = session.run(["logits"], {"images": images[:count].numpy(), **feed})
         np.testing.assert_allclose(found, logits[:count], atol=1e-4)
     told = session.get_modelmeta().custom_metadata_map
     check_graph(told, size)
@@ -132,7 +137,7 @@ def check_bank(run, file, size=32):
         feed = file.with_suffix(f".{task}.safetensors")
         tensors = safetensors.numpy.load_file(feed)
         check_onnx(run, file, task, size, **tensors)
-        sizes.append(tensors["coefficients"].nbytes)
+        sizes.append(tensors["numbers"].nbytes)
         assert len(facts_of(feed)["classes"]) == len(tensors["bias"]) == classes
     return sizes
 
@@ -175,9 +180,14 @@ def test_onnx_runtime_computes_the_same_as_pytorch(run, tmp_path):
     onnx.checker.check_model(onnx.load(file), full_check=True)
 
 
-def test_one_onnx_file_serves_all_tasks(run, tmp_path):
+def test_one_onnx_file_serves_all_tasks(run, tmp_path, capsys):
     file = tmp_path / "all.onnx"
     assert export(run, "--format", "onnx_bank", "--output", str(file)) == 0
+    measured = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["fp32"])
+    assert measured[1] == f"{file.stat().st_size:,}"
+    tasks = json.loads((run / "summary.json").read_text())["tasks"]
+    assert float(measured[3]) == pytest.approx(sum(task["accuracy"] for task in tasks) / 2, abs=0.01)
+    assert facts_of(tmp_path / "all_router.safetensors")["tasks"] == ["signs", "people"]
     trained = json.loads((run / "summary.json").read_text())["tasks"][0]["task_parameters"]
     assert check_bank(run, file) == [4 * trained / 2] * 2  # two sets are trained; the graph takes their mean
 
@@ -190,6 +200,8 @@ def test_one_onnx_file_serves_all_tasks(run, tmp_path):
         (["--task", "signs", "--format", "gguf"], ["gguf"]),
         (["--task", "signs", "--format", "onnx_bank"], ["leave out --task and --patch, or choose onnx"]),
         (["--patch", "p.safetensors", "--format", "onnx_bank"], ["leave out --task and --patch, or choose onnx"]),
+        (["--task", "signs", "--format", "safetensors", "--precision", "int8"], ["no --precision", "choose onnx"]),
+        (["--format", "onnx_bank", "--opset", "9"], ["--opset 9", "18 to 23"]),
     ],
 )
 def test_an_impossible_export_is_refused_in_one_line(words, named, run, capsys):
@@ -202,8 +214,6 @@ def test_a_method_that_changes_activations_has_no_plain_model(tmp_path, capsys):
     run = learn([*RESNET, "--config", "methods/clr.yaml"], tmp_path / "run")
     assert export(run, "--task", "signs", "--format", "safetensors") == 2
     assert "changes more than weights" in capsys.readouterr().err
-    assert export(run, "--format", "onnx_bank") == 2
-    assert "those of CLR are not" in capsys.readouterr().err
     assert not (run / "export").exists()
 
 
@@ -260,3 +270,53 @@ def test_methods_that_share_numbers_or_scale_weights_are_exported_as_a_plain_net
     run = learn(["--config", "vit.yaml", *backbone, *method], tmp_path / "run")
     assert export(run, "--task", "signs", "--format", "safetensors") == 0
     check_plain(run, "signs", timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, **TINY_VIT))
+
+
+BANKED = ["recast-resnet", "spectral-resnet", "chosen-resnet", "scale-resnet", "melo-resnet", "loraxs-vit"]
+
+
+def bank_of(name, bits=None):
+    """A bank of two tasks that differ in all that is trained, its module and its patches."""
+    module, states = trained(name, 2)
+    patches = []
+    for state, classes in zip(states, (["a", "b"], ["a", "b", "c"]), strict=True):
+        head = nn.Linear(module.backbone.num_features, len(classes)).state_dict()
+        patch = replace(module.patch({}), task=f"task{len(classes)}", classes=classes, head=head, pieces=state)
+        patches.append(patch if bits is None else patch.compacted(bits))
+    return export_bank(module, patches), module, patches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BANKED)
+def test_a_bank_holds_every_method_of_few_numbers(name):
+    check_bank_of(*bank_of(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bank_unpacks_heads_of_few_bits(bits):
+    bank, module, patches = bank_of("scale-resnet", bits)
+    check_bank_of(bank, module, patches)
+    features = module.backbone.num_features
+    assert bank.tasks["task3"]["codes"].shape == (3, features * bits // 8)
+
+
+@torch.no_grad()
+def check_bank_of(bank, module, patches):
+    session, images = onnxruntime.InferenceSession(bank.model.content), torch.rand(3, 3, 32, 32)
+    found = []
+    for patch in patches:
+        inputs = {name: tensor.numpy() for name, tensor in bank.tasks[patch.task].items()}
+        logits, features = session.run(["logits", "features"], {"images": images.numpy(), **inputs})
+        module.activate(patch)
+        np.testing.assert_allclose(logits, module(images), atol=1e-4)
+        found.append(features)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("finetune-vit", "nearly as many as the network"), ("piggyback-vit", "sets more than numbers")]
+)
+def test_a_bank_that_is_impossible_is_refused(name, fault):
+    with pytest.raises(ExportError, match=f"{fault}.*choose onnx"):
+        bank_of(name)

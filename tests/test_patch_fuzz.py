@@ -32,7 +32,7 @@ from recast_pl import (
 from recast_pl.cli import main
 from recast_pl.errors import PatchError, RecastError
 from recast_pl.files import pack_tensors
-from recast_pl.inference.export import export_safetensors
+from recast_pl.inference.export.models import export_safetensors
 from recast_pl.reporting.tables import difference_tables, patch_tables
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.patch_tools import average_patches, compare_patches, quantize_patch

@@ -109,6 +109,15 @@ class Router:
         """Bytes in memory that grow with the number of classes."""
         return sum(tensor.nbytes for tensor in (self._means, self._bias, self.task_of))
 
+    @property
+    def linear(self) -> dict[str, Tensor]:
+        """The scores as one product s(x) = W·(x − centre) + b.
+
+        `weight` is W (K, D), and `bias` is b (K,). Without `centre` (D,), small differences of features would be lost.
+        """
+        weight = self._means.double() @ self._precision.double()
+        return {"weight": weight.float(), "bias": self._bias, "centre": self._centre.float()}
+
     def scores(self, features: Tensor) -> Tensor:
         """Scores s (B, K) of the classes of all tasks for features (B, D); the largest is that of the likeliest."""
         x = (features.detach().cpu().double() - self._centre).float() @ self._precision  # (B, D)

@@ -93,7 +93,7 @@ class ChosenCore(SingularDirections):
             (B, 1, m). None if all entries are to be used, because there are more than directions.
         """
         rank = len(self.right)
-        if self.candidates is not None:
+        if self.candidates is not None or torch.compiler.is_exporting():  # a graph does not know how many there are
             return None
         if self.places.ndim == 1:
             # a mixed batch loads places alone, without gradients

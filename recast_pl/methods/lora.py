@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recast_pl.decomposition.parametrization import Inputs
@@ -61,6 +62,9 @@ class LowRank(Adaptation):
     def updated(self, weight: Tensor) -> Tensor:
         """W + s·B·A by parts (1 or 3, rows of a part, columns)."""
         parts = weight.reshape(self.thirds, -1, self.A.shape[-1])
+        if torch.compiler.is_exporting():  # for index_add, ONNX Runtime would change the frozen weight itself
+            chosen = F.one_hot(self.blocks, self.thirds).T.to(parts)  # (1 or 3, parts changed)
+            return parts + (chosen @ self.update().flatten(1)).view_as(parts)
         return parts.index_add(0, self.blocks, self.update())
 
     def update(self) -> Tensor:

@@ -46,7 +46,7 @@ def evaluate_run(
     """
     finished, evaluator = folder.finished(), trainers.for_evaluation()
     names, records = [task.name for task in data.tasks], [files.load_record() for files in finished.values()]
-    places = {name: names.index(name) for name in finished if name in names and _has_images(data, names.index(name))}
+    places = {name: names.index(name) for name in finished if name in names and has_images(data, names.index(name))}
     if not places:
         raise RunError(f"no task of {folder.path} can be measured, because none of their images are here")
     restore(module, folder, data.image_size)
@@ -61,7 +61,7 @@ def evaluate_run(
     ]
 
 
-def _has_images(data: SequentialTaskDataModule, index: int) -> bool:
+def has_images(data: SequentialTaskDataModule, index: int) -> bool:
     """Prepares the images of a task; returns False if they are not here and cannot be downloaded."""
     try:
         data.prepare([index])
