@@ -103,6 +103,7 @@ def _stream(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
         console,
         StreamResults(console, trainers),
         init[PRECISION_KEY],
+        budget=init.budget,
     )
 
 
