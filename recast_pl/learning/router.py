@@ -222,14 +222,18 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
 
     Args:
         scores: Of the classes of all tasks (V, K).
-        task_of: Position of the task of each class (K,).
+        task_of: Position of the task of each class (K,), in ascending order.
         tasks: Position of the task of each image (V,).
     """
     if not int(task_of[-1]):
         return 1.0
+    apart = scores - scores.amax(1, keepdim=True)
+    own = _own_scores(apart, task_of, tasks)
+    powers = torch.empty_like(apart)  # used again and again: with many tasks, taking memory costs more than computing
 
     def loss(exponent: float) -> float:
-        found = task_probabilities(scores, task_of, 10**exponent).gather(1, tasks[:, None])
+        whole = torch.mul(apart, 10**-exponent, out=powers).exp_().sum(1)
+        found = (own * 10**-exponent).exp().sum(1) / whole  # (V,)
         return -float(found.clamp_min(1e-30).log().mean()) + _TIE * abs(exponent)
 
     best, step = (_HOTTEST + _COLDEST) / 2, (_HOTTEST - _COLDEST) / 10
@@ -237,3 +241,12 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
         best = min((best + step * k for k in range(-5, 6)), key=loss)
         step /= 5
     return float(10**best)
+
+
+def _own_scores(scores: Tensor, task_of: Tensor, tasks: Tensor) -> Tensor:
+    """The scores of the classes of each image's own task (V, C), -infinity after them where others have more."""
+    sizes = torch.bincount(task_of)
+    places = torch.arange(int(sizes.max()))
+    first = (sizes.cumsum(0) - sizes)[tasks]
+    own = scores.gather(1, (first[:, None] + places).clamp_max(scores.shape[1] - 1))
+    return own.masked_fill(places >= sizes[tasks][:, None], -torch.inf)
