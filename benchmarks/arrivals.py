@@ -270,8 +270,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         deployment = Deployment((options.output or Path(scratch)).resolve(), options)
         print(
-            "| tasks | repeats | longest queue | add s | of the processor | extend s | publish ms | first prediction after "
-            "s, median / 95 % | request ms, median / 95 % | accuracy % | MB learning | MB serving | kB on disk a task |"
+            "| tasks | repeats | longest queue | add s | of the processor | extend s | publish ms | answer after s, "
+            "median / 95 % | request ms, median / 95 % | accuracy % | MB learning | MB serving | kB on disk a task |"
         )
         print("|" + "---:|" * 13)
         simulate(deployment, options)

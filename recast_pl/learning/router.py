@@ -28,6 +28,8 @@ from recast_pl.learning.signature import Signature
 _SAMPLE = 4096  # validation images of all tasks together
 _SCORES = 2**22  # their scores that are in memory at a time; with many classes, fewer images are used
 
+_CHUNK = 2**18  # scores that are computed with at a time, which fit into the cache of a processor
+
 _TINY = 1e-9  # of the mean variance, added to the variance of each direction
 
 _HOTTEST, _COLDEST = 3.0, -2.0  # decimal logarithms of the temperatures to choose from
@@ -100,7 +102,8 @@ class Router:
         """Fits the temperature, and how strange images are, to validation images (V, D) of tasks (V,)."""
         scores = self.scores(features)
         self.temperature = fit_temperature(scores, self.task_of, labels)
-        evidence = self._evidence(features, scores)  # (V, 2)
+        parts = zip(_chunks(features, scores.shape[1]), _chunks(scores), strict=True)
+        evidence = torch.cat([self._evidence(*part) for part in parts])  # (V, 2)
         self._usual, self._spread = evidence.mean(0), evidence.std(0, correction=0).clamp_min(1e-6)
         self._strange = ((evidence - self._usual) / self._spread).sum(1).sort().values
 
@@ -227,12 +230,12 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
     """
     if not int(task_of[-1]):
         return 1.0
-    apart = scores - scores.amax(1, keepdim=True)
-    own = _own_scores(apart, task_of, tasks)
-    powers = torch.empty_like(apart)  # used again and again: with many tasks, taking memory costs more than computing
+    largest = scores.amax(1, keepdim=True)
+    own = _own_scores(scores, task_of, tasks) - largest
+    parts = list(zip(_chunks(scores), _chunks(largest, scores.shape[1]), strict=True))
 
     def loss(exponent: float) -> float:
-        whole = torch.mul(apart, 10**-exponent, out=powers).exp_().sum(1)
+        whole = torch.cat([(part - most).mul_(10**-exponent).exp_().sum(1) for part, most in parts])
         found = (own * 10**-exponent).exp().sum(1) / whole  # (V,)
         return -float(found.clamp_min(1e-30).log().mean()) + _TIE * abs(exponent)
 
@@ -241,6 +244,11 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
         best = min((best + step * k for k in range(-5, 6)), key=loss)
         step /= 5
     return float(10**best)
+
+
+def _chunks(values: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
+    """Groups of rows that are small if the rows have this width, by default their own."""
+    return values.split(max(1, _CHUNK // (width or values.shape[1])))
 
 
 def _own_scores(scores: Tensor, task_of: Tensor, tasks: Tensor) -> Tensor:
