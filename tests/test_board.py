@@ -354,3 +354,22 @@ def test_every_shipped_stream_is_accepted_with_every_method(board_name, stream, 
     assert {trial.method: len(trial.points) for trial in planned} == {
         method: 1 if method.startswith("probe") else len(BOARDS[board_name]["rates"]) for method in methods
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["emoji", "emoji_lite0"])
+def test_every_method_of_the_shipped_board_fits_the_network_of_its_stream(stream, shared, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("recast_pl.cli.board.run_studies", lambda boards, _: planned.extend(boards[0].trials) or 1)
+    words = ["--variables", f"emoji={shared / 'data' / 'emoji'}", "weights=random", "--streams", stream]
+    words += ["--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert main(["board", "--config", "board/small.yaml", *words]) == 1
+    fit, numbers = command_parser("fit"), {}
+    for trial in planned:
+        parts = fit.instantiate(parse_options(fit, trial.points[0].words))
+        parts.model.build(parts.data.image_size)
+        parts.model.begin_task("birds", ["owl", "wren"])
+        numbers[trial.method] = sum(p.numel() for p in parts.model.current()[0].parameters() if p.requires_grad)
+    assert numbers.pop("probe") == 0
+    assert min(numbers.values()) > 0
+    assert numbers["chosen"] == 48

@@ -546,6 +546,13 @@ def test_a_task_can_use_some_of_its_images(image_folder):
     assert data(60).split_digest == some.split_digest != data(60, seed=1).split_digest
     with pytest.raises(DataError, match=r"tasks\.first\.images=0 must be at least 1"):
         data(0)
+    sizes = data(None).sizes
+    assert data({"train": 30, "test": 5}).sizes == {"train": 30, "val": sizes["val"], "test": 5}
+    assert data({"train": 30, "test": 500}).sizes == {**sizes, "train": 30}
+    with pytest.raises(DataError, match=r"tasks\.first\.images\.val=0 must be at least 1"):
+        data({"train": 30, "val": 0})
+    with pytest.raises(DataError, match=r"tasks\.first\.images has 'tests'; give it train, val, test, or one number"):
+        data({"tests": 30})
     for path in sorted(Path(folder, "class0").iterdir())[1:]:
         path.unlink()
 

@@ -24,6 +24,7 @@ from recast_pl.data.task_images import BadImagePolicy, ImageSettings, TaskImages
 from recast_pl.data.tasks import (
     SplitPolicy,
     TaskConfig,
+    check_images,
     check_names,
     derive_seed,
     split_digest,
@@ -94,8 +95,8 @@ class SequentialTaskDataModule(LightningDataModule):
         held_out: str | None = None,
     ) -> None:
         super().__init__()
-        images = ((f"tasks.{task.name}.images", task.images) for task in tasks)
-        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels), *images):
+        check_images(tasks)
+        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
             if value is not None and value < 1:
                 raise DataError(f"data.{name}={value} must be at least 1")
         size = read_size(image_size)

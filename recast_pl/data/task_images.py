@@ -73,16 +73,21 @@ class TaskImages:
         if settings.label_noise is not None:
             self.source = settings.label_noise.applied(self.source, self.splits, self.seed)
 
-    def _divided(self, source: ImageSource, count: int | None) -> Splits:
-        """The splits of so many images of a source; None for all."""
-        chosen = choose_images(source.names, count, self.seed)
+    def _divided(self, source: ImageSource, count: int | dict[str, int] | None) -> Splits:
+        """The splits of so many images of a source, in all or of each split; None for all."""
+        of_splits = count if isinstance(count, dict) else {}
+        chosen = choose_images(source.names, None if isinstance(count, dict) else count, self.seed)
         labels, names = source.labels[chosen], [source.names[index] for index in chosen]
         given = [source.splits[index] for index in chosen]
         try:
             splits = split_images(labels, given, names, self.seed, self.settings.split, self.settings.held_out)
         except DataError as error:
             raise DataError(f"task {self.task.name!r}: {error}") from error
-        return {name: chosen[indices] for name, indices in splits.items()}
+        splits = {name: chosen[indices] for name, indices in splits.items()}
+        for name, most in of_splits.items():
+            kept = choose_images([source.names[index] for index in splits[name]], most, self.seed)
+            splits[name] = splits[name][kept]
+        return splits
 
     @cached_property
     def decoded(self) -> DecodedImages:

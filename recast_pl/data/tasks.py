@@ -53,8 +53,8 @@ class TaskConfig:
             uint8 image (3, H, W) and seeded by (seed, task, epoch, image). If there are none, those of the datamodule.
         classes: Which folders of `path` are classes, if folders lie in folders: `top`, the uppermost ones, with all
             images below them; `leaf`, the innermost ones, named by their paths, such as `birds/owls`.
-        images: How many images to use, of all splits together; which ones depends on their names and the seed alone.
-            None for all.
+        images: How many images to use, of all splits together or of each split, such as `{train: 100, test: 1000}`;
+            a split that is not named keeps all. Which ones depends on their names and the seed alone. None for all.
         split_as: The name that decides, with the seed, how images without official splits are divided; None for the
             task's own. `rename` sets it, so that the split stays.
     """
@@ -66,7 +66,7 @@ class TaskConfig:
     flip: bool = True
     transforms: Sequence[nn.Module] = ()
     classes: ClassFolders = "top"
-    images: int | None = None
+    images: int | dict[str, int] | None = None
     split_as: str | None = None
 
     @property
@@ -87,6 +87,21 @@ def check_names(tasks: Sequence[TaskConfig]) -> None:
 
     if repeated:
         raise DataError(f"task {repeated[0]!r} is listed twice in data.tasks; give each its own name")
+
+
+def check_images(tasks: Sequence[TaskConfig]) -> None:
+    """Raises DataError if `images` of a task is below 1 or names no split."""
+    for task in tasks:
+        of_splits = task.images if isinstance(task.images, dict) else {}
+        for split in of_splits:
+            if split not in SPLITS:
+                raise DataError(
+                    f"data.tasks.{task.name}.images has {split!r}; give it {', '.join(SPLITS)}, or one number"
+                )
+        named = [(f"images.{split}", count) for split, count in of_splits.items()]
+        for name, count in [*named, ("images", task.images)]:
+            if isinstance(count, int) and count < 1:
+                raise DataError(f"data.tasks.{task.name}.{name}={count} must be at least 1")
 
 
 def derive_seed(*parts: int | str) -> int:
