@@ -1,9 +1,7 @@
 """Tasks that come later: learnt into a run that is finished, taken out, renamed, and put together from copies."""
 
 import json
-import random
 import shutil
-import time
 
 import pytest
 import torch
@@ -96,52 +94,10 @@ def test_a_task_that_is_killed_again_and_again_and_repeated_ends_as_if_never(run
         }
         words = add(run, third, "--trainer.callbacks", json.dumps([kill]))
         assert forks()(words=words, log=str(tmp_path / "log")) in (0, -9), (tmp_path / "log").read_text()
+    for milliseconds in (300, 900, 1700):
+        forks()(words=add(run, third), log=str(tmp_path / "log"), seconds=milliseconds / 1000)
     assert main(add(run, third)) == 0
     same_results(run, whole)
-
-
-def kill_at_random(words, log, kills, begin_again):
-    """Starts a command and kills it, again and again; begins again whenever it has come to its end before."""
-    generator, started = random.Random(0), time.monotonic()
-    assert forks()(words=words, log=str(log)) == 0, log.read_text()
-    seconds = time.monotonic() - started
-    begin_again()
-    while kills:
-        status = forks()(words=words, log=str(log), seconds=generator.uniform(0, seconds))
-        assert status in (0, -9), log.read_text()
-        kills -= status != 0
-        if status == 0:
-            begin_again()
-
-
-@pytest.mark.slow
-def test_a_task_that_is_killed_at_random_moments_ends_as_if_never(run, whole, third, tmp_path):
-    def begin_again():
-        same_results(run, whole)
-        assert main(["remove", "--run_dir", str(run), "--task", "third"]) == 0
-
-    kill_at_random(add(run, third), tmp_path / "log", 8, begin_again)
-    assert main(add(run, third)) == 0
-    same_results(run, whole)
-
-
-@pytest.mark.slow
-def test_an_inbox_whose_watch_is_killed_at_random_moments_loses_nothing(run, whole, third, tmp_path):
-    inbox = tmp_path / "inbox"
-    for name in ("third", "zebra"):
-        shutil.copytree(third, inbox / name)
-    words = ["watch", "--run_dir", str(run), "--inbox", str(inbox), "--every", "0", "--once", "true"]
-
-    def begin_again():
-        assert list(RunFolder(run).load_patches()) == ["first", "second", "third", "zebra"]
-        assert (run / "patches" / "02_third.safetensors").read_bytes() == patches(whole)["02_third.safetensors"]
-        assert not list(inbox.glob("*.txt"))
-        for name in ("third", "zebra"):
-            assert main(["remove", "--run_dir", str(run), "--task", name]) == 0
-
-    kill_at_random(words, tmp_path / "log", 4, begin_again)
-    assert main(words) == 0
-    begin_again()
 
 
 def test_settings_of_a_task_may_differ_and_are_recorded(run, whole, third):
