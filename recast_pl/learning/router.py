@@ -248,7 +248,8 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
 
 def _chunks(values: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
     """Groups of rows that are small if the rows have this width, by default their own."""
-    return values.split(max(1, _CHUNK // (width or values.shape[1])))
+    groups: tuple[Tensor, ...] = values.split(max(1, _CHUNK // (width or values.shape[1])))
+    return groups
 
 
 def _own_scores(scores: Tensor, task_of: Tensor, tasks: Tensor) -> Tensor:
