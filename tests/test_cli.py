@@ -96,15 +96,19 @@ def test_every_vit_config_runs_on_a_small_vit(config, tiny_fit, tmp_path):
     assert trained == expected.get(config, 96)
 
 
-def test_the_resnet_config_runs(tiny_fit, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "backbone", "numbers"),
+    [("resnet34.yaml", "torchvision/resnet34", 168), ("cnn_best.yaml", "tf_efficientnet_lite0", 48)],
+)
+def test_the_configs_of_convolutional_networks_run(config, backbone, numbers, tiny_fit, tmp_path):
     words = tiny_fit("--trainer.max_epochs", "1")
-    words[2] = "resnet34.yaml"
+    words[2] = config
     at = words.index("--model.backbone.name")
-    words[at + 1] = "torchvision/resnet34"
+    words[at + 1] = backbone
     at = words.index("--model.backbone.args")
     del words[at : at + 2]
     assert main(words) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"] == 168
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"][0]["task_parameters"] == numbers
 
 
 def test_the_resnet_mimicry_config_runs_and_a_finished_fit_stays(tmp_path, capsys):
