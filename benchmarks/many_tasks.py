@@ -3,11 +3,16 @@
     uv run python benchmarks/many_tasks.py logs/mine --counts 10 1000
 
 All tasks are copies of the first task of a run, under other names. Times are seconds of the processor, without the
-start of Python and its imports.
+start of Python and its imports. Memory is what a new process has after it has loaded all tasks, and with the router;
+that of states and heads is counted from their tensors.
 """
 
 import argparse
+import json
+import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -52,12 +57,38 @@ def seconds(action):
     return min(found)
 
 
+def resident():
+    """Megabytes of memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def measure_memory(path):
+    """Prints the megabytes of memory with all tasks of a run, with the router, and those of states and heads."""
+    model = recast_pl.load(path, device="cpu")
+    loaded = resident()
+    _ = model.router
+    sizes = [patch.tensors.values() for patch in RunFolder(path).load_patches().values()]
+    print(json.dumps([loaded, resident(), sum(tensor.nbytes for tensors in sizes for tensor in tensors) / 1e6]))
+
+
+def megabytes(path):
+    """What `measure_memory` prints, in a process of its own."""
+    command = [sys.executable, __file__, str(path), "--memory"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of this run alone")
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 1000], help="numbers of tasks")
     options = parser.parse_args()
-    print("| tasks | list | predict by one task | all tasks | find tasks | results |\n|---:|---:|---:|---:|---:|---:|")
+    if options.memory:
+        measure_memory(options.run)
+        return
+    names = "list | predict by one task | all tasks | find tasks | results | MB loaded | MB with router | MB of patches"
+    print(f"| tasks | {names} |\n{'|---:' * 9}|")
     for count in options.counts:
         with tempfile.TemporaryDirectory() as folder:
             run = multiply(RunFolder(options.run), Path(folder) / "run", count)
@@ -68,7 +99,11 @@ def main():
                 lambda path=run.path: recast_pl.load(path, device="cpu").router,
                 lambda run=run: refresh(run),
             )
-            print(f"| {count:,} | {' | '.join(f'{seconds(action):.2f}' for action in actions)} |", flush=True)
+            cells = [
+                *(f"{seconds(action):.2f}" for action in actions),
+                *(f"{size:.1f}" for size in megabytes(run.path)),
+            ]
+            print(f"| {count:,} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from recast_pl.studies.sweep_file import PlannedPoint, read_sweep
 FILE = Path(__file__).parent / "reference" / "configuration.md"
 PAGE = Path(__file__).parent / "reproducing.md"
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
+_SECTIONS = ("help", "print_config", "model", "data", "trainer", "budget")  # that have classes of their own below
 MARKS = "<!-- from configs/paper/, by docs/generate.py -->", "<!-- end -->"
 GROUPS = {
     "Model": (api.TILModule, api.MimicryModule, api.BackboneConfig, api.BankLayout),
@@ -36,7 +37,7 @@ HEAD = """# Configuration
 A run is described by one YAML file, or by several laid over one another: `fit --config vit.yaml --config
 methods/recast_vit.yaml`. Every entry is also an option of the command line: `--data.batch_size 64`,
 `--model.head lda`. `--print_config` prints the result. `model`, `data` and each piece take the arguments of the
-classes listed here; `trainer` takes [Lightning's](https://lightning.ai/docs/pytorch/stable/common/trainer.html).
+classes listed here, and `budget` those of `Budget`; `trainer` takes [Lightning's](https://lightning.ai/docs/pytorch/stable/common/trainer.html).
 """
 
 
@@ -74,12 +75,12 @@ def _command(name: str) -> str:
 
 
 def _options(actions: Iterable[Action], above: str = "") -> Iterator[tuple[str, Action]]:
-    """Options and their names, without those of model, data and trainer; a subcommand's options start with its name."""
+    """Options and their names, without those of the sections; a subcommand's options start with its name."""
     for action in actions:
         if isinstance(action.choices, dict):
             for key, parser in action.choices.items():
                 yield from _options(parser._actions, f"{above}{key} ")
-        elif "." not in action.dest and action.dest not in ("help", "print_config", "model", "data", "trainer"):
+        elif "." not in action.dest and action.dest not in _SECTIONS:
             yield above + (action.option_strings[-1] if action.option_strings else action.dest), action
 
 

@@ -17,7 +17,7 @@ from recast_pl.errors import RecastError
 from recast_pl.inference.prediction import Choice, Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor, load
 from recast_pl.learning.averaging import AverageEpochs
-from recast_pl.learning.cost import Budget
+from recast_pl.learning.budget import Budget
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.router import Router
 from recast_pl.learning.schedule import QuarterCosine, WarmUp

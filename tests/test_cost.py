@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from recast_pl import TILModule
+from recast_pl import Signature, TILModule
 from recast_pl.backbones.backbone import Backbone
 from recast_pl.cli import main
 from recast_pl.learning import cost
@@ -18,6 +18,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
+        self.rates = {}  # of the head, by task and epoch
         forward, step = Backbone.forward, TILModule.training_step
 
         def timed_forward(network, images):
@@ -26,6 +27,8 @@ class Clock:
 
         def timed_step(module, batch, batch_idx):
             self.now += 0.02 * len(batch[1])
+            rates = self.rates.setdefault(module.task_name, {})
+            rates[module.current_epoch] = module.trainer.optimizers[0].param_groups[0]["lr"]
             return step(module, batch, batch_idx)
 
         monkeypatch.setattr(Backbone, "forward", timed_forward)
@@ -69,6 +72,51 @@ def test_half_of_the_seconds_are_kept_and_the_best_state_so_far_is_saved(head, t
     assert main(tiny_fit("--resume", "true", *words, "--budget.seconds", budget)) == 0
 
 
+def test_the_schedule_ends_with_the_epochs_that_fit(tiny_fit, tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    schedule = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 4, "gamma": 0.1}}
+    words = [*WORDS, "--model.head", "sgd", "--model.lr_scheduler", json.dumps(schedule)]
+    assert main(tiny_fit(*words, "--budget.seconds", 1000)) == 0  # enough
+    assert list(clock.rates["first"].values()) == pytest.approx([2e-3] * 4 + [2e-4] * 4 + [2e-5] * 4)
+    whole = [record["cost"] for record in records(tmp_path)]
+    assert [cost["chosen"]["epochs"] for cost in whole] == [12, 12]
+    assert main(tiny_fit(*words, "--budget.seconds", whole[0]["seconds"] / 2, run_dir=tmp_path / "less" / "run")) == 0
+    record, _ = records(tmp_path / "less")
+    rates = list(clock.rates["first"].values())[: record["task"]["epochs"]]
+    assert abs(len(rates) - record["cost"]["chosen"]["epochs"]) <= 1
+    for rate in (2e-3, 2e-4, 2e-5):  # each for a third of the epochs, as before
+        assert abs(rates.count(pytest.approx(rate)) - len(rates) / 3) < 1
+
+
+def test_a_patch_that_would_be_too_large_is_stored_with_fewer_bits(tiny_fit, tiny_run, tmp_path, capsys):
+    plain = next((tiny_run / "patches").glob("00*")).stat().st_size
+    assert main(tiny_fit("--budget.bytes", plain - 1)) == 0
+    record, _ = records(tmp_path)
+    (patch,) = (tmp_path / "run" / "patches").glob("00*")
+    assert record["cost"]["chosen"]["precision"] == "int8"
+    assert patch.suffix == ".recast"
+    assert patch.stat().st_size == record["task"]["patch_bytes"] < plain
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    assert "equal" in capsys.readouterr().out
+    assert main(tiny_fit("--budget.bytes", 300, run_dir=tmp_path / "none")) == 2
+    error = capsys.readouterr().err
+    assert "budget.bytes=300 is too small for task 'first': its patch takes" in error
+    assert not list((tmp_path / "none").rglob("*.ckpt"))
+
+
+def test_training_images_are_limited_evenly_and_no_others_are_used(tiny_fit, tmp_path, capsys):
+    assert main(tiny_fit("--budget.images", 5)) == 0
+    first, second = records(tmp_path)
+    assert [record["task"]["train_images"] for record in (first, second)] == [5, 5]
+    counts = [sorted(Signature.load(path).counts.tolist()) for path in sorted((tmp_path / "run/signatures").iterdir())]
+    assert counts == [[1, 2, 2], [2, 3]]
+    # the splits are those of all images, so that the run can be measured and continued without the limit
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    assert main(["fit", "--run_dir", str(tmp_path / "run"), "--resume", "true"]) == 0
+    assert main(tiny_fit("--budget.images", 2, run_dir=tmp_path / "none")) == 2
+    assert "budget.images=2 is too small for task 'first', which has 3 classes" in capsys.readouterr().err
+
+
 def test_a_solved_head_is_kept_where_no_step_fits(tiny_fit, tmp_path, monkeypatch):
     Clock(monkeypatch)
     assert main(tiny_fit("--budget.seconds", "0.01")) == 0
@@ -81,6 +129,7 @@ def test_a_solved_head_is_kept_where_no_step_fits(tiny_fit, tmp_path, monkeypatc
     [
         (["--budget.seconds", "0"], "budget.seconds=0.0 must be above 0"),
         (["--budget.seconds", "0.01", "--model.head", "sgd"], "are spent before its first step"),
+        (["--budget.memory", "2e6"], "budget.memory=2e+06 is too small for task 'first'"),
     ],
 )
 def test_a_budget_that_nothing_can_be_learnt_with_is_refused(words, reason, tiny_fit, capsys):

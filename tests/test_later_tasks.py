@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import forks, tiny_words, write_images
+from filelock import FileLock
 from test_run_folder import HOLD, another_process
 from test_stream import patches, read_summary, without_times
 
@@ -227,9 +228,9 @@ def test_tasks_of_a_run_are_listed(run, third, capsys):
     assert [line.split()[0] for line in lines] == ["task", "first", "second"]
     record = json.loads((run / "tasks" / "00_first.json").read_text())
     size = (run / "patches" / "00_first.safetensors").stat().st_size
-    assert lines[1].split()[1:] == ["3", "100.00", f"{size:,}", record["origin"]["date"]]
+    assert lines[1].split()[1:] == ["1", "3", "100.00", f"{size:,}", record["origin"]["date"]]
     (run / "patches" / "01_second.safetensors").unlink()
-    assert list_tasks(run)[1] == ("second", None, None, None, None)
+    assert list_tasks(run)[1] == ("second", None, None, None, None, None)
     assert main(["list", "--run_dir", str(run / "nowhere")]) == 2
     assert main(["list"]) == 2
 
@@ -273,6 +274,18 @@ def test_an_inbox_becomes_tasks_and_what_cannot_be_learnt_is_rejected_with_the_r
     assert main([*words, "--options", "--trainer.epochs 1"]) == 2  # a wrong option rejects no folder
     assert "epochs" in capsys.readouterr().err
     assert not list(inbox.glob("*.txt"))
+
+
+def test_fit_leaves_what_another_process_is_writing(run):
+    part = run / "patches" / ".0.part"
+    part.write_text("half of a patch")
+    task = run / "checkpoints" / "02_third"
+    task.mkdir(parents=True)
+    with FileLock(task / RunFolder.LOCK):  # as `add` holds it
+        assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+        assert part.exists()
+    assert main(["fit", "--run_dir", str(run), "--resume", "true"]) == 0
+    assert not part.exists()
 
 
 def test_a_folder_that_still_grows_is_left_alone(third, tmp_path):

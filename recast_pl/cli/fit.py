@@ -24,14 +24,14 @@ from recast_pl.config.paths import add_images, locate_data, locate_paths, record
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
-from recast_pl.files import remove_unfinished, writing
+from recast_pl.files import writing
 from recast_pl.inference.class_evaluation import class_evaluation
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.mimicry import fit_mimicry
 from recast_pl.runs.relearning import Request
-from recast_pl.runs.reservation import make_folder, reserved
+from recast_pl.runs.reservation import clean, make_folder, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.studies.engines import ONE_DEVICE, Engine, run_units
 from recast_pl.terminal import open_console
@@ -94,7 +94,7 @@ def _fit(parser: LightningArgumentParser, config: Namespace, run_dir: Path) -> i
             RunFolder(run_dir).check_unused()
         check_same_run(parser, RunFolder(run_dir).config, text)
         if not config.only:  # otherwise other processes may be writing there
-            remove_unfinished(run_dir)
+            clean(run_dir)
     text = recorded_text(parser, RunFolder(run_dir), text)
     init = instantiated(parser, config, RunFolder(run_dir))
     console = open_console()

@@ -19,8 +19,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parser: argparse.ArgumentParser, config: argparse.Namespace) -> int:
-    """Prints a line for each task, with the date and the bytes of its patch."""
-    rows = [("task", "classes", "accuracy %", "bytes", "learnt"), *map(_row, list_tasks(config.run_dir))]
+    """Prints a line for each task, with its present version, the bytes of its patch and the date."""
+    rows = [("task", "version", "classes", "accuracy %", "bytes", "learnt"), *map(_row, list_tasks(config.run_dir))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers, date in rows:
         print(name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=False)), date, sep="  ")
@@ -36,6 +36,6 @@ def main(words: list[str], description: str) -> int:
 
 def _row(line: TaskLine) -> tuple[str, ...]:
     if line.date is None:
-        return line.task, "", "", "", "not learnt yet"
+        return line.task, "", "", "", "", "not learnt yet"
     accuracy = "" if line.accuracy is None else f"{line.accuracy:.2f}"
-    return line.task, f"{line.classes or ''}", accuracy, f"{line.bytes:,}", line.date
+    return line.task, f"{line.version or ''}", f"{line.classes or ''}", accuracy, f"{line.bytes:,}", line.date

@@ -16,12 +16,12 @@ from recast_pl.config.paths import add_images, locate_data, locate_paths
 from recast_pl.config.relearning import check_same_base
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.errors import DataError, RunError
-from recast_pl.files import remove_unfinished, writing
+from recast_pl.files import writing
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.relearning import Keep, Relearning, Request
-from recast_pl.runs.reservation import reserved
+from recast_pl.runs.reservation import clean, reserved
 from recast_pl.terminal import open_console
 
 
@@ -61,7 +61,7 @@ def make_version(parser: LightningArgumentParser, config: Namespace, request: Re
     folder = RunFolder(config.run_dir)
     folder.trained([request.task])
     with writing(folder.path), reserved(folder.path), interruptible() as interruption:
-        remove_unfinished(folder.path)
+        clean(folder.path)
         stream = _stream(parser, config, folder)
         _check_images(stream, request.task)
         new, present = stream.learn(request)
@@ -103,6 +103,7 @@ def _stream(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
         console,
         StreamResults(console, trainers),
         init[PRECISION_KEY],
+        budget=init.budget,
     )
 
 

@@ -15,7 +15,7 @@ from recast_pl.config.text import MODE
 from recast_pl.config.trust import check_trusted
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError
-from recast_pl.learning.cost import Budget
+from recast_pl.learning.budget import Budget
 from recast_pl.learning.device import evaluation_settings, find_device
 from recast_pl.learning.patch import Precision
 from recast_pl.learning.til_module import TILModule

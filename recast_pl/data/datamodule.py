@@ -118,6 +118,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.order = seed  # of batches and augmentation
         self._current = self._train_images = 0
         self._train_on: TaskSplit | None = None
+        self._most: int | None = None  # training images
         self._prepared = False
 
     def select(self, index: int) -> None:
@@ -203,12 +204,20 @@ class SequentialTaskDataModule(LightningDataModule):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images of the current task by split."""
-        return {split: len(indices) for split, indices in self._images.splits.items()}
+        """Number of images of the current task by split, as far as they are used."""
+        return {split: len(self._images.indices(split, self._most)) for split in self._images.splits}
 
     def training_images(self, names: Collection[str]) -> dict[str, int]:
-        """Number of training images of some tasks, by name."""
-        return {task.name: len(self._open(task).splits["train"]) for task in self.tasks if task.name in names}
+        """Number of training images of some tasks, by name; raises DataError if too few are allowed of one."""
+        tasks = [task for task in self.tasks if task.name in names]
+        return {task.name: len(self._open(task).indices("train", self._most)) for task in tasks}
+
+    def limit_training(self, count: int | None) -> None:
+        """Uses this many training images of each task, about as many of each class; None for all.
+
+        The splits stay, and the other images of the training split are not used at all.
+        """
+        self._most = count
 
     @property
     def split_digest(self) -> str:
@@ -322,7 +331,7 @@ class SequentialTaskDataModule(LightningDataModule):
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
         images = self._images
         labels = torch.from_numpy(images.source.labels)
-        indices = images.splits[split]
+        indices = images.indices(split, self._most)
         return TaskSplit(images.decoded.pixels, labels, indices, [images.task] * len(indices), seed)
 
     def _loader(self, split: TaskSplit, seed: int | None = None, everywhere: bool = False) -> DataLoader[RawBatch]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
 from recast_pl.data.changes import SplitImages, describe_images
@@ -15,7 +16,16 @@ from recast_pl.data.datasets import ImageSource
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.joining import join_sources, join_splits
 from recast_pl.data.label_noise import LabelNoise
-from recast_pl.data.tasks import SPLITS, SplitPolicy, Splits, TaskConfig, choose_images, derive_seed, split_images
+from recast_pl.data.tasks import (
+    SPLITS,
+    SplitPolicy,
+    Splits,
+    TaskConfig,
+    choose_evenly,
+    choose_images,
+    derive_seed,
+    split_images,
+)
 from recast_pl.errors import DataError
 from recast_pl.rules import ImageSize
 
@@ -94,6 +104,24 @@ class TaskImages:
             self._check_splits("repair the images that cannot be read")
         self._report_duplicates(decoded.equal)
         return decoded
+
+    def indices(self, split: str, most: int | None = None) -> NDArray[np.int64]:
+        """The images of a split, of the training split at most some; raises DataError if these are too few.
+
+        Args:
+            split: The split.
+            most: How many training images to use; None for all.
+        """
+        indices = self.splits[split]
+        if split != "train" or most is None or most >= len(indices):
+            return indices
+        labels = self.source.labels[indices]
+        if most < len(np.unique(labels)):
+            raise DataError(
+                f"budget.images={most} is too small for task {self.task.name!r}, which has {len(np.unique(labels))} "
+                "classes; set at least one training image of each"
+            )
+        return indices[choose_evenly(labels, [self.source.names[index] for index in indices], most, self.seed)]
 
     @cached_property
     def record(self) -> dict[str, SplitImages]:

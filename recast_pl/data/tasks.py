@@ -166,6 +166,26 @@ def choose_images(names: Sequence[str], count: int | None, seed: int) -> NDArray
     return np.sort(chosen).astype(np.int64)
 
 
+def choose_evenly(labels: NDArray[np.int64], names: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
+    """Chooses about as many images of each class, by their names and a seed alone.
+
+    Args:
+        labels: Class index of each image (N,).
+        names: Name of each image (N).
+        count: How many images to choose, at most N. Of a class that has too few, all are chosen.
+        seed: Decides which.
+
+    Returns:
+        Indices in ascending order. A smaller count gives a part of a larger one.
+    """
+    places = name_places(names, derive_seed(seed, "images"))
+    turns = np.zeros(len(labels), np.int64)  # in which turn each class gives this image
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        turns[members[np.argsort(places[members], kind="stable")]] = np.arange(len(members))
+    return np.sort(np.lexsort((places, turns))[:count]).astype(np.int64)
+
+
 def split_images(
     labels: NDArray[np.int64],
     given: Sequence[str],

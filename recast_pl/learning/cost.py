@@ -1,4 +1,4 @@
-"""What a task costs: predicted from its first steps, measured, and kept within a budget.
+"""What a task costs: predicted from its first steps, measured, and kept within its budget.
 
     seconds = setup + epochs · (steps · step + validation) + f · (images that are read after training)
 
@@ -9,38 +9,20 @@ it is f for each image that it reads and, if the head is solved again, the time 
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 
 from recast_pl.errors import RunError
+from recast_pl.learning.budget import Budget, schedule_steps
+from recast_pl.learning.patch import BITS, Precision
 
 _STEPS = 4  # after which the cost is predicted; the first is slower than the others and does not count
 
 _RECENT = 10  # steps that count for the time of a step, about
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What each task may cost.
-
-    Args:
-        seconds: From when the task begins until it is tested. Training stops in time to validate and test, and what was
-            best so far is kept; the schedule of learning rates stays that of all epochs. None for no limit.
-
-    Raises:
-        RunError: If the seconds are not above 0.
-    """
-
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.seconds is not None and not self.seconds > 0:
-            raise RunError(f"budget.seconds={self.seconds} must be above 0, or null for no limit")
 
 
 class TaskCost(Callback):
@@ -51,7 +33,7 @@ class TaskCost(Callback):
     Args:
         budget: What the task may cost.
         tell: Called once, when the cost can be predicted.
-        reads: The splits that are read after training.
+        precision: How the patch is stored, if its size is within the budget.
         later: How many tasks come later, and how many times the cost of this one they probably have together.
     """
 
@@ -59,15 +41,17 @@ class TaskCost(Callback):
         self,
         budget: Budget,
         tell: Callable[["TaskCost"], None] = lambda _: None,
-        reads: Sequence[str] = ("test", "val"),
+        precision: Precision = "fp32",
         later: tuple[int, float] = (0, 0.0),
     ) -> None:
-        self.budget, self._tell, self._reads, self._later = budget, tell, reads, later
+        self.budget, self.precision, self._tell, self._later = budget, precision, tell, later
         self.predicted: float | None = None
         """The seconds of the whole task, as its first steps predicted them."""
+        self.epochs: float | None = None
+        """The epochs that will be made, as the first steps predicted them; None if nothing ends the training."""
         self.trainer: Any = None
         self._began = self._since = time.monotonic()
-        self._steps = 0
+        self._steps = self._position = 0  # steps of training, and of the schedule
         self._image = self._step = self._solving = 0.0
         self._validation: float | None = None
 
@@ -81,10 +65,7 @@ class TaskCost(Callback):
         """The seconds that are probably left; None if nothing is known yet, or nothing ends the training."""
         if self._steps < _STEPS:
             return None
-        trainer, limit = self.trainer, self.budget.seconds
-        steps = trainer.estimated_stepping_batches - trainer.global_step
-        epoch = trainer.num_training_batches * self._step + self._validating
-        left = steps * trainer.accumulate_grad_batches / trainer.num_training_batches * epoch + self._ending
+        left, limit = self._epochs_left * self._epoch + self._ending, self.budget.seconds
         left = min(left, float("inf") if limit is None else max(0.0, limit - self.spent))
         return None if left == float("inf") else float(left)
 
@@ -98,8 +79,9 @@ class TaskCost(Callback):
         return left + (later if self.budget.seconds is None else min(later, count * self.budget.seconds))
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Starts to measure the setup."""
+        """Starts to measure the setup; refuses a task whose patch would be too large."""
         self.trainer, self._since = trainer, time.monotonic()
+        self.precision = self.budget.precision(pl_module.patch({}), self.precision)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measures the network on one batch; stops, or refuses, a task whose budget is spent before its first step."""
@@ -128,10 +110,25 @@ class TaskCost(Callback):
         self._since, self._steps = now, self._steps + 1
         share = 1 / min(_RECENT, max(1, self._steps - 1))
         self._step += share * (now - before - self._step)
+        if self._steps == 1:
+            self.budget.check_memory(pl_module.task_name, peak_memory(trainer.strategy.root_device))
         if self._steps == _STEPS and self.predicted is None and (left := self.left) is not None:
             self.predicted = self.spent + left
+            self.epochs = self._epochs_done + min(self._epochs_left, self._epochs_within())
             self._tell(self)
         self._stops(self._step)
+
+    def schedule_steps(self) -> int:
+        """How many steps the schedule of learning rates makes after the epoch whose last step was just made."""
+        whole = self._epochs_done + self._epochs_left
+        if self.budget.seconds is None or whole == float("inf"):
+            return 1
+        left = self._epochs_left
+        if self._steps >= _STEPS - 1:  # this step is not counted yet
+            left = min(left, self._epochs_within(self._validating))
+        steps = schedule_steps(whole, self._position, left)
+        self._position += steps
+        return steps
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts to measure a validation."""
@@ -143,12 +140,14 @@ class TaskCost(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
-        return {"spent": self.spent, "predicted": self.predicted, "validation": self._validation}
+        kept = {"spent": self.spent, "predicted": self.predicted, "validation": self._validation}
+        return kept | {"epochs": self.epochs, "position": self._position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Counts what earlier sessions have spent."""
         self._began -= state_dict["spent"]
         self.predicted, self._validation = state_dict["predicted"], state_dict["validation"]
+        self.epochs, self._position = state_dict.get("epochs"), state_dict.get("position", 0)
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -161,7 +160,30 @@ class TaskCost(Callback):
 
     @property
     def _ending(self) -> float:
-        return self._image * sum(self._sizes[split] for split in self._reads)
+        reads = ("test", "val", "train") if self.precision in BITS else ("test", "val")
+        return self._image * sum(self._sizes[split] for split in reads)
+
+    @property
+    def _epoch(self) -> float:
+        """The seconds of an epoch."""
+        return float(self.trainer.num_training_batches * self._step + self._validating)
+
+    @property
+    def _epochs_done(self) -> float:
+        trainer = self.trainer
+        return float(trainer.global_step * trainer.accumulate_grad_batches / trainer.num_training_batches)
+
+    @property
+    def _epochs_left(self) -> float:
+        """The epochs that are left without a budget, also a part of one."""
+        trainer = self.trainer
+        steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches / trainer.num_training_batches
+        return float(steps - self._epochs_done)
+
+    def _epochs_within(self, further: float = 0.0) -> float:
+        """The epochs that there is time for, also a part of one, if some further seconds are spent before."""
+        limit = float("inf") if self.budget.seconds is None else self.budget.seconds
+        return max(0.0, limit - self.spent - further - self._ending) / self._epoch
 
     def _stops(self, step: float) -> bool:
         """Stops the training, on all processes, if a step of these seconds would leave too few for what follows."""

@@ -274,7 +274,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_classes(value: Any) -> bool:
-    return bool(value) and _is_list_of(value, _is_text) and find_bad_label(value) is None
+    return bool(value) and _is_list_of(value, lambda name: isinstance(name, str)) and find_bad_label(value) is None
 
 
 def _is_size(value: Any) -> bool:

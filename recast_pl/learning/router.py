@@ -28,6 +28,8 @@ from recast_pl.learning.signature import Signature
 _SAMPLE = 4096  # validation images of all tasks together
 _SCORES = 2**22  # their scores that are in memory at a time; with many classes, fewer images are used
 
+_CHUNK = 2**18  # scores that are computed with at a time, which fit into the cache of a processor
+
 _TINY = 1e-9  # of the mean variance, added to the variance of each direction
 
 _HOTTEST, _COLDEST = 3.0, -2.0  # decimal logarithms of the temperatures to choose from
@@ -100,7 +102,8 @@ class Router:
         """Fits the temperature, and how strange images are, to validation images (V, D) of tasks (V,)."""
         scores = self.scores(features)
         self.temperature = fit_temperature(scores, self.task_of, labels)
-        evidence = self._evidence(features, scores)  # (V, 2)
+        parts = zip(_chunks(features, scores.shape[1]), _chunks(scores), strict=True)
+        evidence = torch.cat([self._evidence(*part) for part in parts])  # (V, 2)
         self._usual, self._spread = evidence.mean(0), evidence.std(0, correction=0).clamp_min(1e-6)
         self._strange = ((evidence - self._usual) / self._spread).sum(1).sort().values
 
@@ -231,14 +234,18 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
 
     Args:
         scores: Of the classes of all tasks (V, K).
-        task_of: Position of the task of each class (K,).
+        task_of: Position of the task of each class (K,), in ascending order.
         tasks: Position of the task of each image (V,).
     """
     if not int(task_of[-1]):
         return 1.0
+    largest = scores.amax(1, keepdim=True)
+    own = _own_scores(scores, task_of, tasks) - largest
+    parts = list(zip(_chunks(scores), _chunks(largest, scores.shape[1]), strict=True))
 
     def loss(exponent: float) -> float:
-        found = task_probabilities(scores, task_of, 10**exponent).gather(1, tasks[:, None])
+        whole = torch.cat([(part - most).mul_(10**-exponent).exp_().sum(1) for part, most in parts])
+        found = (own * 10**-exponent).exp().sum(1) / whole  # (V,)
         return -float(found.clamp_min(1e-30).log().mean()) + _TIE * abs(exponent)
 
     best, step = (_HOTTEST + _COLDEST) / 2, (_HOTTEST - _COLDEST) / 10
@@ -246,3 +253,18 @@ def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
         best = min((best + step * k for k in range(-5, 6)), key=loss)
         step /= 5
     return float(10**best)
+
+
+def _chunks(values: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
+    """Groups of rows that are small if the rows have this width, by default their own."""
+    groups: tuple[Tensor, ...] = values.split(max(1, _CHUNK // (width or values.shape[1])))
+    return groups
+
+
+def _own_scores(scores: Tensor, task_of: Tensor, tasks: Tensor) -> Tensor:
+    """The scores of the classes of each image's own task (V, C), -infinity after them where others have more."""
+    sizes = torch.bincount(task_of)
+    places = torch.arange(int(sizes.max()))
+    first = (sizes.cumsum(0) - sizes)[tasks]
+    own = scores.gather(1, (first[:, None] + places).clamp_max(scores.shape[1] - 1))
+    return own.masked_fill(places >= sizes[tasks][:, None], -torch.inf)

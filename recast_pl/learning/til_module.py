@@ -19,6 +19,7 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import RunError, one_line
 from recast_pl.learning.acceleration import EvaluateMerged, OutputChanges
 from recast_pl.learning.checkpoint import change_rates, trainable_state
+from recast_pl.learning.cost import TaskCost
 from recast_pl.learning.features import Features, extract_features, gather_features
 from recast_pl.learning.heads import HeadKind, check_head_options, class_weights, classification_loss, solve_head
 from recast_pl.learning.metrics import Percent, Predictions
@@ -116,7 +117,10 @@ class TILModule(TaskNetwork, LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Steps the schedule after an epoch; raises RunError if it has no more steps."""
-        step_schedule(scheduler, metric)
+        costs = [callback for callback in self.trainer.callbacks if isinstance(callback, TaskCost)]  # type: ignore[attr-defined]
+        # one that follows a metric decides itself how fast it advances
+        for _ in range(sum(cost.schedule_steps() for cost in costs) if costs and metric is None else 1):
+            step_schedule(scheduler, metric)
 
     def _configure(self, parameters: Iterable[Any]) -> tuple[Optimizer, LRScheduler | None]:
         try:

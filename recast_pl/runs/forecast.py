@@ -7,20 +7,31 @@ from typing import NotRequired, TypedDict
 from rich.console import Console
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
-from recast_pl.learning.cost import Budget, TaskCost, peak_memory
-from recast_pl.learning.patch import BITS, Precision
+from recast_pl.learning.budget import Budget, patch_size
+from recast_pl.learning.cost import TaskCost, peak_memory
+from recast_pl.learning.patch import Precision, TaskPatch
 
 
 class Cost(TypedDict):
     """What a task has cost.
 
     `seconds` are those from its begin until it was tested, `predicted_seconds` what its first steps predicted, if there
-    were enough. `memory_bytes` is the most that the process, or its GPU, has had so far.
+    were enough. `memory_bytes` is the most that the process, or its GPU, has had so far. With a budget, `budget` has
+    its limits, and `chosen` how the patch is stored and the epochs that seemed to fit after the first steps.
     """
 
     seconds: float
     predicted_seconds: NotRequired[float]
     memory_bytes: NotRequired[int]
+    budget: NotRequired[dict[str, float]]
+    chosen: NotRequired["Chosen"]
+
+
+class Chosen(TypedDict):
+    """What was chosen so that a task keeps its budget."""
+
+    precision: Precision
+    epochs: NotRequired[float]
 
 
 class Forecast:
@@ -51,17 +62,24 @@ class Forecast:
         """Begins a task; returns the callback of its trainer."""
         images = self._images[task]
         self._left, self._images_left = self._left - 1, self._images_left - images
-        reads = ("test", "val", "train") if self._precision in BITS else ("test", "val")
-        self._cost = TaskCost(self._budget, self._tell, reads, (self._left, self._images_left / images))
+        self._cost = TaskCost(self._budget, self._tell, self._precision, (self._left, self._images_left / images))
         return self._cost
 
-    def record(self) -> Cost:
-        """What the latest task has cost."""
+    def precision(self, patch: TaskPatch) -> Precision:
+        """How to store the patch of the latest task within its budget; raises RunError if it is too large."""
+        return self._budget.precision(patch, self._precision)
+
+    def record(self, precision: Precision) -> Cost:
+        """What the latest task has cost, whose patch is stored so."""
         cost, memory = Cost(seconds=round(self._cost.spent, 2)), self._memory()
         if self._cost.predicted is not None:
             cost["predicted_seconds"] = round(self._cost.predicted, 2)
         if memory is not None:
             cost["memory_bytes"] = memory
+        if self._budget.limits:
+            cost["budget"], cost["chosen"] = self._budget.limits, Chosen(precision=precision)
+            if self._cost.epochs is not None:
+                cost["chosen"]["epochs"] = round(self._cost.epochs, 2)
         return cost
 
     def _memory(self) -> int | None:
@@ -73,16 +91,15 @@ class Forecast:
         if self._told or not cost.trainer.is_global_zero:
             return
         self._told, module, memory = True, cost.trainer.lightning_module, self._memory()
-        patch = module.patch({})
-        bits = BITS.get(self._precision)
-        size = len((patch if bits is None else patch.compacted(bits)).to_bytes())
+        size = patch_size(module.patch({}), cost.precision)
         if module.signature is not None:
             size += len(module.signature.to_bytes())
         this, count, whole = duration(cost.predicted), self._left + 1, cost.stream_left
         every = "" if count == 1 or whole is None else f", {duration(whole + cost.spent)} for all {count}"
         most = "" if memory is None else f"; {memory / 1e9:.1f} GB of memory"
+        epochs = "" if self._budget.seconds is None or cost.epochs is None else f" of {cost.epochs:.1f} epochs"
         self._console.print(
-            f"about {this} for this task{every}{most}; {size / 1e3:,.0f} kB on disk for a task like this"
+            f"about {this} for this task{epochs}{every}{most}; {size / 1e3:,.0f} kB on disk for a task like this"
         )
 
 

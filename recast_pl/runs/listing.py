@@ -17,6 +17,7 @@ class TaskLine(NamedTuple):
         accuracy: On the test images in percent, just after training.
         bytes: Of its patch.
         date: When it was trained, in ISO format; empty in older runs; `received` if a server has received its patch.
+        version: Number of its present version.
     """
 
     task: str
@@ -24,6 +25,7 @@ class TaskLine(NamedTuple):
     accuracy: float | None = None
     bytes: int | None = None
     date: str | None = None
+    version: int | None = None
 
 
 def list_tasks(run_dir: str | Path) -> list[TaskLine]:
@@ -50,7 +52,9 @@ def _line(record: Path) -> TaskLine:
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         task = content["task"]
-        date = content.get("origin", {}).get("date", "")
-        return TaskLine(task["name"], int(task["classes"]), float(task["accuracy"]), int(task["patch_bytes"]), date)
+        numbers = int(task["classes"]), float(task["accuracy"]), int(task["patch_bytes"])
+        return TaskLine(
+            task["name"], *numbers, content.get("origin", {}).get("date", ""), int(content.get("version", 1))
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise RunError(f"cannot read {record} ({cause}); restore it") from cause

@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from recast_pl.errors import BusyError
-from recast_pl.files import exclusive, writing
+from recast_pl.files import exclusive, remove_unfinished, writing
 from recast_pl.runs.folder import RunFolder
 
 _held: set[Path] = set()  # lock files of this process
@@ -85,3 +85,24 @@ def changing(folder: Path) -> Iterator[None]:
     """
     with exclusive(folder / RunFolder.TASKS_LOCK, f"changing the tasks of {folder}"), reserved(folder):
         yield
+
+
+def clean(folder: Path) -> None:
+    """Removes what killed processes left in a run folder, unless another process may be writing there.
+
+    Args:
+        folder: The run folder, which this process has reserved. Others may have reserved tasks in it, as `add` does.
+    """
+    others = (path for path in folder.rglob(RunFolder.LOCK) if path.resolve() not in _held)
+    if not any(map(_is_locked, others)):
+        remove_unfinished(folder)
+
+
+def _is_locked(path: Path) -> bool:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False

@@ -19,7 +19,7 @@ from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.tasks import derive_seed
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, json_text, read_json, sealed_json, sha256, write_atomic
-from recast_pl.learning.cost import Budget
+from recast_pl.learning.budget import Budget
 from recast_pl.learning.patch import BITS, Precision, SharedState, TaskPatch
 from recast_pl.learning.quantization import Moments
 from recast_pl.learning.til_module import TILModule
@@ -104,6 +104,8 @@ class Stream:
         self.class_rows = ClassRows(self._task_files, class_evaluation)
         self._started = time.monotonic()
         self._configs: list[str] = []  # names of the configurations that the current task was trained with
+        self._stored_as: Precision = precision  # the current task
+        data.limit_training(None if budget is None else budget.images)
 
     def run(self, only: Sequence[str] = ()) -> Summary:
         """Trains all tasks that are not finished.
@@ -334,7 +336,7 @@ class Stream:
             wall_seconds=round(time.monotonic() - self._started, 2),
             images=self.data.image_record,
             origin=origin(self.evaluator.strategy.root_device),
-            cost=self.forecast.record(),
+            cost=self.forecast.record(self._stored_as),
         )
         if self.config is not None:
             self.records[index]["configs"] = self._configs
@@ -344,7 +346,8 @@ class Stream:
 
     def _stored(self, patch: TaskPatch) -> TaskPatch:
         """A trained task with the values that its file will keep, those of the first process on all."""
-        bits = BITS.get(self.precision)
+        self._stored_as = self.forecast.precision(patch)
+        bits = BITS.get(self._stored_as)
         if bits is None:
             return patch
         self.module.check_patch(patch)
@@ -362,7 +365,7 @@ class Stream:
         if self.module.signature is not None:
             self.module.signature.save(files.signature)
         write_atomic(files.record, sealed_json(self.records[index]))
-        write_atomic(files.compact if self.precision in BITS else files.plain, patch)
+        write_atomic(files.compact if self._stored_as in BITS else files.plain, patch)
         for before in set(files.shared.parent.glob(f"*{files.shared.suffix}")) - {files.shared}:
             before.unlink()
         shutil.rmtree(files.checkpoints, ignore_errors=True)
