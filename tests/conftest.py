@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+import urllib.request
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -178,3 +179,12 @@ def clipart_run(tmp_path_factory):
     """A run of RECAST on a ResNet-18, which no test changes: tasks `signs` and `people` at 32 pixels."""
     os.chdir(ROOT)
     return learn(RESNET, tmp_path_factory.mktemp("clipart") / "run")
+
+
+@cache
+def reaches_npm():
+    """Whether the npm registry answers, from which the page of `export --format web` comes."""
+    registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")
+    with suppress(OSError), urllib.request.urlopen(f"{registry}/onnxruntime-web/latest", timeout=30) as response:
+        return response.status == 200
+    return False

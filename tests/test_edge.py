@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, learn
+from conftest import ROOT, learn, reaches_npm
 from PIL import Image
 from safetensors.numpy import load_file
 from test_report import CHROMIUM
@@ -169,6 +169,8 @@ async def visit(browser, url, wanted, further, other):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 def test_the_page_gives_the_classes_of_pytorch(edge_run, host, tmp_path, capsys):
+    if not reaches_npm():
+        pytest.skip("the npm registry does not answer")
     page = tmp_path / "page"
     words = ["export", "--run_dir", str(edge_run), "--format", "web", "--precision", "int8", "--output", str(page)]
     assert main(words) == 0
