@@ -184,7 +184,8 @@ def clipart_run(tmp_path_factory):
 @cache
 def reaches_npm():
     """Whether the npm registry answers, from which the page of `export --format web` comes."""
-    registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")
+    name = "npm_config_registry"  # in lower case, as npm reads it
+    registry = os.environ.get(name, "https://registry.npmjs.org").rstrip("/")
     with suppress(OSError), urllib.request.urlopen(f"{registry}/onnxruntime-web/latest", timeout=30) as response:
         return response.status == 200
     return False
