@@ -9,16 +9,20 @@ lacks numbers, or steps.
 import argparse
 import statistics
 
-import recast_pl
+import torch
+
 from recast_pl.config.run import open_run
+from recast_pl.runs.evaluation import restore
+from recast_pl.runs.folder import RunFolder
 
 
-def accuracy(model, data, task, split):
-    """Accuracy in percent on a split of a task."""
+@torch.no_grad()
+def accuracy(module, data, split):
+    """Accuracy in percent on a split of the current task."""
     right = []
-    for images, labels, *_ in data.plain_dataloader(split):
-        found = model.predict_tensors(images, [task] * len(images))
-        right += [data.classes[label] == each.label for label, each in zip(labels.tolist(), found, strict=True)]
+    for batch in data.plain_dataloader(split):
+        images, labels = data.on_after_batch_transfer(batch, 0)
+        right += (module(images).argmax(1) == labels).tolist()
     return 100 * statistics.mean(right)
 
 
@@ -27,12 +31,14 @@ def main():
     parser.add_argument("runs", nargs="+", help="run folders")
     print("| run | numbers | training % | validation % | test % |\n|---|---:|---:|---:|---:|")
     for run in parser.parse_args().runs:
-        model, (_, init) = recast_pl.load(run), open_run(run)
+        folder, (_, init) = RunFolder(run), open_run(run)
         init.data.prepare_data()
         rows = []
-        for index, task in enumerate(init.data.tasks):
+        for index, patch in enumerate(folder.load_patches().values()):
             init.data.select(index)
-            rows.append([accuracy(model, init.data, task.name, split) for split in ("train", "val", "test")])
+            restore(init.model, folder, patch.image_size)
+            init.model.activate(patch)
+            rows.append([accuracy(init.model, init.data, split) for split in ("train", "val", "test")])
         means = " | ".join(f"{statistics.mean(column):.2f}" for column in zip(*rows, strict=True))
         print(f"| {run} | {init.model.task_parameters:,} | {means} |", flush=True)
 
