@@ -281,6 +281,11 @@ def test_panels_have_one_legend_and_a_logarithmic_axis():
     assert {axes.get_xscale() for axes in figure.axes[:4]} == {"log"}
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    (narrow,) = plot_panels({"1": [Mark("a", 4600, spread([50, 60])), Mark("b", 4700, spread([50, 60]))]}, "bytes").axes
+    low, high = narrow.get_xlim()
+    assert high / low == pytest.approx(10)
+    assert low < 4600
+    assert high > 4700
 
 
 @pytest.mark.parametrize(

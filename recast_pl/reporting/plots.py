@@ -171,8 +171,17 @@ def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average 
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+        _widen(axes)
     _add_legend(figure, figure.axes[0], len(series))
     return figure
+
+
+def _widen(axes: Axes) -> None:
+    """Lets a logarithmic axis span at least a factor of ten, so that small differences look small."""
+    low, high = axes.get_xlim()
+    if high < 10 * low:
+        middle = (low * high) ** 0.5
+        axes.set_xlim(middle / 10**0.5, middle * 10**0.5)
 
 
 class Panel(NamedTuple):
