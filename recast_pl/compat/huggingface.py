@@ -1,7 +1,5 @@
 """Uses of huggingface_hub beyond its documented interface. It is imported when it is needed: that takes a second."""
 
-from typing import Any
-
 
 def hub_failures() -> tuple[type[Exception], ...]:
     """The exceptions that its functions raise because of the network, the server, the disk or a wrong argument.
@@ -11,5 +9,4 @@ def hub_failures() -> tuple[type[Exception], ...]:
     """
     from huggingface_hub import errors  # noqa: PLC0415
 
-    module: Any = errors
-    return (module.HTTPError, OSError, ValueError, RuntimeError)
+    return (errors.HTTPError, OSError, ValueError, RuntimeError)

@@ -4,13 +4,16 @@ from typing import Any, NamedTuple
 
 import timm
 from jinja2 import Environment, PackageLoader
-from scipy.stats import binomtest
+from scipy import stats
 
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.reporting.tables import markdown_table, plain
 from recast_pl.rules import size_text
 from recast_pl.runs.folder import Record, RunFolder
 from recast_pl.runs.layout import plain_yaml
+
+CARD = "README.md"
+"""Name of the card."""
 
 _HUB = ("hf-hub:", "hf_hub:")
 """What names of backbones begin with that timm takes from a repository."""
@@ -83,7 +86,7 @@ def find_base_model(backbone: dict[str, Any]) -> str | None:
 def interval(accuracy: float, images: int) -> tuple[float, float]:
     """Wilson's interval at 95 % of an accuracy in percent that was measured on some images."""
     right = round(accuracy * images / 100)
-    found = binomtest(right, images).proportion_ci(0.95, method="wilson")
+    found = stats.binomtest(right, images).proportion_ci(0.95, method="wilson")
     return 100 * float(found.low), 100 * float(found.high)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Repository:
     def listing(self) -> Listing:
         """Its files."""
         with self._failures():
-            info = self._api.repo_info(self.name, revision=self.revision)
+            info = self._api.model_info(self.name, revision=self.revision)
         return Listing(str(info.sha), tuple(file.rfilename for file in info.siblings or ()))
 
     def make(self, private: bool) -> None:
@@ -90,7 +91,7 @@ class Repository:
             if get_token() is None:
                 raise HubError(f"there is no token to write to {self.name} with; {LOG_IN}")
             self._api.create_repo(self.name, private=private or None, exist_ok=True)
-            if private and not self._api.repo_info(self.name).private:
+            if private and not self._api.model_info(self.name).private:
                 raise HubError(
                     f"{self.name} is there and public; make it private at {self.url}/settings, or name another --repo"
                 )
@@ -107,7 +108,7 @@ class Repository:
             paths: Paths of the files.
             again: Whether to download also what is here already.
         """
-        with self._failures():
+        with self._failures(), _bars_on_terminals():
             folder = self._api.snapshot_download(
                 self.name, revision=listing.commit, allow_patterns=list(paths), force_download=again
             )
@@ -129,7 +130,7 @@ class Repository:
 
         gone = [CommitOperationDelete(path) for path in before.of_run if path not in paths]
         new = [CommitOperationAdd(path, folder / path) for path in paths]
-        with self._failures():
+        with self._failures(), _bars_on_terminals():
             commit = self._api.create_commit(
                 self.name,
                 [*gone, *new],
@@ -191,3 +192,18 @@ def _without_token(text: str) -> str:
     """A text without the token of the environment, and without others, which begin with `hf_`."""
     token = os.environ.get("HF_TOKEN")
     return re.sub(r"\bhf_\w+", "hf_…", text.replace(token, "…") if token else text)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Shows the library's progress bars on a terminal only."""
+    from huggingface_hub import utils  # noqa: PLC0415
+
+    if sys.stderr.isatty() or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
