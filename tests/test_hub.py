@@ -211,10 +211,10 @@ def test_damaged_files_are_named_and_leave_nothing(hub, run, other, capsys, path
     assert push(run) == 0
     capsys.readouterr()
     whole = hub.files(REPO)[path]
-    hub.files(REPO)[path] = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]
+    hub.commit(REPO, "main", {path: whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]})
     assert f"{REPO}/{path}" in refused(capsys, pull(other))
     assert list(other.parent.iterdir()) == []
-    hub.files(REPO)[path] = whole
+    hub.commit(REPO, "main", {path: whole})
     assert pull(other) == 0
     assert recast_pl.load(other).tasks == ["first", "second"]
 
