@@ -4,17 +4,18 @@
 
 One client in five is bad, in turn: it reads its answer one byte a second; sends half an image and leaves; sends a
 truncated JPEG; a PNG that claims 60,000 x 60,000 pixels; a JPEG of 1,300 scans. A good client sends an image, waits for
-the answer, checks its class, and sends the next; where the server says that it is full (503), it tries again after the
-time that the server names. It is lost if it gets no answer, another error or another class. Times of good requests
-hold the waiting for a full server. Memory is that of the server with the processes that decode.
+the answer, checks its class, and sends the next; where the server asks to try again, because it is full (503) or too
+slow for the time limit (504), it does. It is lost if it gets no answer, another error or another class. Times of good
+requests hold these repetitions. Memory and seconds of the processor are those of the server with the processes that
+decode.
 """
 
 import argparse
 import asyncio
+import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
+import psutil
 from PIL import Image
 
 import recast_pl
@@ -39,10 +41,10 @@ _LONGEST = 120  # seconds until a request without an answer is lost
 
 @dataclass
 class Counts:
-    """What the clients have seen: seconds of good requests, what was lost, and answers to bad ones by kind and status."""
+    """Seconds of good requests, how many of them were tried again by status, what was lost, and bad ones by kind."""
 
     seconds: list[float] = field(default_factory=list)
-    refused: int = 0
+    again: Counter[int] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
 
@@ -116,10 +118,10 @@ class Load:
             except (aiohttp.ClientError, TimeoutError) as cause:
                 self.counts.lost.append(repr(cause))
                 return
-            if status != 503:
+            if status not in (503, 504):
                 break
-            self.counts.refused += 1
-            await asyncio.sleep(wait)
+            self.counts.again[status] += 1
+            await asyncio.sleep(wait or 1)
         if status == 200 and answer["label"] == label:
             self.counts.seconds.append(time.monotonic() - start)
         else:
@@ -165,31 +167,28 @@ class Load:
         writer.close()
 
 
-def memory(process: int) -> int:
-    """Resident bytes of a process and of those that it started."""
-    total = 0
-    with Path(f"/proc/{process}/statm").open() as file:
-        total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        total += sum(memory(int(child)) for child in children.read_text().split())
-    return total
+def taken(server: psutil.Process) -> tuple[int, float]:
+    """Resident bytes, and seconds of the processor, of a process and of those that it started."""
+    memory, seconds = 0, 0.0
+    for process in (server, *server.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that decodes has just ended
+            memory += process.memory_info().rss
+            times = process.cpu_times()
+            seconds += times.user + times.system + times.children_user + times.children_system
+    return memory, seconds
 
 
-async def watch(process: int, seen: list[int]) -> None:
-    """Notes the memory of a server twice a second."""
+async def watch(server: psutil.Process, seen: list[tuple[int, float]]) -> None:
+    """Notes twice a second what a server takes."""
     while True:
-        try:
-            seen.append(memory(process))
-        except OSError:  # a process that decodes has just ended
-            continue
-        finally:
-            await asyncio.sleep(0.5)
+        seen.append(taken(server))
+        await asyncio.sleep(0.5)
 
 
-async def measure(load: Load, clients: int, process: int) -> list[int]:
-    """Runs the clients; returns the bytes of the server's memory over time."""
-    seen: list[int] = []
-    watching = asyncio.create_task(watch(process, seen))
+async def measure(load: Load, clients: int, server: psutil.Process) -> list[tuple[int, float]]:
+    """Runs the clients; returns what the server has taken over time."""
+    seen: list[tuple[int, float]] = []
+    watching = asyncio.create_task(watch(server, seen))
     await load.run(clients)
     watching.cancel()
     return seen
@@ -214,7 +213,7 @@ def main() -> None:
             found = re.search(r"http://\S+(?=;)", server.stdout.readline())
             assert found is not None
             load = Load(found[0], task, images, options.seconds)
-            seen = asyncio.run(measure(load, options.clients, server.pid))
+            seen = asyncio.run(measure(load, options.clients, psutil.Process(server.pid)))
         finally:
             server.terminate()
     counts = load.counts
@@ -227,10 +226,11 @@ def main() -> None:
                 "answered": len(counts.seconds),
                 "lost": len(counts.lost),
                 "lost_examples": counts.lost[:3],
-                "tried_again": counts.refused,
+                "tried_again": counts.again,
                 "median_ms": half,
                 "p99_ms": most,
-                "memory_mb": {"first": round(seen[0] / 1e6), "largest": round(max(seen) / 1e6)},
+                "memory_mb": {"first": round(seen[0][0] / 1e6), "largest": round(max(seen)[0] / 1e6)},
+                "processor_seconds": round(seen[-1][1] - seen[0][1], 1),
                 "bad": dict(sorted(counts.bad.items())),
             },
             indent=2,
