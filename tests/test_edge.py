@@ -3,11 +3,14 @@
 import asyncio
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
@@ -23,8 +26,12 @@ from test_serve_process import Browser, chromium
 import recast_pl
 from recast_pl.cli import main
 from recast_pl.data.images import decode_file
+from recast_pl.files import write_atomic
 from recast_pl.inference.export.precision import narrowed, rounded
+from recast_pl.inference.export.web import page_files
+from recast_pl.runs.folder import RunFolder
 
+READY = "document.getElementById('status').textContent === 'Ready'"
 SIGNS, PEOPLE = (sorted((ROOT / "data" / "clipart" / name).rglob("*.jpg")) for name in ("signs", "people"))
 
 
@@ -105,35 +112,61 @@ def host():
         def log_message(self, *_):
             pass
 
-    def serve(folder):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    def serve(folder, port=0):
+        server = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Quiet, directory=str(folder)))
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}/index.html"
 
+    def stop():
+        while servers:
+            server = servers.pop()
+            server.shutdown()
+            server.server_close()
+
+    serve.stop = stop
     yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    stop()
 
 
-async def visit(browser, url, wanted, further, other):
-    """Opens the page and chooses images; `wanted` has for each file and task the probabilities by class."""
+async def start(browser, url):
+    """Opens the page on a small screen, and waits until it is ready."""
     for domain in ("Log", "Runtime", "Page", "DOM"):
         await browser(f"{domain}.enable")
     await browser("Emulation.setDeviceMetricsOverride", width=320, height=600, deviceScaleFactor=1, mobile=True)
     await browser("Page.navigate", url=url)
-    await browser.until("document.getElementById('status').textContent === 'Ready'")
+    await browser.until(READY)
 
-    async def choose(path):
-        root = (await browser("DOM.getDocument"))["root"]["nodeId"]
-        node = await browser("DOM.querySelector", nodeId=root, selector="#file")
-        await browser("DOM.setFileInputFiles", nodeId=node["nodeId"], files=[str(path)])
 
-    async def drag(path):
-        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            await browser("Input.dispatchDragEvent", type=kind, x=100, y=150, data=data)
+async def choose(browser, path):
+    root = (await browser("DOM.getDocument"))["root"]["nodeId"]
+    node = await browser("DOM.querySelector", nodeId=root, selector="#file")
+    await browser("DOM.setFileInputFiles", nodeId=node["nodeId"], files=[str(path)])
+
+
+async def drag(browser, path):
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        await browser("Input.dispatchDragEvent", type=kind, x=100, y=150, data=data)
+
+
+def browse(profile, visit, *options):
+    """What `visit` returns, which gets a browser."""
+
+    async def connect(debugger):
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{debugger}/json/list") as response:
+                (tab,) = [tab for tab in json.loads(await response.text()) if tab["type"] == "page"]
+            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as connection:
+                return await visit(Browser(connection))
+
+    with chromium(profile, *options) as debugger:
+        return asyncio.run(connect(debugger))
+
+
+async def visit(browser, url, wanted, further, other):
+    """Opens the page and chooses images; `wanted` has for each file and task the probabilities by class."""
+    await start(browser, url)
 
     async def found(task):
         await browser.until(f"running.then(() => classes.caption.textContent === {json.dumps(task)})")
@@ -144,7 +177,7 @@ async def visit(browser, url, wanted, further, other):
     for (path, task), probabilities in wanted.items():
         await browser.value("classes.caption.textContent = ''")
         await browser.value(f"task.value = {json.dumps(task)}")
-        await choose(path)
+        await choose(browser, path)
         seen = await found(task)
         assert next(iter(seen)) == max(probabilities, key=probabilities.get), path
         # a lossless image is the same; decoders of JPEG differ by a level or two; the page shows a tenth of a percent
@@ -156,11 +189,11 @@ async def visit(browser, url, wanted, further, other):
     await browser.key("ArrowUp" if task != await browser.value("task.options[0].value") else "ArrowDown", 38)
     await browser.until("running.then(() => classes.caption.textContent === task.value)")
     # a task that is dropped
-    await drag(further)
+    await drag(browser, further)
     await browser.until("running.then(() => status_.textContent.includes('%') && task.value === 'moved')")
-    assert await browser.value("task.length === about.tasks.length + 1")
+    assert await browser.value("task.length === about.files.length + 1")
     for path, fault in ((other, "is a task of another network"), (ROOT / "README.md", "cannot be read as an image")):
-        await drag(path)
+        await drag(browser, path)
         await browser.until(f"running.then(() => error.textContent.endsWith({json.dumps(fault)}))")
     return browser.said, times
 
@@ -197,16 +230,99 @@ def check_page(run, page, host, tmp_path):
     base = json.loads((page / "tasks.json").read_text())["base"].encode()
     (tmp_path / "other.safetensors").write_bytes(content.replace(base, base[::-1]))
 
-    async def browse(debugger, url):
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"{debugger}/json/list") as response:
-                (tab,) = [tab for tab in json.loads(await response.text()) if tab["type"] == "page"]
-            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as connection:
-                browser = Browser(connection)
-                further = tmp_path / "moved.safetensors"
-                return await visit(browser, url, wanted, further, tmp_path / "other.safetensors")
-
-    with chromium(tmp_path / "profile") as debugger:
-        said, times = asyncio.run(browse(debugger, host(page)))
+    further, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    url = host(page)
+    said, times = browse(tmp_path / "profile", lambda browser: visit(browser, url, wanted, further, other))
     assert said == []
     return times
+
+
+FOUND = """running.then(() => find(new ort.Tensor("float32", pixels(image, 32, 32), [1, 3, 32, 32])))"""
+
+
+async def find_tasks(browser, files, wanted):
+    """Chooses images whose tasks are to be found; the answers must be those of a predictor."""
+    for path, one in zip(files, wanted, strict=True):
+        await browser.value("status_.textContent = ''")
+        await choose(browser, path)
+        answer = f"{one.label}, {100 * one.probability:.1f} %" if one.label else "None of these tasks"
+        await browser.until(f"status_.textContent.startsWith({json.dumps(answer)})")
+        found = await browser.value(FOUND)
+        assert found["familiar"] == pytest.approx(one.familiar, abs=0.02)  # a place among the validation images
+        assert (found["second"]["task"], found["second"].get("label")) == (one.second.task, one.second.label)
+        assert found["second"]["taskProbability"] == pytest.approx(one.second.task_probability, abs=1e-4)
+        shown = await browser.value("facts.textContent")
+        if one.label:
+            assert (found["task"], found["label"]) == (one.task, one.label)
+            assert found["probability"] == pytest.approx(one.probability, abs=1e-4)
+            assert found["taskProbability"] == pytest.approx(one.task_probability, abs=1e-4)
+            assert dict(found["ranked"]) == pytest.approx(one.probabilities, abs=1e-4)
+            assert shown.startswith(f"Task{one.task}, {100 * one.task_probability:.1f} %Second choice{one.second.task}")
+        else:
+            assert shown.startswith(f"Tasknone of theseLikeliest{one.second.task}")
+
+
+async def take_picture(browser):
+    """The camera is off before and after, and its picture is classified."""
+    live = "(video.srcObject?.getTracks() ?? []).filter(track => track.readyState === 'live').length"
+    assert await browser.value(live) == 0
+    await browser.value("status_.textContent = ''; camera.click()")
+    await browser.until(f"{live} === 1 && video.videoWidth > 0 && !video.hidden")
+    await browser.until("camera.textContent === 'Take the picture'")
+    assert await browser.value("document.documentElement.scrollWidth <= 320")
+    await browser.value("camera.click()")
+    await browser.until("video.hidden && status_.textContent.endsWith(' ms)')")
+    assert await browser.value(live) == 0
+    assert await browser.value("image.width === video.videoWidth && image.width > 0")
+    assert await browser.value("document.documentElement.scrollWidth <= 320")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_the_page_finds_the_task_and_works_without_a_network(clipart_run, host, tmp_path, capsys):
+    if not reaches_npm():
+        pytest.skip("the npm registry does not answer")
+    page, model = tmp_path / "page", recast_pl.load(clipart_run)
+    words = ["export", "--run_dir", str(clipart_run), "--format", "web", "--precision", "fp32", "--output", str(page)]
+    assert main(words) == 0
+    for name, patch in RunFolder(clipart_run).load_patches().items():  # the page has heads of 4 bits
+        model.add_patch(patch.compacted(4), model.signature(name), replace=True)
+    files = []
+    for place, path in enumerate([*SIGNS[::60], *PEOPLE[::60]]):
+        Image.open(path).save(tmp_path / f"{place}.png")
+        files.append(tmp_path / f"{place}.png")
+    Image.new("RGB", (64, 64), (0, 128, 255)).save(tmp_path / "blue.png")
+    wanted = model.predict(files := [*files, tmp_path / "blue.png"])
+    assert {one.task for one in wanted} == {"signs", "people", "none"}
+    moved = (page / "bank.signs.safetensors").read_bytes().replace(b'"signs\\"', b'"moved\\"')
+    (tmp_path / "moved.safetensors").write_bytes(moved)
+    url, newer = host(page), tmp_path / "newer"
+    bank = {name: (page / name).read_bytes() for name in ("bank.onnx", "bank.people.safetensors")}
+    (patch, *_), cache = RunFolder(clipart_run).load_patches().values(), Path(os.environ["RECAST_PL_DATA"]) / "cache"
+    for name, content in (bank | page_files(bank, patch, cache)).items():
+        write_atomic(newer / name, content)
+
+    async def visit(browser):
+        await start(browser, url)
+        assert await browser.value("task.value") == "auto"
+        await find_tasks(browser, files, wanted)
+        await take_picture(browser)
+        await drag(browser, tmp_path / "moved.safetensors")
+        await browser.until("running.then(() => task.value === 'moved' && status_.textContent.includes('%'))")
+        await browser.until("offline.textContent.includes('without a network')")
+        said = list(browser.said)
+        host.stop()
+        await start(browser, url)
+        assert await browser.value("task.length === 3")  # a task that was dropped is gone
+        await find_tasks(browser, files[-2:], wanted[-2:])
+        assert host(newer, urlsplit(url).port) == url
+        await start(browser, url)
+        await browser.until("offline.textContent.includes('newer version')")
+        await browser.until("navigator.serviceWorker.ready.then(({active, waiting}) => active && !waiting)")
+        await start(browser, url)
+        assert await browser.value("[...task.options].map(({value}) => value).join()") == "people"
+        assert len(await browser.value("caches.keys()")) == 1
+        return said
+
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    assert browse(tmp_path / "profile", visit, *camera) == []

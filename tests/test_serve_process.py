@@ -241,10 +241,12 @@ def test_the_documented_proxies(name, folder, run, tmp_path):  # noqa: F811
         with urllib.request.urlopen(request) as response:
             assert json.loads(response.read())["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
         del headers["X-Requested-With"]
-        # a small one: nginx answers 502 where a server refuses a body before it has read all of it
-        request = urllib.request.Request(f"{url}/recast/predict?task=food", FOOD[0].read_bytes(), headers)
+        # a proxy must not see the connection close while it still sends
+        request = urllib.request.Request(f"{url}/recast/predict?task=food", big, headers)
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(request)
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(f"{url}/recast/predict?task=food", bytes(20_000_001))
 
 
 def test_connections_above_the_limit_are_refused_and_the_log_tells_of_requests(folder, tmp_path):
@@ -470,12 +472,12 @@ class Browser:
 
 
 @contextmanager
-def chromium(folder):
+def chromium(folder, *more):
     """The debugging URL of a Chromium that resolves no host names, so that it cannot load anything from a network."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
     options += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     process = subprocess.Popen(
-        [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"], stderr=subprocess.DEVNULL
+        [CHROMIUM, *options, *more, f"--user-data-dir={folder}", "about:blank"], stderr=subprocess.DEVNULL
     )
     try:
         port, end = folder / "DevToolsActivePort", time.monotonic() + 60

@@ -174,6 +174,26 @@ def test_a_task_received_before_a_restart_is_deleted_too(serve, run, model, tmp_
     assert lines == ["task added is added"]
 
 
+def test_a_task_that_is_deleted_while_the_folder_is_read_does_not_come_back(serve, run, model, tmp_path, monkeypatch):  # noqa: F811
+    folder, add, answers = RunFolder(tmp_path / "run"), model.add_patch, []
+    added = tuned(patches(run)["food"], "added", 1)
+    keep_received(folder, added, added.to_bytes(), None)
+    client = serve(token=TOKEN, app={"forget": partial(forget_received, folder)})
+    model.add_patch(added)
+    deleting = threading.Thread(target=lambda: answers.append(client.delete("/tasks/added", headers=ADDING)))
+
+    def add_late(*words, **settings):
+        deleting.start()
+        deleting.join(1)
+        return add(*words, **settings)
+
+    monkeypatch.setattr(model, "add_patch", add_late)
+    Follower(model, folder, lambda line: None).look()  # it finds a task that it does not know
+    deleting.join()
+    assert answers[0].status_code == 200
+    assert model.tasks == ["food", "signs"]
+
+
 def test_a_task_that_cannot_be_deleted_stays(serve, run, model, tmp_path, monkeypatch):  # noqa: F811
     folder = RunFolder(tmp_path / "run")
     client = serve(token=TOKEN, app={"forget": partial(forget_received, folder)})

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-KINDS = {"F32": np.float32, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
+KINDS = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
 
 
 def read(path):

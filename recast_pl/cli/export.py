@@ -67,8 +67,8 @@ def run(parser: ArgumentParser, config: Namespace) -> int:
     graph = narrowed(bank.model.content, precision)
     files = _files(path, bank, graph)
     if chosen.is_page:
-        names = [file.name for file in files if file != path]
-        page = page_files(names, patches[0], init.data.root / "cache")
+        own = {file.name: content for file, content in files.items()}
+        page = page_files(own, patches[0], init.data.root / "cache")
         files |= {path.with_name(name): content for name, content in page.items()}
     for file, content in files.items():
         write_atomic(file, content)

@@ -47,8 +47,11 @@ class Follower:
 
     def look(self) -> None:
         """Makes the changes since the last call."""
-        if not self._follows:
-            return
+        if self._follows:
+            with _keeping:  # a task that is deleted meanwhile would come back
+                self._look()
+
+    def _look(self) -> None:
         try:
             found = _versions(self._folder.received) | _versions(self._folder)
         except OSError:  # such as too many open files, for a moment

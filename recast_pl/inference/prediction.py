@@ -11,7 +11,7 @@ from recast_pl.rules import NO_TASK
 REFUSE = 0.05
 """The share of images of known tasks that may be refused, unless another is asked for."""
 
-_WORTH_A_LOOK = 0.18
+WORTH_A_LOOK = 0.18
 """The probability from which on the second likeliest task classifies the image, too.
 
 Where tasks are alike, at most 56 % of images have such a task (`benchmarks/frozen_routing.py`).
@@ -85,7 +85,7 @@ class Candidates:
         """The tasks that are to classify the image."""
         if self.refused:
             return []
-        return [task for place, (task, p) in enumerate(self.tasks) if not place or p >= _WORTH_A_LOOK]
+        return [task for place, (task, p) in enumerate(self.tasks) if not place or p >= WORTH_A_LOOK]
 
     def answer(self, found: Sequence[Prediction]) -> RoutedPrediction:
         """The answer, from the predictions of the tasks that were asked.

@@ -32,6 +32,8 @@ _CHUNK = 2**18  # scores that are computed with at a time, which fit into the ca
 
 _TINY = 1e-9  # of the mean variance, added to the variance of each direction
 
+_ROUNDING = 1e-6  # of the largest element of a matrix, so that rounding leaves no negative eigenvalue
+
 _HOTTEST, _COLDEST = 3.0, -2.0  # decimal logarithms of the temperatures to choose from
 
 _TIE = 1e-4  # cross-entropy for a factor of ten; of temperatures that are equally good, it chooses that nearest to 1
@@ -120,6 +122,25 @@ class Router:
         """
         weight = self._means.double() @ self._precision.double()
         return {"weight": weight.float(), "bias": self._bias, "centre": self._centre.float()}
+
+    @property
+    def strangeness(self) -> dict[str, Tensor]:
+        """What finds `Routes.familiar` without this class; nothing if there are no validation images.
+
+        P is S·L·Lᵀ·S with the diagonal matrix S. `factor` (D·(D + 1)/2,) in half precision is the lower triangle L, row
+        by row; `scale` (D,) is S. `usual` and `spread` (2,) are means and standard deviations of the squared distance
+        and of 1 − max p(task | x), and `strange` (V,) the sums of validation images in ascending order.
+        """
+        if not len(self._strange):
+            return {}
+        precision = self._precision.double()
+        precision.diagonal().add_(_ROUNDING * precision.diagonal().max())
+        factor = torch.linalg.cholesky(precision)
+        scale = factor.abs().amax(1)
+        rows, columns = torch.tril_indices(*factor.shape)
+        triangle = (factor / scale[:, None])[rows, columns].half()
+        numbers = {"usual": self._usual, "spread": self._spread, "strange": self._strange}
+        return {"factor": triangle, "scale": scale.float()} | {name: t.float() for name, t in numbers.items()}
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores s (B, K) of the classes of all tasks for features (B, D); the largest is that of the likeliest."""

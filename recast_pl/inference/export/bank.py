@@ -26,6 +26,7 @@ from recast_pl.files import pack_tensors
 from recast_pl.inference.export.exported import FORMAT, Exported, check_difference, facts, noise
 from recast_pl.inference.export.graph import Session, trace
 from recast_pl.inference.mixed_batch import StateEntry
+from recast_pl.inference.prediction import REFUSE, WORTH_A_LOOK
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.quantization import pack_codes
 from recast_pl.learning.router import Router
@@ -237,13 +238,15 @@ def _facts(patch: TaskPatch) -> dict[str, Any]:
 def _router_file(module: TILModule, router: Router) -> bytes:
     """The numbers that every task starts from, and the linear scores of all classes for the features they give.
 
-    It holds what `Router.linear` says, and `task_of` (K,), the position of the task of each class; the metadata names
-    the tasks, and states the temperature of `recast_pl.learning.router.task_probabilities`.
+    It holds what `Router.linear` and `Router.strangeness` say, and `task_of` (K,), the position of the task of each
+    class. The metadata names the tasks, and states the temperature of `recast_pl.learning.router.task_probabilities`,
+    the share of known images to refuse, and from which probability on a second task classifies the image, too.
     """
     with isolate_rng():
         for piece in module.pieces:
             piece.begin_task()
         start = [piece.task_state() for piece in module.pieces]
-    scores = router.linear | {"task_of": router.task_of}
+    scores = router.linear | router.strangeness | {"task_of": router.task_of}
     told = {"format": FORMAT, "kind": "router", "base": module.base, "tasks": router.tasks}
-    return pack_tensors(_learnt(start) | scores, told | {"temperature": router.temperature})
+    limits = {"temperature": router.temperature, "refuse": REFUSE, "worth_a_look": WORTH_A_LOOK}
+    return pack_tensors(_learnt(start) | scores, told | limits)

@@ -44,7 +44,7 @@ def _onnx(module: TILModule, patches: Sequence[TaskPatch], router: Router | None
 
 def _web(module: TILModule, patches: Sequence[TaskPatch], router: Router | None, opset: int | None) -> Bank:
     """A bank whose heads have few bits: of 4, unless the patches have stored others."""
-    return export_bank(module, [p if p.rounded else p.compacted(_BITS) for p in patches], None, opset)
+    return export_bank(module, [p if p.rounded else p.compacted(_BITS) for p in patches], router, opset)
 
 
 FORMATS: dict[ExportFormat, Format] = {

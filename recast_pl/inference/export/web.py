@@ -1,9 +1,11 @@
 """A folder with a page that classifies images in the browser, for any static host: nothing is sent anywhere."""
 
+import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Mapping
 from pathlib import Path
 
 from recast_pl.data.download import fetch
@@ -13,6 +15,8 @@ from recast_pl.inference.export.exported import preprocessing
 from recast_pl.learning.patch import TaskPatch
 
 _PAGE = Path(__file__).with_name("page")
+
+_WORKER = "worker.js"
 
 _VERSION = "1.22.0"
 
@@ -29,20 +33,33 @@ _RUNTIME = {  # not .mjs, which some hosts do not know as a script
 """The files of onnxruntime-web that the page needs, by their names beside it."""
 
 
-def page_files(tasks: Sequence[str], patch: TaskPatch, cache: Path) -> dict[str, bytes]:
-    """The files of the page beside the graph `bank.onnx` and the files of the tasks, by name.
+def page_files(bank: Mapping[str, bytes], patch: TaskPatch, cache: Path) -> dict[str, bytes]:
+    """The files of the page beside the graph, the tasks and the router, by name.
 
     Args:
-        tasks: Names of the files of the tasks.
+        bank: The graph `bank.onnx` and the safetensors files of tasks and router, by name.
         patch: One of the tasks.
         cache: Folder that keeps the package onnxruntime-web, which is downloaded once.
 
     Raises:
         ExportError: If the package cannot be downloaded, or is not the published one.
     """
-    about = {"tasks": list(tasks), "base": patch.base, "resize": preprocessing(patch)["resize"]}
-    files = {path.name: path.read_bytes() for path in sorted(_PAGE.iterdir()) if path.is_file()}
-    return files | {"tasks.json": json.dumps(about).encode()} | _runtime(cache)
+    names = [name for name in bank if name.endswith(".safetensors")]
+    about = {"files": names, "base": patch.base, "resize": preprocessing(patch)["resize"]}
+    page = {path.name: path.read_bytes() for path in sorted(_PAGE.iterdir()) if path.is_file()}
+    page |= {"tasks.json": json.dumps(about).encode()} | _runtime(cache)
+    page[_WORKER] = _with_checksums(page.pop(_WORKER), {**bank, **page})
+    return page
+
+
+def _with_checksums(worker: bytes, files: Mapping[str, bytes]) -> bytes:
+    """The worker that keeps files in the browser, which takes no others than these.
+
+    A browser that sees a worker of other bytes fetches the files again.
+    """
+    sums = {name: f"sha256-{b64encode(hashlib.sha256(content).digest()).decode()}" for name, content in files.items()}
+    listed = json.dumps(sums)
+    return f'const VERSION = "{sha256(listed.encode())}", FILES = {listed};\n'.encode() + worker
 
 
 def _runtime(cache: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Collection
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -18,6 +19,8 @@ PAGE_NAME = "recast_pl"
 """What the server's own page sends as `X-Requested-With`."""
 
 _BODIES = 16  # all requests together may hold this many bodies of the largest size
+
+_DROPPING = 2.0  # seconds in which the body of a refused request may arrive
 
 
 def error_response(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
@@ -48,7 +51,10 @@ class RequestFilter:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if refusal := self._refusal(Headers(scope=scope)):
+        headers = Headers(scope=scope)
+        if refusal := self._refusal(headers):
+            if "expect" not in headers:  # a client that sends this waits for the answer
+                await _drop_body(receive, _BODIES * self._limits.max_body)
             await refusal(scope, receive, send)
             return
         size, complete, deadline = 0, False, asyncio.get_running_loop().time() + self._limits.timeout
@@ -97,6 +103,20 @@ class RequestFilter:
 
     def _allows(self, origin: str) -> bool:
         return origin in self._origins or "*" in self._origins
+
+
+async def _drop_body(receive: Receive, most: int) -> None:
+    """Reads the rest of a body, up to `most` bytes and for a short time.
+
+    A proxy that is still sending when the server answers and closes reports a fault of the server, not the answer.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DROPPING):
+            while most > 0:
+                message = await receive()
+                most -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def _is_own_page(headers: Headers) -> bool:

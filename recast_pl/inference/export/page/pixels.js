@@ -15,35 +15,45 @@ function weights(size, start, end, wanted) {
   return Array.from({length: wanted}, (_, place) => {
     const centre = start + (place + 0.5) * scale;
     const first = Math.max(0, Math.trunc(centre - 2 * wide + 0.5)), last = Math.min(size, Math.trunc(centre + 2 * wide + 0.5));
-    const values = Array.from({length: last - first}, (_, k) => cubic((first + k - centre + 0.5) / wide));
+    const values = Float64Array.from({length: last - first}, (_, k) => cubic((first + k - centre + 0.5) / wide));
     const sum = values.reduce((a, b) => a + b, 0);
-    return [first, values.map(value => value / sum)];
+    return {first, values: values.map(value => value / sum)};
   });
 }
 
 const round = value => Math.min(255, Math.max(0, Math.floor(value + 0.5)));
+
+// The first pass, over columns: 8-bit numbers (image.height, wanted, 3).
+function narrow({data, height, width}, across) {
+  const rows = new Uint8Array(3 * height * across.length);
+  let result = 0;
+  for (let y = 0; y < height; y++)
+    for (const {first, values} of across) {
+      let red = 0, green = 0, blue = 0;
+      for (let k = 0, place = 4 * (y * width + first); k < values.length; k++, place += 4) {
+        red += values[k] * data[place];
+        green += values[k] * data[place + 1];
+        blue += values[k] * data[place + 2];
+      }
+      rows[result++] = round(red);
+      rows[result++] = round(green);
+      rows[result++] = round(blue);
+    }
+  return rows;
+}
 
 // An ImageData as numbers in [0, 1], channel after channel (3 * height * width).
 function pixels(image, height, width) {
   const share = Math.min(image.width / width, image.height / height);
   const [cutX, cutY] = [share * width, share * height];
   const [left, top] = [(image.width - cutX) / 2, (image.height - cutY) / 2];
-  const across = weights(image.width, left, left + cutX, width), down = weights(image.height, top, top + cutY, height);
-  const rows = new Uint8ClampedArray(3 * image.height * width), result = new Float32Array(3 * height * width);
-  for (let channel = 0; channel < 3; channel++) {
-    for (let y = 0; y < image.height; y++)
-      across.forEach(([first, values], x) => {
-        let sum = 0, place = 4 * (y * image.width + first) + channel;
-        for (const value of values) { sum += value * image.data[place]; place += 4; }
-        rows[(channel * image.height + y) * width + x] = round(sum);
-      });
-    down.forEach(([first, values], y) => {
-      for (let x = 0; x < width; x++) {
-        let sum = 0, place = (channel * image.height + first) * width + x;
-        for (const value of values) { sum += value * rows[place]; place += width; }
-        result[(channel * height + y) * width + x] = round(sum) / 255;
-      }
-    });
-  }
+  const rows = narrow(image, weights(image.width, left, left + cutX, width)), result = new Float32Array(3 * height * width);
+  weights(image.height, top, top + cutY, height).forEach(({first, values}, y) => {
+    for (let i = 0; i < 3 * width; i++) {
+      let sum = 0;
+      for (let k = 0; k < values.length; k++) sum += values[k] * rows[3 * width * (first + k) + i];
+      result[(i % 3 * height + y) * width + (i - i % 3) / 3] = round(sum) / 255;
+    }
+  });
   return result;
 }
