@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 import recast_pl
-from recast_pl.cli.changing import refresh
+from recast_pl.config.changing import refresh
 from recast_pl.files import sealed_json, sha256
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.listing import list_tasks

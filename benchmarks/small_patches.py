@@ -11,7 +11,7 @@ predictions in percent of the test images. The last column is the file of a task
 import argparse
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy.stats import sem, t
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 
 from recast_pl import BackboneConfig, SequentialTaskDataModule, TaskConfig, TaskPatch
 from recast_pl.learning.quantization import Moments, RoundedHead, round_head
@@ -34,14 +34,22 @@ Split = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def extract(options: argparse.Namespace) -> dict[str, dict[str, Split]]:
-    """The splits of each task and seed; each image passes the network once, whose time is printed."""
+def extract(
+    options: argparse.Namespace, change: Callable[[nn.Module], object] = lambda network: None
+) -> dict[str, dict[str, Split]]:
+    """The splits of each task and seed; each image passes the network once, whose time is printed.
+
+    Args:
+        options: Those of `read_options`.
+        change: Changes the network beforehand.
+    """
     tasks = [TaskConfig(name, str(CLIPART / name)) for name in ("food", "people", "recreation", "signs")]
     tasks += [
         TaskConfig("digits", flip=False),
         *(TaskConfig(f"{p.parent.name}_{p.stem}", str(p)) for p in options.manifests),
     ]
     network = BackboneConfig(options.backbone, options.weights).build(options.size).eval()
+    change(network.net)
     found: dict[str, dict[str, Split]] = {}
     seconds = 0.0
     known: dict[tuple[int, int], Tensor] = {}

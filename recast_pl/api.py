@@ -2,6 +2,7 @@
 """The public names of `import recast_pl`: all that this module imports."""
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
+from recast_pl.config.sharing import pull, push
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.label_noise import LabelNoise

@@ -37,6 +37,10 @@ class ExportError(RecastError):
     """A trained task cannot be exported in the requested format."""
 
 
+class HubError(RecastError):
+    """A repository of the Hugging Face Hub cannot be reached, read or written."""
+
+
 class StorageError(RecastError):
     """A file cannot be written: the disk is full, or writing is not allowed."""
 

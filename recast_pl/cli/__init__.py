@@ -18,6 +18,8 @@ COMMANDS = {
     "remove": "Take a task out of a run.",
     "rename": "Give a task of a run another name.",
     "merge": "Put the tasks of copies of a run into it.",
+    "push": "Upload trained tasks of a run to a repository of the Hugging Face Hub.",
+    "pull": "Download trained tasks from a repository of the Hugging Face Hub, into a new folder or a run.",
     "test": "Evaluate every trained task of a run again.",
     "predict": "Classify images with a trained task.",
     "export": "Export a trained task as a plain model: safetensors, ONNX or torch.export.",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.cli.changing import refresh, task_names
+from recast_pl.config.changing import refresh, task_names
 from recast_pl.config.task_list import changed_tasks
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder

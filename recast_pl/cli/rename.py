@@ -5,7 +5,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recast_pl.cli.changing import refresh, task_names
+from recast_pl.config.changing import refresh, task_names
 from recast_pl.config.task_list import changed_tasks
 from recast_pl.errors import RunError
 from recast_pl.rules import TASK_RULE, is_task_name

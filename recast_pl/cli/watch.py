@@ -8,10 +8,10 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat
 
 from recast_pl.cli import add
-from recast_pl.cli.changing import task_names
 from recast_pl.cli.interruption import interruptible
 from recast_pl.cli.parser import command_parser
 from recast_pl.cli.parser import run as run_command
+from recast_pl.config.changing import task_names
 from recast_pl.config.elements import parse_options
 from recast_pl.errors import BusyError, DataError, RecastError, StorageError
 from recast_pl.runs.folder import RunFolder

@@ -12,7 +12,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from recast_pl.decomposition.solve import solve_group
+from recast_pl.decomposition.quantization import QuantizedTemplates, TemplatePrecision
+from recast_pl.decomposition.solve import project, solve_group
 from recast_pl.decomposition.targets import BankLayout, Group, check_values, find_targets, group_targets
 from recast_pl.errors import DecompositionError
 from recast_pl.files import fingerprint, pack_tensors, read_tensors, write_atomic
@@ -60,11 +61,29 @@ class Bank:
         group: The layers.
         templates: (n, *shape).
         coefficients: (L, K, n).
+        quantized: The codes of the templates, which a file keeps in their place; None for templates in full precision.
     """
 
     group: Group
     templates: Tensor
     coefficients: Tensor
+    quantized: QuantizedTemplates | None = None
+
+    def rounded(self, precision: TemplatePrecision) -> "Bank":
+        """The bank with rounded templates, and the coefficients that then come nearest to its weights.
+
+        Each of the K sets moves by as much as their mean, which is all that a weight depends on.
+        """
+        quantized = QuantizedTemplates.of(self.templates, precision)
+        templates, means = quantized.templates(), self.coefficients.mean(1)  # (L, n)
+        nearest = [project(mean.to(self.templates) @ self.templates.flatten(1), templates) for mean in means]
+        moved = self.coefficients + (torch.stack(nearest).to(means) - means)[:, None]
+        return Bank(self.group, templates, moved, quantized)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps, by name."""
+        stored = {"templates": self.templates} if self.quantized is None else self.quantized.tensors()
+        return {**stored, "coefficients": self.coefficients}
 
 
 @dataclass(frozen=True)
@@ -130,6 +149,12 @@ class Decomposition:
             for name, coefficients in zip(bank.group.targets, bank.coefficients, strict=True)
         }
 
+    def rounded(self, precision: TemplatePrecision) -> "Decomposition":
+        """The decomposition with templates of another precision (see `recast_pl.BankLayout`)."""
+        if precision == "full":
+            return self
+        return Decomposition(tuple(bank.rounded(precision) for bank in self.banks))
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
         groups = [asdict(bank.group) for bank in self.banks]
@@ -168,8 +193,7 @@ class Decomposition:
         return table
 
     def _tensors(self) -> dict[str, Tensor]:
-        parts = ("templates", "coefficients")
-        return {f"{b.group.name}/{part}": getattr(b, part) for b in self.banks for part in parts}
+        return {f"{bank.group.name}/{part}": tensor for bank in self.banks for part, tensor in bank.tensors().items()}
 
 
 def decompose(model: nn.Module, layout: BankLayout) -> Decomposition:
@@ -185,7 +209,7 @@ def decompose(model: nn.Module, layout: BankLayout) -> Decomposition:
     """
     targets = find_targets(model, layout.targets)
     groups = group_targets({name: tuple(w.shape) for name, w in targets.items()}, layout)
-    return Decomposition(tuple(_solve(group, targets, layout) for group in groups))
+    return Decomposition(tuple(_solve(group, targets, layout) for group in groups)).rounded(layout.precision)
 
 
 def _solve(group: Group, targets: Mapping[str, Tensor], layout: BankLayout) -> Bank:
@@ -198,14 +222,24 @@ def _solve(group: Group, targets: Mapping[str, Tensor], layout: BankLayout) -> B
 
 def _read_bank(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bank:
     group = Group(entry["name"], tuple(entry["targets"]), tuple(entry["shape"]), entry["templates"])
-    templates, coefficients = (tensors[f"{group.name}/{part}"] for part in ("templates", "coefficients"))
+    coefficients = tensors[f"{group.name}/coefficients"]
+    quantized = _read_codes(group, tensors) if f"{group.name}/codes" in tensors else None
+    templates = tensors[f"{group.name}/templates"] if quantized is None else quantized.templates()
     layers, sets, count = coefficients.shape
     expected = (len(group.targets), group.templates, (group.templates, *group.shape))
     if (layers, count, tuple(templates.shape)) != expected or sets < 1:
         raise ValueError(f"templates or coefficients of group {group.name} have a wrong shape")
     if not (templates.isfinite().all() and coefficients.isfinite().all()):
         raise ValueError(f"templates or coefficients of group {group.name} are NaN or infinite")
-    return Bank(group, templates, coefficients)
+    return Bank(group, templates, coefficients, quantized)
+
+
+def _read_codes(group: Group, tensors: Mapping[str, Tensor]) -> QuantizedTemplates:
+    codes, scales, exponent = (tensors[f"{group.name}/{part}"] for part in ("codes", "scales", "exponent"))
+    shapes = ((group.templates, *group.shape), (group.templates, group.shape[0]), ())
+    if (codes.shape, scales.shape, exponent.shape) != shapes or codes.dtype != torch.int8 or not exponent > 0:
+        raise ValueError(f"the rounded templates of group {group.name} have a wrong shape, type or exponent")
+    return QuantizedTemplates(codes, scales, exponent)
 
 
 def _counts(banks: Sequence[Bank]) -> list[str]:

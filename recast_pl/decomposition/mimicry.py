@@ -213,7 +213,8 @@ class MimicryModule(LightningModule):
         if not self.groups:
             raise DecompositionError("MimicryModule holds no templates yet; call Trainer.fit(module) first")
         parts = zip(self.groups, self.templates, self.scales, self.coefficients, strict=True)
-        return Decomposition(tuple(Bank(g, t.detach().cpu() / s, c.detach().cpu()) for g, t, s, c in parts))
+        banks = tuple(Bank(g, t.detach().cpu() / s, c.detach().cpu()) for g, t, s, c in parts)
+        return Decomposition(banks).rounded(self.layout.precision)
 
     @torch.no_grad()
     def weight_cosines(self) -> dict[str, float]:

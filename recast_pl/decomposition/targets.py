@@ -9,6 +9,7 @@ from typing import get_args
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from recast_pl.decomposition.quantization import TemplatePrecision
 from recast_pl.decomposition.solve import Basis
 from recast_pl.errors import DecompositionError
 
@@ -36,6 +37,9 @@ class BankLayout:
         basis: Which of the equally good templates the closed form returns: `svd`, the leading singular directions of
             the group; `layers`, the weights of the layers themselves times a constant, which needs n = L;
             `random`, a random rotation of `svd`, fixed for each group.
+        precision: How a file holds the templates. `full`: in the type of the weights. `int8`: in 8 bits per number,
+            with a scale for each output channel; `int8_power`: with levels closer together near 0. Rounded templates
+            change the network a little, before any task is learnt. In memory they are in full precision.
     """
 
     targets: Sequence[str]
@@ -44,6 +48,7 @@ class BankLayout:
     templates: int | None = None
     coefficient_sets: int = 1
     basis: Basis = "svd"
+    precision: TemplatePrecision = "full"
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,9 @@ def _check_layout(layout: BankLayout) -> None:
         )
     names = ("groups", "layers_per_group", "templates", "coefficient_sets")
     check_least(1, **{name: getattr(layout, name) for name in names})
-    if layout.basis not in get_args(Basis):
-        raise DecompositionError(f"basis={layout.basis!r} is unknown; choose one of {', '.join(get_args(Basis))}")
+    for name, choices in (("basis", get_args(Basis)), ("precision", get_args(TemplatePrecision))):
+        if getattr(layout, name) not in choices:
+            raise DecompositionError(f"{name}={getattr(layout, name)!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def _group_size(kind: str, layers: int, layout: BankLayout) -> int:

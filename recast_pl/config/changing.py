@@ -1,4 +1,4 @@
-"""What the commands that change the tasks of a run share: their names, and the results made again."""
+"""What all that changes the tasks of a run shares: their names, and the results made again."""
 
 from recast_pl.config.files import no_run, read_run_config
 from recast_pl.errors import RunError
