@@ -96,7 +96,7 @@ def main():
                 lambda path=run.path: list_tasks(path),
                 lambda path=run.path: recast_pl.load(path, device="cpu", tasks=["t3"]),
                 lambda path=run.path: recast_pl.load(path, device="cpu"),
-                lambda path=run.path: recast_pl.load(path, device="cpu").router,
+                lambda path=run.path: recast_pl.load(path, device="cpu", on_demand=True).router,
                 lambda run=run: refresh(run),
             )
             cells = [

@@ -117,21 +117,26 @@ def test_training_images_are_limited_evenly_and_no_others_are_used(tiny_fit, tmp
     assert "budget.images=2 is too small for task 'first', which has 3 classes" in capsys.readouterr().err
 
 
-def test_a_solved_head_is_kept_where_no_step_fits(tiny_fit, tmp_path, monkeypatch):
+def test_a_solved_head_is_kept_where_no_step_fits(tiny_fit, tmp_path, monkeypatch, capsys):
     Clock(monkeypatch)
-    assert main(tiny_fit("--budget.seconds", "0.01")) == 0
-    assert [record["task"]["epochs"] for record in records(tmp_path)] == [0, 0]
-    assert all(record["task"]["accuracy"] == record["task"]["probe_accuracy"] for record in records(tmp_path))
+    assert main(tiny_fit("--budget.seconds", "0.5")) == 0  # 0.4 are spent on features and the test of task `first`
+    assert "the head that was solved on the features of the base is kept" in " ".join(capsys.readouterr().out.split())
+    assert [record["cost"]["seconds"] for record in records(tmp_path)] == pytest.approx([0.5, 0.5], abs=0.06)
+    first = records(tmp_path)[0]["task"]
+    assert first["epochs"] == 0
+    assert first["accuracy"] == first["probe_accuracy"]
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["--budget.seconds", "0"], "budget.seconds=0.0 must be above 0"),
-        (["--budget.seconds", "0.01", "--model.head", "sgd"], "are spent before its first step"),
+        (["--budget.seconds", "0.45", "--model.head", "sgd"], "are spent before its first step"),
+        (["--budget.seconds", "0.01"], "to read its 24 images before the first step, and to test, takes about"),
         (["--budget.memory", "2e6"], "budget.memory=2e+06 is too small for task 'first'"),
     ],
 )
-def test_a_budget_that_nothing_can_be_learnt_with_is_refused(words, reason, tiny_fit, capsys):
+def test_a_budget_that_nothing_can_be_learnt_with_is_refused(words, reason, tiny_fit, capsys, monkeypatch):
+    Clock(monkeypatch)
     assert main(tiny_fit(*words)) == 2
     assert reason in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """Tasks that come later: learnt into a run that is finished, taken out, renamed, and put together from copies."""
 
 import json
+import random
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -94,9 +97,30 @@ def test_a_task_that_is_killed_again_and_again_and_repeated_ends_as_if_never(run
         }
         words = add(run, third, "--trainer.callbacks", json.dumps([kill]))
         assert forks()(words=words, log=str(tmp_path / "log")) in (0, -9), (tmp_path / "log").read_text()
-    for milliseconds in (300, 900, 1700):
-        forks()(words=add(run, third), log=str(tmp_path / "log"), seconds=milliseconds / 1000)
     assert main(add(run, third)) == 0
+    same_results(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["add", "watch"])
+def test_a_command_that_is_killed_at_random_moments_ends_as_if_never(command, run, whole, third, tmp_path):
+    inbox, log, generator, kills = tmp_path / "inbox", tmp_path / "log", random.Random(0), 0
+    shutil.copytree(third, inbox / "third")
+    watch = ["watch", "--run_dir", str(run), "--inbox", str(inbox), "--every", "0", "--once", "true"]
+    words = add(run, third) if command == "add" else watch
+    started = time.monotonic()
+    assert forks()(words=words, log=str(log)) == 0, log.read_text()
+    seconds, status = time.monotonic() - started, 0
+    for _ in range(20):
+        if status == 0:  # it came to its end: begin again
+            same_results(run, whole)
+            assert not list(inbox.glob("*.txt"))
+            assert main(["remove", "--run_dir", str(run), "--task", "third"]) == 0
+        status = forks()(words=words, log=str(log), seconds=generator.uniform(0, seconds))
+        assert status in (0, -signal.SIGKILL), log.read_text()
+        kills += status != 0
+    assert kills > 10
+    assert main(words) == 0
     same_results(run, whole)
 
 

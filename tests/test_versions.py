@@ -216,6 +216,26 @@ def test_the_better_version_by_validation_is_the_present_one(run, capsys):
     assert "5" not in {path.name for path in (run / "versions").iterdir()}
 
 
+def test_the_same_command_again_learns_nothing_unless_images_have_changed(run, tiny_run, capsys):
+    words = ("--keep", "new", "--trainer.max_epochs", "1")
+    assert relearn(run, *words) == 0
+    before = files(run)
+    assert relearn(run, *words) == 0
+    assert "version 2 was learnt with the same options from the same images" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert files(run) == before
+    images = shutil.copytree(tiny_run.parent / "second", run.parent / "fewer")
+    next(images.rglob("*.png")).unlink()
+    moved = (*words, "--data.tasks.second.path", str(images))
+    assert relearn(run, *moved) == 0
+    next(images.rglob("*.png")).unlink()
+    assert relearn(run, *moved) == 0  # the options are the same
+    assert list(RunFolder(run).versions(RunFolder(run).finished()["second"])) == [1, 2, 3, 4]
+    assert relearn(run, *moved, "--seed_everything", "7") == 0
+    assert list(RunFolder(run).versions(RunFolder(run).finished()["second"])) == [1, 2, 3, 4, 5]
+
+
 def test_a_version_records_its_settings_and_the_run_keeps_its_own(run):
     config = (run / "config.yaml").read_bytes()
     assert relearn(run, "--trainer.max_epochs", "1", "--seed_everything", "7", "--keep", "new") == 0

@@ -1,7 +1,6 @@
 """The command `add`: learns one more task into a run, as `fit --resume` does with one more task in its list."""
 
 import itertools
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,16 +14,16 @@ from rich.console import Console
 from recast_pl.cli.fit import explained_failures, instantiated, make_stream
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.config.comparing import check_same_run
-from recast_pl.config.files import no_run, read_run_config
+from recast_pl.config.files import no_run
 from recast_pl.config.paths import recorded_path
 from recast_pl.config.run import config_text, declare_run, til
-from recast_pl.config.task_list import changed_tasks, put_task
+from recast_pl.config.task_list import changed_tasks, put_task, with_tasks
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.errors import RunError
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.folder import RunFolder, TaskFiles
 from recast_pl.runs.images import check_images
-from recast_pl.runs.layout import plain_yaml
+from recast_pl.runs.layout import plain_yaml, shares_weights
 from recast_pl.runs.reservation import changing, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.terminal import open_console
@@ -53,12 +52,15 @@ def completed(words: Sequence[str]) -> list[str]:
     folder = RunFolder(given["--run_dir"])
     if not folder.config.is_file():
         raise RunError(f"there is no run to add to: {no_run(folder)}; to start one, use 'fit'")
-    tasks: list[dict[str, Any]] = list(read_run_config(folder.config)["data"].get("tasks") or ())
-    if "--path" in given:
-        put_task(tasks, {"name": given["--task"], "path": recorded_path(folder, given["--path"])})
-    elif all(task["name"] != given["--task"] for task in tasks):
-        tasks.append({"name": given["--task"]})
-    return ["--config", str(folder.config), "--data.tasks", json.dumps(tasks), *words]
+    path = recorded_path(folder, given["--path"]) if "--path" in given else None
+
+    def choose(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if path is not None or all(task["name"] != given["--task"] for task in tasks):
+            put_task(tasks, {"name": given["--task"]} | ({} if path is None else {"path": path}))
+        apart = folder.is_trained and not shares_weights(folder.path)
+        return [task for task in tasks if task["name"] == given["--task"]] if apart else tasks  # others cost time
+
+    return ["--config", with_tasks(folder.config, choose), *words]
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> int:
@@ -69,6 +71,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> int:
     check_same_run(parser, folder.config, text, adding=config.task)
     (entry,) = (task for task in get_loader("yaml")(text)["data"]["tasks"] if task["name"] == config.task)
     init = instantiated(parser, config, folder)
+    _list_others(init, folder)
     if not TrainerFactory(init.trainer).keeps:
         raise RunError("--trainer.fast_dev_run keeps nothing, so that no task would be added; leave it out")
     with interruptible() as interruption:
@@ -105,11 +108,16 @@ def _add(init: Namespace, folder: RunFolder, entry: dict[str, Any], text: str, c
 
 
 def _stream(init: Namespace, folder: RunFolder, text: str, console: Console) -> Stream:
-    """The stream of all tasks that the run lists now; of those that others have added meanwhile, it knows the names."""
+    """The stream of all tasks that the run lists now."""
+    _list_others(init, folder)
+    return make_stream(init, folder.path, text, console)
+
+
+def _list_others(init: Namespace, folder: RunFolder) -> None:
+    """Puts the names of all tasks that the run lists now before a new one: no more is needed of those kept apart."""
     known = {task.name: task for task in init.data.tasks}
     listed = [task["name"] for task in plain_yaml(folder.config)["data"]["tasks"]]
-    init.data.tasks = [known.get(name, TaskConfig(name)) for name in listed]
-    return make_stream(init, folder.path, text, console)
+    init.data.tasks = [known.pop(name, None) or TaskConfig(name) for name in listed] + list(known.values())
 
 
 def _is_finished(init: Namespace, folder: RunFolder, name: str) -> bool:

@@ -128,11 +128,20 @@ def explained_failures() -> Iterator[None]:
         raise RunError(f"the options cannot be used: {short_reason(str(error))}") from error
 
 
-def instantiated(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> Namespace:
-    """Makes model, data and trainer, with files that are looked for where the run was started, too."""
+def instantiated(
+    parser: LightningArgumentParser, config: Namespace, folder: RunFolder, seed: int | None = None
+) -> Namespace:
+    """Makes model, data and trainer, with files that are looked for where the run was started, too.
+
+    Args:
+        parser: The command's parser.
+        config: Its result; paths are changed in place.
+        folder: The run folder.
+        seed: Of the weights, if they are random; None for that of the configuration.
+    """
     locate_paths(config.model, folder.model_folders())
     locate_data(config.data, folder.start_folders())
-    seed_everything(config.seed_everything, verbose=False)
+    seed_everything(config.seed_everything if seed is None else seed, verbose=False)
     with explained_failures():
         init: Namespace = parser.instantiate(config)
     add_images(init.data, folder)

@@ -82,7 +82,7 @@ def _load(config: Namespace) -> tuple[Predictor, str | None]:
     """The predictor, and the name of the task to use; None if tasks are to be found."""
     task = config.task
     if task == ANY_TASK:
-        model = load(config.run_dir, device=chosen_device(config), trust=config.trust)
+        model = load(config.run_dir, device=chosen_device(config), trust=config.trust, on_demand=True)
         _ = model.router  # so that a missing signature is found before any image is read
         return model, None
     first = [task or next(iter(RunFolder(config.run_dir).finished()))]

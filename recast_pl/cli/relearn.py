@@ -5,14 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, Namespace
-from lightning import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from recast_pl.cli.fit import explained_failures
+from recast_pl.cli.fit import explained_failures, instantiated
 from recast_pl.cli.interruption import interruptible
 from recast_pl.config.comparing import recorded_text
 from recast_pl.config.files import PRECISION_KEY, with_run_config
-from recast_pl.config.paths import add_images, locate_data, locate_paths
 from recast_pl.config.relearning import check_same_base
 from recast_pl.config.run import config_text, declare_run, til
 from recast_pl.errors import DataError, RunError
@@ -84,14 +82,9 @@ def _stream(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
         text = config_text(parser, config)
     seed = check_same_base(parser, folder.config, text)
     text = recorded_text(parser, folder, text)
-    locate_paths(config.model, folder.start_folders())
-    locate_data(config.data, folder.start_folders())
     config.data.seed = seed  # of the splits, which stay
-    seed_everything(seed, verbose=False)
-    with explained_failures():
-        init = parser.instantiate(config)
+    init = instantiated(parser, config, folder, seed)
     init.data.order = init.seed_everything
-    add_images(init.data, folder)
     console, trainers = open_console(), TrainerFactory(init.trainer).alone()
     return Relearning(
         til(init.model),

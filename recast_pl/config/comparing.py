@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.config.files import EVALUATION_KEYS, PRECISION_KEY
 from recast_pl.config.paths import MODEL_FILES, NO_FILES
+from recast_pl.config.task_list import with_tasks
 from recast_pl.errors import RunError
 from recast_pl.runs.folder import RunFolder
 
@@ -38,7 +39,8 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str, addin
     if not path.exists():
         return
     # compared after parsing, because the text of defaults inside lists depends on how they were given
-    before, after = parser.parse_string(path.read_text(encoding="utf-8")), parser.parse_string(text)
+    after = parser.parse_string(text)
+    before = parser.parse_string(path.read_text(encoding="utf-8") if adding is None else _with_tasks_of(after, path))
     later = adding is not None or _leave_out_appended(before, after)
     for config in (before, after):
         _leave_out_harmless(config, later, adding)
@@ -50,6 +52,12 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str, addin
                 f"{key} differs from {path}: {name} is {old!r:.80} there and {new!r:.80} now, and resuming would mix "
                 f"two runs; resume with the same options, or start another --run_dir{delete}"
             )
+
+
+def _with_tasks_of(config: Namespace, path: Path) -> str:
+    """The configuration of a run, with those of its tasks that another configuration has."""
+    names = {task.name for task in config.data.tasks}
+    return with_tasks(path, lambda tasks: [task for task in tasks if task["name"] in names])
 
 
 def _leave_out_appended(before: Namespace, after: Namespace) -> bool:

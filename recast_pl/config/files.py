@@ -33,11 +33,14 @@ def find_config(name: str) -> str:
     """Finds a configuration in the working folder, in its `configs/`, or among those shipped with the package.
 
     Args:
-        name: A path, or the name of a shipped configuration, such as `vit.yaml`.
+        name: A path, or the name of a shipped configuration, such as `vit.yaml`; or several lines, which are the
+            configuration itself.
 
     Raises:
         RunError: If there is no such file.
     """
+    if "\n" in name:
+        return name
     for folder in (Path(), *_FOLDERS):
         if (folder / name).is_file():
             return str(folder / name)

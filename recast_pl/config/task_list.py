@@ -1,8 +1,9 @@
 """The list of tasks in a run's `config.yaml`, which changes while the rest of the file stays as it is."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -40,9 +41,28 @@ def changed_tasks(folder: RunFolder) -> Iterator[list[dict[str, Any]]]:
         before = copy.deepcopy(tasks)
         yield tasks
         if tasks != before:
-            # as jsonargparse writes it, so that only the lines of tasks change
-            text = yaml.dump(content, Dumper=_DUMPER, sort_keys=False, default_flow_style=False, allow_unicode=True)
-            write_atomic(folder.config, text)
+            write_atomic(folder.config, _text(content))
+
+
+def with_tasks(path: Path, choose: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> str:
+    """The text of a run's configuration with some of its tasks: parsing takes milliseconds for each.
+
+    Args:
+        path: The `config.yaml`.
+        choose: Returns the entries of `data.tasks` to have instead of all.
+
+    Raises:
+        RunError: If it is damaged.
+    """
+    content = plain_yaml(path)
+    content["data"]["tasks"] = choose(content["data"]["tasks"])
+    return _text(content)
+
+
+def _text(content: dict[str, Any]) -> str:
+    """As jsonargparse writes it, so that only the lines of tasks change."""
+    text: str = yaml.dump(content, Dumper=_DUMPER, sort_keys=False, default_flow_style=False, allow_unicode=True)
+    return text
 
 
 def put_task(tasks: list[dict[str, Any]], entry: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from recast_pl.files import write_atomic
 from recast_pl.inference.predictor import Predictor
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.runs.folder import RunFolder, TaskFiles
-from recast_pl.runs.layout import patch_files
+from recast_pl.runs.layout import patch_files, shares_weights
 from recast_pl.runs.removal import remove_files
 
 _keeping = threading.Lock()
@@ -39,7 +39,7 @@ class Follower:
 
     def __init__(self, predictor: Predictor, folder: RunFolder, report: Callable[[str], object]) -> None:
         self._predictor, self._folder, self._report = predictor, folder, report
-        self._follows = not any((folder.path / "shared").glob("*"))  # with shared weights a patch is not enough
+        self._follows = not shares_weights(folder.path)  # with shared weights a patch is not enough
         own = _versions(folder) if self._follows else {}
         self._known = {task: version for task, version in own.items() if task in predictor.tasks}
         self._faults: dict[str, _Version] = {}  # what was reported, so that it is not again

@@ -2,9 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.images import decode_any
 from recast_pl.errors import DataError, PatchError, RunError
+from recast_pl.inference.loaded_task import LoadedTask, SignatureSource
 from recast_pl.inference.mixed_batch import MixedBatch, PackedState
 from recast_pl.inference.pictures import Picture, as_list
 from recast_pl.inference.prediction import REFUSE, Prediction, RoutedPrediction, find_candidates
@@ -28,12 +28,9 @@ from recast_pl.learning.til_module import TILModule
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.rules import ImageSize, height_and_width
 from recast_pl.runs.evaluation import restore
-from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.folder import RunFolder, TaskFiles
 
 _BATCH = 64  # images that are decoded and classified at a time, so that any number of them fits into memory
-
-SignatureSource = str | Path | Signature | Callable[[], Signature] | None
-"""The signature of a task, its file or a function that reads it; None if there is none."""
 
 _lock = threading.Lock()  # of all predictors, because a precision may set the default type of the entire process
 
@@ -45,6 +42,7 @@ def load(
     tasks: Sequence[str] | None = None,
     trust: bool = False,
     at: Mapping[str, int] | None = None,
+    on_demand: bool = False,
 ) -> "Predictor":
     """Loads the tasks of a run for prediction.
 
@@ -58,6 +56,8 @@ def load(
         trust: Whether the run may use code outside of this package, timm, torchvision and torch, such as your own
             pieces. Only for runs of people you trust: opening one runs that code.
         at: The version of some tasks, by task; of all others the present one is read.
+        on_demand: Whether the patch of a task is read, and checked, when the task is used first: quicker where most of
+            many tasks are not used. The last one is always read.
 
     Returns:
         The predictor with all tasks of the run.
@@ -74,11 +74,14 @@ def load(
             module, precision = _from_config(run_dir, place, trust)
         folder = RunFolder(run_dir)
         files = folder.trained(tasks, at)
-        patches = [one.load()[0] for one in files]
-        restore(module, folder, patches[-1].image_size)
+        patches = {one.task: one.load()[0] for one in (files[-1:] if on_demand else files)}
+        restore(module, folder, patches[files[-1].task].image_size)
     predictor = Predictor(precision.convert_module(module.to(place)), precision)  # type: ignore[arg-type]
-    for patch, one in zip(patches, files, strict=True):
-        predictor._add(patch, one.load_signature)
+    for one in files:
+        if one.task in patches:
+            predictor._add(patches[one.task], one.load_signature)
+        else:
+            predictor._tasks[one.task] = one
     return predictor
 
 
@@ -100,7 +103,7 @@ class Predictor:
             raise RunError("TILModule has no backbone yet; call build(image_size) first")
         self._module, self._precision = module.eval(), precision or Precision()
         self._network = MixedBatch(module.backbone, module.pieces)
-        self._tasks: dict[str, _LoadedTask] = {}
+        self._tasks: dict[str, LoadedTask | TaskFiles] = {}  # of those that were not used yet, the files
         self._router: Router | None = None  # made when it is needed, and again after tasks have changed
         self._frozen: PackedState | None = None  # the states of the pieces that every task starts from
 
@@ -229,14 +232,11 @@ class Predictor:
 
     def signature(self, name: str) -> Signature:
         """Reads the signature of a task; raises RunError if it has none, and PatchError if it does not belong here."""
-        task = self._find(name)
-        source = task.signature
-        if source is None:
-            raise RunError(f"task {name!r} was added without its signature; remove it, and add it with its signature")
-        source = source() if callable(source) else source
-        signature = source if isinstance(source, Signature) else Signature.load(source)
-        signature.check(self._module.base, task.image_size)
-        signature.check_task(name, task.classes)
+        task = self._entry(name)
+        if isinstance(task, LoadedTask):
+            return task.read_signature(name, self._module.base)
+        signature = task.load_signature()  # whose classes are compared with those of the patch when that is read
+        signature.check(self._module.base, signature.image_size)
         return signature
 
     @property
@@ -278,7 +278,7 @@ class Predictor:
     def remove(self, task: str) -> None:
         """Removes a task, whose name can be used again; raises RunError if there is no such task."""
         with _lock:
-            self._find(task)
+            self._entry(task)
             del self._tasks[task]
             self._router = None
 
@@ -302,27 +302,42 @@ class Predictor:
             return self._network.features(self._precision.convert_input(images), [self._frozen], [len(images)]).float()
 
     def _add(self, patch: TaskPatch, signature: SignatureSource, replace: bool = False) -> None:
-        patch = patch.widened()
         with _lock:
             if patch.task in self._tasks and not replace:
                 raise PatchError(f"there is a task {patch.task!r} already; remove it first, or rename the new one")
-            self._module.check_patch(patch)
-            for piece, state in zip(self._module.pieces, patch.pieces, strict=True):
-                piece.load_task_state(state)  # refuses a state that does not fit
-            head = self._module.head_of(patch)
-            weight, bias = (head[name].to(self._module.device) for name in ("weight", "bias"))
-            packed = self._network.pack(patch.pieces)
-            self._tasks[patch.task] = _LoadedTask(packed, patch.classes, weight, bias, patch.image_size, signature)
+            self._tasks[patch.task] = self._loaded(patch.widened(), signature)
             self._router = None
 
-    def _find(self, name: str) -> "_LoadedTask":
-        task = self._tasks.get(name)
-        if task is None:
+    def _loaded(self, patch: TaskPatch, signature: SignatureSource) -> LoadedTask:
+        self._module.check_patch(patch)
+        for piece, state in zip(self._module.pieces, patch.pieces, strict=True):
+            piece.load_task_state(state)  # refuses a state that does not fit
+        head = self._module.head_of(patch)
+        weight, bias = (head[name].to(self._module.device) for name in ("weight", "bias"))
+        packed = self._network.pack(patch.pieces)
+        return LoadedTask(packed, patch.classes, weight, bias, patch.image_size, signature)
+
+    def _entry(self, name: str) -> LoadedTask | TaskFiles:
+        entry = self._tasks.get(name)
+        if entry is None:
             raise RunError(f"no task is named {name!r}; the tasks are {', '.join(self.tasks)}")
+        return entry
+
+    def _find(self, name: str) -> LoadedTask:
+        entry = self._entry(name)
+        if isinstance(entry, LoadedTask):
+            return entry
+        patch = entry.load()[0].widened()
+        with _lock:
+            task = self._loaded(patch, entry.load_signature)
+            if entry.signature.is_file():  # the router may have used it
+                task.read_signature(name, self._module.base)
+            if self._tasks.get(name) is entry:  # it was not removed or replaced meanwhile
+                self._tasks[name] = task
         return task
 
     @torch.no_grad()
-    def _classify(self, pixels: Tensor, tasks: Sequence[tuple[str, "_LoadedTask"]]) -> list[Prediction]:
+    def _classify(self, pixels: Tensor, tasks: Sequence[tuple[str, LoadedTask]]) -> list[Prediction]:
         """Predictions for uint8 images (B, 3, S, S) that are sorted by task."""
         groups = [(name, task, len(list(same))) for (name, task), same in itertools.groupby(tasks)]
         with _lock, self._precision.forward_context():
@@ -344,18 +359,6 @@ class Predictor:
             for (name, task, _), part in zip(groups, parts, strict=True)
             for row in part  # (classes,)
         ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _LoadedTask:
-    """What the predictor keeps of a task: the states of the pieces, the head's weight and bias, and its signature."""
-
-    state: PackedState
-    classes: Sequence[str]
-    weight: Tensor
-    bias: Tensor
-    image_size: ImageSize
-    signature: SignatureSource
 
 
 @contextmanager

@@ -24,8 +24,9 @@ class Budget:
     """What each task may cost; None for no limit.
 
     Args:
-        seconds: From when the task begins until it is tested. Training stops in time to validate and test, and what was
-            best so far is kept. The schedule of learning rates advances faster, so that it ends with the last epoch.
+        seconds: From when the task begins until it is tested. If the network alone needs more for the images, the task
+            is refused. Training stops in time to validate and test, and what was best so far is kept. The schedule of
+            learning rates advances faster, so that it ends with the last epoch.
         memory: The most bytes that the process, or its GPU, has had after the first step, earlier tasks included. If
             they are more, the task is refused.
         bytes: Size of the patch on disk, without its signature. If it is larger with `patch_precision`, its head is

@@ -49,6 +49,8 @@ class TaskCost(Callback):
         """The seconds of the whole task, as its first steps predicted them."""
         self.epochs: float | None = None
         """The epochs that will be made, as the first steps predicted them; None if nothing ends the training."""
+        self.solved_alone = False
+        """Whether the setup has spent the budget, so that the head which it has solved is all that is learnt."""
         self.trainer: Any = None
         self._began = self._since = time.monotonic()
         self._steps = self._position = 0  # steps of training, and of the schedule
@@ -79,21 +81,22 @@ class TaskCost(Callback):
         return left + (later if self.budget.seconds is None else min(later, count * self.budget.seconds))
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Starts to measure the setup; refuses a task whose patch would be too large."""
-        self.trainer, self._since = trainer, time.monotonic()
+        """Refuses a task whose patch would be too large, or whose setup too long; starts to measure the setup."""
+        self.trainer = trainer
         self.precision = self.budget.precision(pl_module.patch({}), self.precision)
+        if self.budget.seconds is not None and not trainer.ckpt_path:
+            self._check_setup(self.budget.seconds, pl_module)
+        self._since = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measures the network on one batch; stops, or refuses, a task whose budget is spent before its first step."""
-        setup, sizes, start = time.monotonic() - self._since, self._sizes, time.monotonic()
-        with torch.no_grad(), pl_module.merged():
-            images, _ = next(iter(pl_module.batches("val")))
-            pl_module.current()[0](images)
-        self._image = (time.monotonic() - start) / len(images)
+        setup, sizes = time.monotonic() - self._since, self._sizes
+        self._image = _image_seconds(pl_module)
         if pl_module.head_kind != "sgd":
             probe = max(0.0, setup - self._image * sum(sizes.values()))
             self._solving = probe + self._image * sizes["train"]
-        if self._stops(0.0) and pl_module.probes.start is None:
+        self.solved_alone = self._stops(0.0) and not trainer.global_step
+        if self.solved_alone and pl_module.probes.start is None:
             raise RunError(
                 f"budget.seconds={self.budget.seconds} of task {pl_module.task_name!r} are too few: {self.spent:.1f} "
                 "are spent before its first step; set more, or use a solved head, such as --model.head logistic"
@@ -149,6 +152,19 @@ class TaskCost(Callback):
         self.predicted, self._validation = state_dict["predicted"], state_dict["validation"]
         self.epochs, self._position = state_dict.get("epochs"), state_dict.get("position", 0)
 
+    def _check_setup(self, limit: float, pl_module: Any) -> None:
+        """Refuses a task if the network alone needs more seconds for its images than there are."""
+        pl_module.to(self.trainer.strategy.root_device)
+        _image_seconds(pl_module)  # the first batch is slower than the others
+        self._image = _image_seconds(pl_module)
+        count = sum(self._sizes.values())
+        needed = self.spent + self._image * count + self._ending
+        if self.trainer.strategy.reduce_boolean_decision(needed > limit, all=False):
+            raise RunError(
+                f"budget.seconds={limit} of task {pl_module.task_name!r} are too few: to read its {count:,} images "
+                f"before the first step, and to test, takes about {needed:.1f}; set more, or fewer --budget.images"
+            )
+
     @property
     def _sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = self.trainer.datamodule.sizes
@@ -194,6 +210,15 @@ class TaskCost(Callback):
         if stops := bool(self.trainer.strategy.reduce_boolean_decision(spent, all=False)):
             self.trainer.should_stop = True
         return stops
+
+
+def _image_seconds(pl_module: Any) -> float:
+    """The seconds that the network needs for an image, of one batch."""
+    start = time.monotonic()
+    with torch.no_grad(), pl_module.merged():
+        images, _ = next(iter(pl_module.batches("val")))
+        pl_module.current()[0](images)
+    return (time.monotonic() - start) / len(images)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -15,7 +15,7 @@ known ones better than either number; images unlike all tasks, the distance alon
 (`benchmarks/frozen_routing.py`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,9 @@ from recast_pl.learning.compact import narrowed
 from recast_pl.learning.signature import Signature
 
 _SAMPLE = 4096  # validation images of all tasks together
-_SCORES = 2**22  # their scores that are in memory at a time; with many classes, fewer images are used
+_SCORES = 2**22  # of them that are computed; with many classes, fewer images are used
 
-_CHUNK = 2**18  # scores that are computed with at a time, which fit into the cache of a processor
+_CHUNK = 2**18  # scores that are in memory at a time, which fit into the cache of a processor
 
 _TINY = 1e-9  # of the mean variance, added to the variance of each direction
 
@@ -91,7 +91,7 @@ class Router:
 
     def _solve(self, pool: "_Pool") -> None:
         """Solves the discriminant. Features are counted from the mean of all classes, which changes no probability."""
-        means = torch.cat(pool.means)
+        means = torch.cat(pool.means).double()
         precision, self.shrinkage = precision_matrix(pool.scatter, pool.free)
         known = torch.cat(pool.counts) > 0
         self._centre = narrowed(means[known].mean(0).float()).double()  # the same bits in any order of tasks
@@ -102,10 +102,10 @@ class Router:
 
     def _calibrate(self, features: Tensor, labels: Tensor) -> None:
         """Fits the temperature, and how strange images are, to validation images (V, D) of tasks (V,)."""
-        scores = self.scores(features)
-        self.temperature = fit_temperature(scores, self.task_of, labels)
-        parts = zip(_chunks(features, scores.shape[1]), _chunks(scores), strict=True)
-        evidence = torch.cat([self._evidence(*part) for part in parts])  # (V, 2)
+        rows = max(1, _CHUNK // len(self.task_of))
+        parts = list(zip(features.split(rows), labels.split(rows), strict=True))
+        self.temperature = fit_temperature(lambda: ((self.scores(part), tasks) for part, tasks in parts), self.task_of)
+        evidence = torch.cat([self._evidence(part, self.scores(part)) for part, _ in parts])  # (V, 2)
         self._usual, self._spread = evidence.mean(0), evidence.std(0, correction=0).clamp_min(1e-6)
         self._strange = ((evidence - self._usual) / self._spread).sum(1).sort().values
 
@@ -195,7 +195,7 @@ class _Pool:
             self.free += int(signature.counts.sum()) - len(signature.classes)
         self.tasks.append(signature.task)
         self.classes.append(signature.classes)
-        self.means.append(signature.means)
+        self.means.append(signature.means.float())  # as the file keeps them
         self.counts.append(signature.counts)
         features = signature.held_out.features
         self._held_out.append(narrowed(_spaced(features, _SAMPLE // len(self.tasks))))
@@ -250,36 +250,36 @@ def task_probabilities(scores: Tensor, task_of: Tensor, temperature: float) -> T
     return tasks.index_add_(1, task_of, classes)
 
 
-def fit_temperature(scores: Tensor, task_of: Tensor, tasks: Tensor) -> float:
+def fit_temperature(scored: Callable[[], Iterable[tuple[Tensor, Tensor]]], task_of: Tensor) -> float:
     """The temperature at which the tasks of images are most probable; 1 if all have the same task.
 
     Args:
-        scores: Of the classes of all tasks (V, K).
+        scored: Gives all images in groups (V_i), so that the scores of few are in memory: scores of the classes of all
+            tasks (V_i, K), and positions of their own tasks (V_i,). It is called three times.
         task_of: Position of the task of each class (K,), in ascending order.
-        tasks: Position of the task of each image (V,).
     """
     if not int(task_of[-1]):
         return 1.0
-    largest = scores.amax(1, keepdim=True)
-    own = _own_scores(scores, task_of, tasks) - largest
-    parts = list(zip(_chunks(scores), _chunks(largest, scores.shape[1]), strict=True))
-
-    def loss(exponent: float) -> float:
-        whole = torch.cat([(part - most).mul_(10**-exponent).exp_().sum(1) for part, most in parts])
-        found = (own * 10**-exponent).exp().sum(1) / whole  # (V,)
-        return -float(found.clamp_min(1e-30).log().mean()) + _TIE * abs(exponent)
-
     best, step = (_HOTTEST + _COLDEST) / 2, (_HOTTEST - _COLDEST) / 10
     for _ in range(3):  # each time on a grid that is five times as fine
-        best = min((best + step * k for k in range(-5, 6)), key=loss)
+        exponents = torch.tensor([best + step * k for k in range(-5, 6)], dtype=torch.float64)
+        parts = torch.stack([_log_probabilities(exponents, task_of, *group) for group in scored()])  # (groups, 1 + 11)
+        count, *sums = parts.sum(0)
+        best = float(exponents[(-torch.stack(sums) / count + _TIE * exponents.abs()).argmin()])
         step /= 5
     return float(10**best)
 
 
-def _chunks(values: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
-    """Groups of rows that are small if the rows have this width, by default their own."""
-    groups: tuple[Tensor, ...] = values.split(max(1, _CHUNK // (width or values.shape[1])))
-    return groups
+def _log_probabilities(exponents: Tensor, task_of: Tensor, scores: Tensor, tasks: Tensor) -> Tensor:
+    """The number of images, and the sum of log p(own task | image) at each temperature 10^exponent (1 + E,)."""
+    largest = scores.amax(1, keepdim=True)
+    own, apart = _own_scores(scores, task_of, tasks) - largest, scores - largest
+    powers, sums = torch.empty_like(apart), [float(len(tasks))]
+    for exponent in exponents.tolist():
+        whole = torch.mul(apart, 10**-exponent, out=powers).exp_().sum(1)
+        found = (own * 10**-exponent).exp().sum(1) / whole  # (V,)
+        sums.append(float(found.clamp_min(1e-30).log().sum()))
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def _own_scores(scores: Tensor, task_of: Tensor, tasks: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class Record(TypedDict):
     It holds the result, the test accuracies just after training of this task and of those that it has changed, the
     results by class, the patch's digest, the images that the task was trained on, by split, when, where and with which
     versions the task was trained, and what it has cost. `configs` names the configurations that it was trained with,
-    in order; more than one if it was resumed with other options. `version` is missing in the first version of a task.
+    in order; more than one if it was resumed with other options. `version` is missing in the first version of a task;
+    `request` is a checksum of all that was asked of a later one.
     `added` names the folders and manifests of images that were added to those of the configuration.
     """
 
@@ -82,6 +83,7 @@ class Record(TypedDict):
     cost: NotRequired[Cost]
     configs: NotRequired[list[str]]
     version: NotRequired[int]
+    request: NotRequired[str]
     added: NotRequired[list[str]]
 
 
@@ -116,14 +118,24 @@ class Summary(ClassSummary):
     wall_seconds: float
 
 
+class _PathOf:
+    """A path of `TaskFiles`, in a folder of the run. It is made when it is asked for: a run may have 1,000 tasks."""
+
+    def __init__(self, folder: str, ending: str = "") -> None:
+        self._folder, self._ending = folder, ending
+
+    def __get__(self, files: "TaskFiles", owner: type) -> Path:
+        return files.run / self._folder / f"{files.name}{self._ending}"
+
+
 class TaskFiles:
     """The files of one task of a run, whether or not they exist.
 
     The task is finished when `patch` exists, which is `plain` or, in a run with compact patches, `compact`. `shared`
     holds what all tasks share, as it was after this one, and is absent if the method keeps tasks apart. `signature` is
     absent if it does not, and in older runs. `checkpoints` is a folder that exists while the task is trained; `configs`
-    in it names the configurations so far. `class_row` is there only with `evaluation: class`. `change` exists while a
-    new version of the task is made, see `recast_pl.runs.versions`.
+    in it names the configurations so far. `class_row` is there only with `evaluation: class`, and `change` while a new
+    version is made, see `recast_pl.runs.versions`.
 
     Args:
         run: The run folder, or the folder in it that holds other versions.
@@ -131,18 +143,24 @@ class TaskFiles:
         task: Its name.
     """
 
+    __slots__ = ("position", "run", "task")
+    plain, compact = (_PathOf("patches", suffix) for suffix in PATCH_SUFFIXES)
+    record = _PathOf("tasks", ".json")
+    signature = _PathOf("signatures", ".safetensors")
+    shared = _PathOf("shared", ".safetensors")
+    class_row = _PathOf("class_evaluation", ".json")
+    checkpoints = _PathOf("checkpoints")
+    configs = _PathOf("checkpoints", "/configs.json")
+    change = _PathOf("versions", ".json")
+    tensorboard = _PathOf("tensorboard")
+
     def __init__(self, run: Path, position: int, task: str) -> None:
-        self.position, self.task, self.name = position, task, task_file_name(position, task)
-        self.plain, self.compact = (run / "patches" / f"{self.name}{suffix}" for suffix in PATCH_SUFFIXES)
-        self.record = run / "tasks" / f"{self.name}.json"
-        self.signature = run / "signatures" / f"{self.name}.safetensors"
-        self.shared = run / "shared" / f"{self.name}.safetensors"
-        self.class_row = run / "class_evaluation" / f"{self.name}.json"
-        self.checkpoints = run / "checkpoints" / self.name
-        self.configs = self.checkpoints / "configs.json"
-        self.change = run / "versions" / f"{self.name}.json"
-        self.run = run
-        self.tensorboard = run / "tensorboard" / self.name
+        self.run, self.position, self.task = run, position, task
+
+    @property
+    def name(self) -> str:
+        """What all its files are called, without the ending."""
+        return task_file_name(self.position, self.task)
 
     @property
     def patch(self) -> Path:
@@ -173,8 +191,7 @@ class TaskFiles:
     def load_signature(self) -> Signature:
         """Reads the signature of the task; raises RunError if there is none, and PatchError if it is damaged."""
         if not self.signature.is_file():
-            run = self.signature.parents[1]
-            raise RunError(f"task {self.task!r} has no signature; make it with 'patch sign --run_dir {run}'")
+            raise RunError(f"task {self.task!r} has no signature; make it with 'patch sign --run_dir {self.run}'")
         return Signature.load(self.signature)
 
 
@@ -324,8 +341,7 @@ class RunFolder:
         Raises:
             RunError: If no task is finished, or a patch has no position in its name.
         """
-        found = {task: self.files(position, task) for position, task, _ in patch_files(self.path)}
-        if not found:
+        if not (found := {task: self.files(position, task) for position, task, _ in patch_files(self.path)}):
             raise RunError(f"{self.path} holds no trained task; give the folder of a run made by 'fit'")
         return found
 
@@ -368,8 +384,7 @@ class RunFolder:
         return [self._at(finished[task], at[task]) if task in at else finished[task] for task in wanted]
 
     def _at(self, present: TaskFiles, number: int) -> TaskFiles:
-        versions = self.versions(present)
-        if number not in versions:
+        if number not in (versions := self.versions(present)):
             raise RunError(f"task {present.task!r} has no version {number} in {self.path}; it has {list(versions)}")
         return versions[number]
 

@@ -72,6 +72,11 @@ class Forecast:
     def record(self, precision: Precision) -> Cost:
         """What the latest task has cost, whose patch is stored so."""
         cost, memory = Cost(seconds=round(self._cost.spent, 2)), self._memory()
+        if self._cost.solved_alone and self._cost.trainer.is_global_zero:
+            self._console.print(
+                f"budget.seconds={self._budget.seconds} left no time for a step: the head that was solved on the "
+                "features of the base is kept"
+            )
         if self._cost.predicted is not None:
             cost["predicted_seconds"] = round(self._cost.predicted, 2)
         if memory is not None:

@@ -44,6 +44,11 @@ def patch_files(run: Path) -> list[tuple[int, str, Path]]:
     return sorted(found, key=lambda entry: entry[0])  # as numbers: as text, 99_a would follow 100_b
 
 
+def shares_weights(run: Path) -> bool:
+    """Whether the trained tasks of a run share weights, so that none of them can be taken out or put in."""
+    return any((run / "shared").glob("*"))
+
+
 def positions(run: Path, tasks: Sequence[str]) -> list[int]:
     """The position of each task of a stream, by which its files are named.
 

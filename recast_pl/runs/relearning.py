@@ -50,10 +50,11 @@ class Relearning(Stream):
     def learn(self, request: Request) -> tuple[int, int]:
         """Makes the new version, and makes it the present one if it shall be.
 
-        If that is interrupted, the present version stays, and the same request continues it.
+        If that is interrupted, the present version stays, and the same request continues it. If the latest version was
+        learnt by the same request from the same images, nothing is done.
 
         Returns:
-            The numbers of the new version and of the present one.
+            The numbers of the new version, or the latest one, and of the present one.
 
         Raises:
             RunError: If tasks share weights, there is no such task, nothing would be kept, or images have changed
@@ -65,12 +66,24 @@ class Relearning(Stream):
         with reserved(self.folder.path):
             named = {"config": sha256((self.config or "").encode()), "seed": self.seed}
             self._new, self._request = NewVersion(self.folder, request.task, asdict(request) | named), request
+            if (made := self._made_before()) is not None:
+                self._print(f"version {made} was learnt with the same options from the same images; nothing is learnt")
+                return made, self._new.present.load_record().get("version", 1)
             if self._new.taken or self._is_to_be_taken():
                 self._new.take()
                 self._write_all_results()
             self._new.close()
             present = self._new.present.load_record().get("version", 1)
         return self._new.number, present
+
+    def _made_before(self) -> int | None:
+        """The number of the latest version, if this one would be the same."""
+        record = self._new.latest
+        if record is None or self._request.continues:  # which goes on from what is present now
+            return None
+        index = self._names.index(self._request.task)
+        self._select(index)
+        return record.get("version") if record.get("images") == self.data.image_record else None
 
     def _check(self, request: Request) -> None:
         if not self.module.isolated:
@@ -106,8 +119,7 @@ class Relearning(Stream):
             self.data.prepare([index])
             check_images(self.data, index, self._new.present.load_record(), resuming=False)
             self.data.add_images(self._request.task, self._added)
-        self.data.prepare([index])
-        self.data.select(index)
+        self._select(index)
         if self._request.keep == "best" and self.data.classes != before.classes:
             raise RunError(
                 f"task {self._request.task!r} had classes {before.classes} and has {self.data.classes} now, so that "
@@ -119,6 +131,10 @@ class Relearning(Stream):
         self._new.begin()
         if self.config is not None:
             self.folder.keep_config(self.config.encode(), replace=False)
+
+    def _select(self, index: int) -> None:
+        self.data.prepare([index])
+        self.data.select(index)
 
     @property
     def _added(self) -> list[str]:
@@ -138,7 +154,7 @@ class Relearning(Stream):
             self.module.continue_task(self._new.present.load()[0], self._request.refine)
 
     def _write(self, index: int, patch: bytes, shared: SharedState | None) -> None:
-        self.records[index]["version"] = self._new.number
+        self.records[index]["version"], self.records[index]["request"] = self._new.number, self._new.request_sum
         if self._request.continues:  # a state that is loaded again may have other shapes
             before = self._new.present.load_record()["task"]
             self.records[index]["task"]["task_parameters"] = before["task_parameters"]

@@ -6,11 +6,12 @@ from dataclasses import replace
 from recast_pl.errors import RunError
 from recast_pl.files import sealed_json, sha256, write_atomic
 from recast_pl.runs.folder import RunFolder, TaskFiles
+from recast_pl.runs.layout import shares_weights
 
 
 def check_apart(folder: RunFolder, action: str) -> None:
     """Raises RunError if the tasks of a run share weights, so that none of them can be taken out or put in."""
-    if any((folder.path / "shared").glob("*")):
+    if shares_weights(folder.path):
         raise RunError(
             f"the tasks of {folder.path} share weights, which each of them has changed; {action} needs a method that "
             "keeps tasks apart"

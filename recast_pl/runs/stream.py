@@ -373,17 +373,17 @@ class Stream:
     def _conclude(self, write: bool) -> Summary:
         if write:
             self.class_rows.extend(self.module, self.data, self.records, self.evaluator)
-            self._write_results()
         summary = self._summary()
+        if write:
+            self._write_results(summary)
         if self.presentation and self.evaluator.is_global_zero:
             self.presentation.show(summary)
         return summary
 
-    def _write_results(self) -> None:
-        """Writes the results of all finished tasks, unless the folder has them."""
-        if not self.evaluator.is_global_zero:
-            return
-        write_results(self.folder, self._summary(), self.presentation)
+    def _write_results(self, summary: Summary | None = None) -> None:
+        """Writes the results of all finished tasks, unless the folder has them; None to sum them up."""
+        if self.evaluator.is_global_zero:
+            write_results(self.folder, summary or self._summary(), self.presentation)
 
     def _summary(self) -> Summary:
         return summarize(

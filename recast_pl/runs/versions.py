@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from recast_pl.errors import RunError
-from recast_pl.files import json_text, read_json, write_atomic
-from recast_pl.runs.folder import RunFolder, TaskFiles
+from recast_pl.files import json_text, read_json, sha256, write_atomic
+from recast_pl.runs.folder import Record, RunFolder, TaskFiles
 
 
 class NewVersion:
@@ -31,10 +31,15 @@ class NewVersion:
         (present,) = folder.trained([task])
         self._main = TaskFiles(folder.path, present.position, task)
         self._folder, self._request = folder, dict(request)
+        self.request_sum = sha256(json_text(self._request).encode())[:12]
         begun = self._read()
         self._continues = begun is not None and begun["request"] == self._request
         self.taken: bool = begun is not None and self._continues and begun["taken"]
-        self.number: int = begun["version"] if begun and self._continues else max(folder.versions(present)) + 1
+        versions = folder.versions(present)
+        self.number: int = begun["version"] if begun and self._continues else max(versions) + 1
+        record = versions[max(versions)].load_record()
+        self.latest: Record | None = record if not begun and record.get("request") == self.request_sum else None
+        """The record of the latest version, if it was made by the same request."""
 
     def begin(self) -> None:
         """Notes what is made; gives up what another request began, unless that was taken."""
