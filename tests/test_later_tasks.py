@@ -108,6 +108,7 @@ def test_a_command_that_is_killed_at_random_moments_ends_as_if_never(command, ru
     shutil.copytree(third, inbox / "third")
     watch = ["watch", "--run_dir", str(run), "--inbox", str(inbox), "--every", "0", "--once", "true"]
     words = add(run, third) if command == "add" else watch
+    forks()(shell="true")  # is ready to fork from here on
     started = time.monotonic()
     assert forks()(words=words, log=str(log)) == 0, log.read_text()
     seconds, status = time.monotonic() - started, 0
