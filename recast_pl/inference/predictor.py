@@ -235,8 +235,10 @@ class Predictor:
         task = self._entry(name)
         if isinstance(task, LoadedTask):
             return task.read_signature(name, self._module.base)
-        signature = task.load_signature()  # whose classes are compared with those of the patch when that is read
+        signature = task.load_signature()
         signature.check(self._module.base, signature.image_size)
+        if signature.task != name:  # otherwise the patch, whose classes are compared with its own, is read later
+            signature.check_task(name, task.load()[0].classes)
         return signature
 
     @property
