@@ -195,7 +195,7 @@ def test_conflicts_and_other_bases_change_nothing(hub, run, other, capsys):
     shutil.rmtree(other)
     other.mkdir()
     (other / "mine.txt").write_text("mine")
-    assert "has files but is no run" in refused(capsys, pull(other))
+    assert "has files but holds no run" in refused(capsys, pull(other))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def completed(words: Sequence[str]) -> list[str]:
             raise RunError(f"{option} is missing; add needs --run_dir DIR --task NAME, and --path FOLDER of its images")
     folder = RunFolder(given["--run_dir"])
     if not folder.config.is_file():
-        raise RunError(f"there is no run to add to: {no_run(folder)}; to start one, use 'fit'")
+        raise RunError(f"add needs a run: {no_run(folder)}; to start one, use 'fit'")
     path = recorded_path(folder, given["--path"]) if "--path" in given else None
 
     def choose(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:

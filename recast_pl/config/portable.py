@@ -1,6 +1,6 @@
 """Copies a run for others: what its tasks need, without the places and names of this machine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import yaml
 
 from recast_pl.config.changing import task_names
 from recast_pl.config.paths import NO_FILES, locate_paths
-from recast_pl.config.trust import check_trusted
+from recast_pl.config.trust import check_trusted, entries
 from recast_pl.errors import RunError
 from recast_pl.files import sealed_json, write_atomic
 from recast_pl.runs.folder import RunFolder, TaskFiles, config_name
@@ -68,7 +68,8 @@ def weight_files(config: Mapping[str, Any], folders: Sequence[Path] = ()) -> dic
         config: The configuration.
         folders: Where they are looked for after the working folder.
     """
-    named = [value for key, value in _texts(config["model"]) if key == "weights" and value not in NO_FILES]
+    texts = [value for key, value in entries(config["model"]) if key == "weights" and isinstance(value, str)]
+    named = [text for text in texts if text not in NO_FILES]
     return {Path(name).name: Path(locate_paths(name, folders, "weights")).expanduser() for name in named}
 
 
@@ -120,18 +121,6 @@ def _without_places(value: Any, key: str = "") -> Any:
     if outside and key == "root":
         return None
     return path.name if outside else value
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a configuration, at any depth, with its key."""
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            yield from _texts(entry, str(name))
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _texts(entry, key)
-    elif isinstance(value, str):
-        yield key, value
 
 
 def _is_trusted(callback: Any) -> bool:

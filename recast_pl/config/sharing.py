@@ -95,7 +95,7 @@ def pull(
     target, repository = RunFolder(run_dir), Repository(repo, revision)
     is_new = not target.config.is_file()
     if is_new and target.path.exists() and any(target.path.iterdir()):
-        raise RunError(f"{target.path} has files but is no run; give a new folder, or that of a run on the same base")
+        raise RunError(f"{target.path} has files but holds no run; give a new folder, or a run on the same base")
     parent = target.path.absolute().parent
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)

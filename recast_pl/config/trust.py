@@ -47,7 +47,7 @@ def check_trusted(content: Mapping[str, Any], where: object) -> None:
     Raises:
         RunError: If it names other code.
     """
-    for key, value in _entries(content):
+    for key, value in entries(content):
         name = value.get("name") if key == "backbone" and isinstance(value, Mapping) else value
         if not _is_trusted(key, value):
             raise RunError(
@@ -68,15 +68,15 @@ def _is_trusted(key: str, value: Any) -> bool:
     return key not in _NOT_TEXT and not _is_import_path(value)
 
 
-def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every entry of a configuration, at any depth, with its key; an entry of a list has the key of the list."""
     yield key, value
     if isinstance(value, Mapping):
         for name, entry in value.items():
-            yield from _entries(entry, str(name))
+            yield from entries(entry, str(name))
     elif isinstance(value, list):
         for entry in value:
-            yield from _entries(entry, key)
+            yield from entries(entry, key)
 
 
 def _is_known_backbone(name: str) -> bool:

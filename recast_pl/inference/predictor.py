@@ -56,8 +56,7 @@ def load(
         trust: Whether the run may use code outside of this package, timm, torchvision and torch, such as your own
             pieces. Only for runs of people you trust: opening one runs that code.
         at: The version of some tasks, by task; of all others the present one is read.
-        on_demand: Whether the patch of a task is read, and checked, when the task is used first: quicker where most of
-            many tasks are not used. The last one is always read.
+        on_demand: Whether to read and check each patch but the last when its task is first used: quicker for many.
 
     Returns:
         The predictor with all tasks of the run.
@@ -215,7 +214,7 @@ class Predictor:
         """Finds the tasks of images by the signatures of all tasks.
 
         Raises:
-            RunError: If tasks share weights, there is no task, or a task has no signature.
+            RunError: If tasks share weights, the predictor has no tasks, or one has no signature.
             PatchError: If a signature is damaged or belongs to another base or image size.
         """
         if (router := self._router) is not None:  # without waiting for images that are being classified

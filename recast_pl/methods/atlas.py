@@ -132,7 +132,7 @@ def read_networks(paths: Sequence[str]) -> dict[str, Tensor]:
         The parameters that all files hold in one shape, by name and sorted by it (J, *shape).
 
     Raises:
-        MethodError: If there is no file, or one cannot be read.
+        MethodError: If no file is found, or one cannot be read.
     """
     files: list[Path] = []
     for path in map(Path, paths):

@@ -49,7 +49,7 @@ class Listing:
 
     @property
     def of_run(self) -> list[str]:
-        """Paths of all files that a push writes anew: those of tasks, and the configurations."""
+        """Paths of all files that a push replaces: those of tasks, and the configurations."""
         return [*self.configs, *(path for path in self.paths if path.split("/")[0] in _FOLDERS)]
 
 
@@ -99,7 +99,7 @@ class Repository:
                 self._api.create_branch(self.name, branch=self.revision, exist_ok=True)
 
     def download(self, listing: Listing, paths: Collection[str], again: bool = False) -> Path:
-        """The folder of this machine's cache that has files of the repository; what is missing is downloaded.
+        """Downloads the files that the cache of this machine lacks, and returns their folder in the cache.
 
         An interrupted download is continued by the next one.
 
@@ -115,7 +115,7 @@ class Repository:
         return Path(folder)
 
     def upload(self, folder: Path, paths: Sequence[str], before: Listing, message: str) -> str:
-        """Writes files in one commit, in place of those that a push writes anew.
+        """Writes files in one commit; they replace those of the last push.
 
         Args:
             folder: Has the files.
