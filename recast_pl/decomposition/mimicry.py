@@ -223,7 +223,8 @@ class MimicryModule(LightningModule):
         parts = zip(self.groups, self.teacher, self.templates, self.coefficients, strict=True)
         for group, teacher, templates, coefficients in parts:
             weights = coefficients.mean(1) @ templates.flatten(1)  # (L, D)
-            found = F.cosine_similarity(weights, teacher.flatten(1), dim=1)
+            # single precision may exceed 1, and not every device has double
+            found = F.cosine_similarity(weights.cpu().double(), teacher.flatten(1).cpu().double(), dim=1)
             result |= dict(zip(group.targets, found.tolist(), strict=True))
         return result
 
