@@ -61,6 +61,9 @@ def test_the_work_of_a_task_does_not_grow(stream, tmp_path, monkeypatch):
     assert calls[-1] < 1.02 * calls[2], calls  # the first tasks fill caches
     assert drawn["matrix"] < count / 2  # at the end, and so often that it takes a twentieth of the time
     assert read_summary(tmp_path / "run") == summary
+    lines = (tmp_path / "run" / "summary.json").read_text().splitlines()
+    rows = lines[lines.index('  "accuracy_matrix": [') + 1 :][:count]
+    assert [json.loads(row.strip(" ,")) for row in rows] == summary["accuracy_matrix"]  # a line each
     records = sorted((tmp_path / "run" / "tasks").iterdir(), key=lambda path: path.name)
     assert [list(json.loads(path.read_text())["accuracies"]) for path in records[:2]] == [["t0"], ["t1"]]
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from recast_pl.runs.folder import RunFolder, Summary
+from recast_pl.runs.layout import YAML
 
 _DATA = ("image_size", "batch_size", "split", "order_seed")
 
@@ -21,7 +22,7 @@ def hyperparameters(folder: RunFolder, summary: Summary) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {key: summary[key] for key in ("method", "backbone", "seed")}
     if folder.config.is_file():
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) or {}
+        config = yaml.load(folder.config.read_bytes(), YAML) or {}
         chosen = {name: _arguments(config.get(name)) for name in ("model", "data", "trainer")}
         facts |= dict(_leaves({key: value for key, value in chosen["model"].items() if key != "backbone"}))
         for part, keys in (("data", _DATA), ("trainer", _TRAINER)):

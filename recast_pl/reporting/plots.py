@@ -41,7 +41,7 @@ def plot_accuracy_matrix(matrix: Matrix, tasks: Sequence[str], title: str = "") 
     Returns:
         A heat map; light colours are high values. Its size is bounded: many tasks get small cells without numbers.
     """
-    values = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
+    values = np.asarray(matrix, dtype=float)  # None becomes NaN
     shown = values if len(values) <= _LABELLED else values[:0]  # small cells have no text
     texts = np.array([["" if np.isnan(value) else f"{value:.1f}" for value in row] for row in shown])
     figure, axes, image = _heat_map(values, texts, tasks, title)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recast_pl.runs.folder import Record, Summary
 
-Matrix = Sequence[Sequence[float | None]]
-"""`matrix[i][j]`: accuracy in percent on task j after training task i; None for j > i."""
+Matrix = Sequence[Sequence[float | None]] | NDArray[np.float64]
+"""`matrix[i][j]`: accuracy in percent on task j after training task i; None, or NaN in an array, for j > i."""
 
 
 def accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
@@ -95,8 +96,8 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _square(matrix: Matrix) -> np.ndarray:
-    return np.array([[np.nan if value is None else value for value in row] for row in matrix], dtype=float)
+def _square(matrix: Matrix) -> NDArray[np.float64]:
+    return np.asarray(matrix, dtype=float)  # None becomes NaN
 
 
 def _mean(values: np.ndarray) -> float:

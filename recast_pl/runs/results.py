@@ -1,6 +1,9 @@
 """The results of a run: a summary of the records of its tasks, and the files that show it."""
 
+import json
 from collections.abc import Sequence
+
+import numpy as np
 
 from recast_pl.files import json_text, write_atomic
 from recast_pl.runs import metrics
@@ -23,6 +26,7 @@ def summarize(
         classes: Results among the classes of all tasks; empty if they were not measured.
     """
     matrix = metrics.accuracy_matrix(records)
+    square = np.array(matrix, dtype=float)
     return Summary(
         method=method,
         backbone=backbone,
@@ -30,10 +34,10 @@ def summarize(
         tasks=[record["task"] for record in records],
         unlearnt=list(unlearnt),
         accuracy_matrix=matrix,
-        average_accuracy=metrics.average_accuracy(matrix),
-        average_anytime_accuracy=metrics.average_anytime_accuracy(matrix),
-        backward_transfer=metrics.backward_transfer(matrix),
-        forgetting=metrics.forgetting(matrix),
+        average_accuracy=metrics.average_accuracy(square),
+        average_anytime_accuracy=metrics.average_anytime_accuracy(square),
+        backward_transfer=metrics.backward_transfer(square),
+        forgetting=metrics.forgetting(square),
         shared_bytes=records[-1]["shared_bytes"],
         wall_seconds=round(sum(record["wall_seconds"] for record in records), 2),
         **classes,
@@ -42,11 +46,18 @@ def summarize(
 
 def write_results(folder: RunFolder, summary: Summary, presentation: Presentation | None) -> None:
     """Writes a summary and what presents it, unless the folder has them."""
-    content, path = json_text(summary), folder.summary
+    content, path = _text(summary), folder.summary
     if not (path.exists() and path.read_text(encoding="utf-8") == content):
         if presentation:
             presentation.write(folder, summary)
         write_atomic(path, content)
+
+
+def _text(summary: Summary) -> str:
+    """JSON with a line for each row of the matrix: a line for each number takes seconds where there are a million."""
+    rows = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in summary["accuracy_matrix"])
+    text = json_text({**summary, "accuracy_matrix": None})
+    return text.replace('"accuracy_matrix": null', f'"accuracy_matrix": [\n{rows}\n  ]')
 
 
 def refresh_results(folder: RunFolder, tasks: Sequence[str], presentation: Presentation | None) -> None:
