@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.options import declare_data_root, declare_device, declare_trust, opened
+from recast_pl.cli.patch_merge import declare_merge, declare_split, merge, split
 from recast_pl.config.paths import check_images
 from recast_pl.config.run import STRICT
 from recast_pl.errors import PatchError, RunError
@@ -55,6 +56,8 @@ def declare(parser: ArgumentParser) -> None:
             action.add_argument("--weights", type=float, nargs="+", default=[], help=weights)
         actions.add_subcommand(name, action, help=text)
     _declare_sign(actions)
+    declare_merge(actions)
+    declare_split(actions)
 
 
 def _declare_sign(actions: Any) -> None:
@@ -73,11 +76,12 @@ def _declare_sign(actions: Any) -> None:
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs one of the actions."""
     actions = {"show": _show, "diff": _diff, "verify": _verify, "average": _average, "quantize": _quantize}
+    others = {"sign": _sign, "merge": merge, "split": split}
     options = config[config.action]
-    if config.action == "sign":
-        _sign(options)
-        return 0
-    actions[config.action]([Path(file) for file in options.files], options)
+    if config.action in others:
+        others[config.action](options)
+    else:
+        actions[config.action]([Path(file) for file in options.files], options)
     return 0
 
 

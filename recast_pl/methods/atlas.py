@@ -65,6 +65,8 @@ class ATLAS(CompactPiece[Composition]):
             piece is in a method twice.
     """
 
+    linear = True
+
     def __init__(
         self, vectors: tuple[str, ...], targets: tuple[str, ...] = (".",), learning_rate: float | None = 0.1
     ) -> None:

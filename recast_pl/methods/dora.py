@@ -68,6 +68,7 @@ class DoRA(LoRA):
             that this piece receives, as in equation 9 of RECAST's paper.
     """
 
+    linear = False
     default_parts = ("q", "k", "v")
 
     def __init__(

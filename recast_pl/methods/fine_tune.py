@@ -48,6 +48,7 @@ class FullFineTune(FineTune):
     """
 
     isolated = True
+    linear = True
 
     def begin_task(self) -> None:
         """Every task starts from the pretrained weights."""

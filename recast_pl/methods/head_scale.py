@@ -33,6 +33,8 @@ class HeadScale(CompactPiece[ColumnScales]):
         MethodError: If a target does not belong to a module that knows its number of heads.
     """
 
+    linear = True
+
     def __init__(self, targets: tuple[str, ...] = (PROJECTION,), learning_rate: float | None = None) -> None:
         super().__init__(targets, learning_rate)
         self._heads: dict[str, int] = {}

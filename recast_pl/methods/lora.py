@@ -10,7 +10,7 @@ have one A and one B, by which figure 4 of RECAST's paper makes LoRA smaller.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class LoRA(WeightPiece[LowRank]):
         MethodError: If the rank is below 1, or there are no parts.
     """
 
+    linear = True
     adaptation: type[LowRank] = LowRank
     default_parts: tuple[Part, ...] = ("q", "v")
 
@@ -113,3 +114,17 @@ class LoRA(WeightPiece[LowRank]):
         if key not in self._made:
             self._made[key] = self.adaptation(weight, self.rank, self.scale, parts)
         return self._made[key]
+
+    def numbers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The changes (α/r)·B·A (parts, rows of a part, columns) by name of weight, in double precision."""
+        return {n: self.scale * (state[f"{n}:B"].double() @ state[f"{n}:A"].double()) for n in self.adaptations}
+
+    def from_numbers(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors of the changes of rank r that come closest to these, by singular value decomposition."""
+        state = {}
+        for name, change in numbers.items():
+            left, values, right = torch.linalg.svd(change.double() / self.scale, full_matrices=False)
+            root = values[:, : self.rank].sqrt()
+            state[f"{name}:A"] = (root[:, :, None] * right[:, : self.rank]).float()
+            state[f"{name}:B"] = (left[:, :, : self.rank] * root[:, None]).float()
+        return state

@@ -108,6 +108,7 @@ class LoRAXS(CompactPiece[SingularCore]):
         MethodError: If the rank is below 1, or not below the number of rows and of columns of a target.
     """
 
+    linear = True
     diagonal = False
 
     def __init__(

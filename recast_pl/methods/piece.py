@@ -138,6 +138,8 @@ class Piece:
     """Whether the heads of earlier tasks are trained together with the current one."""
     solvable_head: ClassVar[bool] = True
     """Whether a head may be solved on all training images of its task."""
+    linear: ClassVar[bool] = False
+    """Whether the weights of the network are linear in `numbers`, so that tasks can be merged."""
     learner: Learner
     """The module that trains; set before `attach`."""
     number: int = 0
@@ -254,6 +256,14 @@ class Piece:
         """
         plain = type(self).load_task_state is Piece.load_task_state and states.keys() <= self.parameters.keys()
         return {p: states[name].to(p.dtype) for name, p in self.parameters.items() if name in states} if plain else None
+
+    def numbers(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors in which weights are linear, if `linear`; by default those that `task_state` returned."""
+        return state
+
+    def from_numbers(self, numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The task state that has these `numbers`, or comes closest to them."""
+        return numbers
 
     def shared_state(self) -> dict[str, Tensor]:
         """What all tasks need of this piece as the last task left it, as copies on the CPU."""

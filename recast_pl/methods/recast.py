@@ -42,6 +42,8 @@ class Recast(Piece):
             weight of `nn.Linear`.
     """
 
+    linear = True
+
     def __init__(
         self,
         layout: BankLayout | None = None,

@@ -42,6 +42,8 @@ class Scale(CompactPiece[Scales]):
         learning_rate: Learning rate of the factors; None for that of the head.
     """
 
+    linear = True
+
     def __init__(self, targets: tuple[str, ...] = EVERY_LAYER, learning_rate: float | None = None) -> None:
         super().__init__(targets, learning_rate)
 

@@ -64,6 +64,8 @@ class TinyLoRA(CompactPiece[RandomCore]):
             columns of a target.
     """
 
+    linear = True
+
     def __init__(
         self,
         count: int = 1,

@@ -19,6 +19,7 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.rules import size_text
 from recast_pl.runs.class_results import ClassResults, class_measures
 from recast_pl.runs.metrics import Matrix
+from recast_pl.runs.patch_merging import MergedAccuracy
 from recast_pl.runs.patch_tools import PatchDifference, storage
 
 Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -126,6 +127,21 @@ def difference_tables(difference: PatchDifference) -> list[RenderableType]:
     rows = [[t.name, f"{t.largest:.3e}", f"{t.relative:.3e}", f"{t.cosine:.6f}"] for t in difference.tensors]
     facts = terminal_table((["", "first", "second"], changed), 3) if changed else "all facts are equal"
     return [facts, terminal_table((["tensor", "largest |b − a|", "‖b − a‖ / ‖a‖", "cosine"], rows))]
+
+
+def merge_table(rows: Sequence[MergedAccuracy]) -> RenderableType:
+    """Makes the terminal table of merged tasks with their test accuracies, and the means if all were measured."""
+    cells = [
+        [row.task, "", "", "not measured: its images are not here"]
+        if row.alone is None or row.merged is None
+        else [row.task, f"{row.alone:.2f}", f"{row.merged:.2f}", f"{row.merged - row.alone:+.2f}"]
+        for row in rows
+    ]
+    known = [(row.alone, row.merged) for row in rows if row.alone is not None and row.merged is not None]
+    if len(known) == len(rows):
+        alone, merged = (statistics.fmean(values) for values in zip(*known, strict=True))
+        cells.append(["average", f"{alone:.2f}", f"{merged:.2f}", f"{merged - alone:+.2f}"])
+    return terminal_table((["task", "own patch %", "merged %", "difference"], cells))
 
 
 def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableType:
