@@ -1,6 +1,6 @@
-"""Measures merged tasks with the heads of their own: their accuracy against that of separate patches, and the bytes.
+r"""Measures merged tasks with the heads of their own: their accuracy against that of separate patches, and the bytes.
 
-    uv run python benchmarks/merging.py --output benchmarks/routing --weights dinov2_vits14.safetensors \\
+    uv run python benchmarks/merging.py --output benchmarks/routing --weights dinov2_vits14.safetensors \
       --emoji emoji --size 56
 
 Tasks and their training are those of `benchmarks/routing.py`, whose runs in the folder `--output` are used, and made

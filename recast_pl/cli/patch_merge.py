@@ -79,7 +79,7 @@ def merge(options: Namespace) -> None:
     console = open_console(stderr=is_standard_output(options.output))
     console.print(merge_table(rows), crop=False)
     alone = sum(Path(file).stat().st_size for file in options.files)
-    settings = ", ".join(f"{name} {value:g}" for name, value in merged.how.items() if name != "method")
+    settings = ", ".join(f"{name} {value}" for name, value in merged.how.items() if name != "method")
     console.print(f"{options.method}: {settings}", soft_wrap=True)
     console.print(f"written: {options.output} ({len(content):,} bytes; the patches have {alone:,})", soft_wrap=True)
 

@@ -51,12 +51,12 @@ class Merged:
     Args:
         numbers: Those of all tasks (N,).
         masks: Which of them each task uses (T, N), with θ₀ elsewhere; None if every task uses all.
-        settings: What was chosen, by name.
+        settings: What was chosen, by name; a list has a value for each task.
     """
 
     numbers: Tensor
     masks: Tensor | None
-    settings: dict[str, float]
+    settings: dict[str, float | list[float]]
 
     def of_task(self, index: int, start: Tensor) -> Tensor:
         """The numbers (N,) that a task uses; `start` is θ₀."""
@@ -143,7 +143,7 @@ class Tall:
             best = scores.index(max(scores))
             masks.append(tall_mask(vectors, numbers, self.factors[best])[index])
             chosen.append(self.factors[best])
-        return Merged(numbers, torch.stack(masks), {f"factor_{index}": each for index, each in enumerate(chosen)})
+        return Merged(numbers, torch.stack(masks), {"factors": chosen})
 
 
 @dataclass(frozen=True)
