@@ -127,13 +127,17 @@ ON_RESNET = {
     "recast+clr": lambda: [recast(RESNET_CONV), rp.CLR()],
     "inflora": lambda: [rp.InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])],
 }
-# beside the default; every entry of a weight moves, but not far
-OPTIMIZERS = {"classp": [functools.partial(rp.CLASSP, lr=1e-3, threshold=0.0)]}
+OPTIMIZERS = {"classp": functools.partial(rp.CLASSP, lr=1e-3, threshold=0.0)}
+"""Of methods that are nothing without theirs; here every entry moves, but not far."""
+
+
+def arguments(name, backbone, pieces):
+    """Makes the arguments of a module."""
+    return lambda: (backbone, pieces(), *(OPTIMIZERS[key] for key in (name,) if key in OPTIMIZERS))
+
+
 METHODS = {
-    f"{name}-{suffix}": lambda backbone=backbone, pieces=pieces, others=OPTIMIZERS.get(name, ()): (
-        *(backbone, pieces()),
-        *others,
-    )
+    f"{name}-{suffix}": arguments(name, backbone, pieces)
     for suffix, backbone, methods in (("vit", VIT, ON_BOTH | ON_VIT), ("resnet", RESNET, ON_BOTH | ON_RESNET))
     for name, pieces in methods.items()
 }
@@ -145,8 +149,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 @pytest.fixture(params=METHODS)
 def module(request):
     torch.manual_seed(0)
-    backbone, pieces = METHODS[request.param]()
-    return TILModule(backbone, pieces)
+    return TILModule(*METHODS[request.param]())
 
 
 @pytest.fixture(params=ISOLATED)

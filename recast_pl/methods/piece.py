@@ -121,10 +121,11 @@ class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
     Calls come in this order: `join`, `load_base`, `project`, `attach`, `save_base`. Each task then brings
-    `begin_task`, `begin_optimizer`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the
-    end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at
-    any time after `attach`. At the end of an epoch a checkpoint stores `training_state`; resumed training passes it to
-    `load_training_state` before `begin_fit`, and leaves `begin_training` out.
+    `begin_task`, `begin_optimizer`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and
+    `end_step`; and the end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and
+    `load_shared_state` may come at any time after `attach`. At the end of an epoch a checkpoint stores
+    `training_state`; resumed training passes it to `load_training_state` before `begin_fit`, and leaves
+    `begin_training` out.
 
     A piece is not an `nn.Module`: what it trains lies inside the network and must be named there only, it refers to the
     module that trains, and its dictionary `parameters` has the name of a module's method.
