@@ -47,8 +47,7 @@ def principal_entries(weight: Tensor, rank: int) -> Tensor:
     start = np.ones(min(matrix.shape))  # or the approximation would differ by rounding from call to call
     u, s, vt = svds(matrix, k=rank, v0=start)
     sizes = torch.from_numpy((u * s) @ vt).abs().flatten()
-    order = sizes.argsort(descending=True, stable=True)
-    places: Tensor = order[: sum(matrix.shape) * rank].sort().values
+    places: Tensor = sizes.topk(min(sum(matrix.shape) * rank, len(sizes))).indices.sort().values
     return places.to(weight.device)
 
 
