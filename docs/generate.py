@@ -27,6 +27,7 @@ GROUPS = {
     "Model": (api.TILModule, api.MimicryModule, api.BackboneConfig, api.BankLayout),
     "Data": (api.SequentialTaskDataModule, api.TaskConfig, api.Imbalance, api.LabelNoise),
     "Budget": (api.Budget,),
+    "Optimizers": (api.CLASSP,),
     "Classifiers over one label space": (api.NCM, api.LDA, api.RanPAC, api.FeCAM),
     "Engines": (api.Processes, api.Ray, api.Slurm),
 }

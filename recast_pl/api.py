@@ -19,6 +19,7 @@ from recast_pl.inference.prediction import Choice, Prediction, RoutedPrediction
 from recast_pl.inference.predictor import Predictor, load
 from recast_pl.learning.averaging import AverageEpochs
 from recast_pl.learning.budget import Budget
+from recast_pl.learning.classp import CLASSP
 from recast_pl.learning.patch import SharedState, TaskPatch
 from recast_pl.learning.router import Router
 from recast_pl.learning.schedule import QuarterCosine, WarmUp
@@ -35,13 +36,16 @@ from recast_pl.methods.ewc import EWC
 from recast_pl.methods.fecam import FeCAM
 from recast_pl.methods.fine_tune import FineTune, FullFineTune
 from recast_pl.methods.gdumb import GDumb
+from recast_pl.methods.gradient_sums import GradientSums
 from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
 from recast_pl.methods.inflora import InfLoRA
 from recast_pl.methods.joint_classifier import JointClassifier
+from recast_pl.methods.kappa_tune import KappaTune
 from recast_pl.methods.l2_sp import L2SP
 from recast_pl.methods.l2p import L2P
+from recast_pl.methods.lift import LIFT
 from recast_pl.methods.linear_probe import LinearProbe
 from recast_pl.methods.lora import LoRA
 from recast_pl.methods.lora_xs import LoRAXS

@@ -77,6 +77,8 @@ ON_BOTH = {
     "chosen": lambda: [rp.Chosen(count=7, rank=2, learning_rate=2e-2)],
     "tinylora": lambda: [rp.TinyLoRA(count=3, tied=2, learning_rate=2e-2)],
     "unilora": lambda: [rp.UniLoRA(count=20, learning_rate=2e-2)],
+    "lift": lambda: [rp.LIFT(rank=2, every=4, learning_rate=2e-2)],
+    "kappa": lambda: [rp.KappaTune()],
     "bias": lambda: [rp.PartialFineTune()],
     "norm": lambda: [rp.PartialFineTune([r"(norm|bn)\w*\.(weight|bias)$"])],
     "l2sp": lambda: [rp.Scale(learning_rate=2e-2), rp.L2SP(0.1)],
@@ -87,6 +89,7 @@ ON_BOTH = {
     "lwf": lambda: [rp.FineTune(), rp.LwF()],
     "wa": lambda: [rp.FineTune(), rp.WeightAligning()],
     "gdumb": lambda: [rp.FineTune(), rp.GDumb()],
+    "classp": lambda: [rp.FineTune(None), rp.GradientSums()],
     "erace": lambda: [rp.FineTune(), rp.ERACE(per_class=4)],
     "derpp": lambda: [rp.FineTune(), rp.DERPP(per_class=None, total=9)],
     "hat": lambda: [rp.FineTune(), rp.HAT()],
@@ -105,6 +108,7 @@ ON_VIT = {
     "recast+rosa-sparse": lambda: [recast(), rp.RoSA(0.001, 2)],
     "recast+spectral": lambda: [recast(), rp.Spectral(learning_rate=2e-2)],
     "recast+chosen": lambda: [recast(), rp.Chosen(count=9, rank=4, diagonal=False, learning_rate=2e-2)],
+    "recast+lift": lambda: [recast(), rp.LIFT(every=2, learning_rate=2e-2)],
     "recast+l2sp": lambda: [recast(), rp.L2SP(0.1)],
     "recast+projection": lambda: [recast(), rp.Projection(8)],
     "recast+growth": lambda: [recast(), rp.Growth(learning_rate=2e-2)],
@@ -123,8 +127,17 @@ ON_RESNET = {
     "recast+clr": lambda: [recast(RESNET_CONV), rp.CLR()],
     "inflora": lambda: [rp.InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])],
 }
+OPTIMIZERS = {"classp": functools.partial(rp.CLASSP, lr=1e-3, threshold=0.0)}
+"""Of methods that are nothing without theirs; here every entry moves, but not far."""
+
+
+def arguments(name, backbone, pieces):
+    """Makes the arguments of a module."""
+    return lambda: (backbone, pieces(), *(OPTIMIZERS[key] for key in (name,) if key in OPTIMIZERS))
+
+
 METHODS = {
-    f"{name}-{suffix}": lambda backbone=backbone, pieces=pieces: (backbone, pieces())
+    f"{name}-{suffix}": arguments(name, backbone, pieces)
     for suffix, backbone, methods in (("vit", VIT, ON_BOTH | ON_VIT), ("resnet", RESNET, ON_BOTH | ON_RESNET))
     for name, pieces in methods.items()
 }
@@ -136,8 +149,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 @pytest.fixture(params=METHODS)
 def module(request):
     torch.manual_seed(0)
-    backbone, pieces = METHODS[request.param]()
-    return TILModule(backbone, pieces)
+    return TILModule(*METHODS[request.param]())
 
 
 @pytest.fixture(params=ISOLATED)
@@ -409,8 +421,7 @@ def test_changes_of_outputs_train_as_changes_of_weights_do(module, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONCE)
 def test_compiles_into_one_graph(name, data):
-    backbone, pieces = METHODS[name]()
-    module = TILModule(backbone, pieces)
+    module = TILModule(*METHODS[name]())
     torch._dynamo.reset()  # or graphs of the module before would be taken for those of this one
     images = torch.rand(2, 3, 32, 32)
     trained = begun(module, 0.01)

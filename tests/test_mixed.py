@@ -18,6 +18,7 @@ COUNTS = [2, 1, 3]
 APART = {
     *("piggyback-vit", "piggyback-resnet", "recast+piggyback-resnet", "finetune-vit", "finetune-resnet"),
     *("projection+finetune-vit", "projection+finetune-resnet"),
+    *("lift-vit", "lift-resnet", "recast+lift-vit"),
     "atlas-vit",  # the network itself owns the class token
 }
 """Methods whose tasks need too much memory, or more than new values of parameters."""
@@ -89,6 +90,7 @@ NO_PRODUCTS = {  # at any layer
     *UNTRAINED,
     *("atlas-resnet", "recast+atlas-vit"),
     *("bias-vit", "bias-resnet", "norm-vit", "norm-resnet", "headscale-vit"),
+    *("kappa-vit", "kappa-resnet"),
     *("dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
     *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet", "dropout-vit", "dropout-resnet"),
     *("dora-norms-vit", "dora-norms-resnet", "recast+dora-norms-vit"),

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recast_pl import (
+    LIFT,
     BackboneConfig,
     BankLayout,
     Chosen,
@@ -46,6 +47,7 @@ METHODS = {
     "recast": lambda: Recast(BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2)),
     "lora": LoRA,
     "rosa": lambda: RoSA(density=1e-3, targets=(r"mlp\.fc1\.weight",)),
+    "lift": lambda: LIFT(targets=(r"mlp\.fc1\.weight",)),
     "piggyback": Piggyback,
     "chosen": lambda: Chosen(count=9, rank=2),
 }

@@ -24,6 +24,7 @@ from recast_pl import (
     FineTune,
     FullFineTune,
     GDumb,
+    GradientSums,
     Growth,
     InfLoRA,
     LinearProbe,
@@ -837,10 +838,10 @@ def test_an_invalid_setting_is_named(make, named):
 
 
 def guards():
-    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning()]
+    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), GradientSums()]
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(len(guards())))
 def test_a_guard_with_nothing_to_protect_is_refused(index):
     for others in (
         [LinearProbe()],
@@ -856,7 +857,7 @@ def test_a_guard_with_nothing_to_protect_is_refused(index):
             TILModule(BackboneConfig("test_sharing.two_layers", "random"), [*pieces, guards()[index]])
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(len(guards())))
 def test_a_guard_listed_too_early_or_twice_is_refused(index):
     backbone, guard, again = BackboneConfig("test_sharing.Mlp", "random"), guards()[index], guards()[index]
     if isinstance(guard, HAT):

@@ -38,8 +38,8 @@ from recast_pl.runs.metrics import (
 from recast_pl.runs.stream import Stream
 
 # methods of each kind of state that resuming needs
-ISOLATED = ("rosa", "chosen", "recast_dora", "recast_l2sp", "adaptformer")
-SHARED = ("ewc", "gdumb", "derpp", "hat", "inflora")
+ISOLATED = ("rosa", "lift", "chosen", "recast_dora", "recast_l2sp", "adaptformer")
+SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora")
 GATHERING = ("derpp", "inflora")  # shared methods whose training depends on the images of all processes
 TIMES = ("seconds", "wall_seconds")
 

@@ -19,8 +19,7 @@ folder, output, *names = sys.argv[1:]
 digests = {}
 for name in names:
     torch.manual_seed(0)
-    backbone, pieces = METHODS[name]()
-    module = TILModule(backbone, pieces)
+    module = TILModule(*METHODS[name]())
     data = SequentialTaskDataModule([TaskConfig("first", folder)], image_size=32, batch_size=4)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", **QUIET)
     trainer.fit(module, datamodule=data)

@@ -187,11 +187,10 @@ class MixedBatch:
     def _unpack(self, tasks: Sequence[PackedState]) -> list[dict[str, Tensor]]:
         """For each piece the states of T tasks with the same entries, each tensor (T, *shape)."""
         states: list[dict[str, Tensor]] = [{} for _ in self._pieces]
-        if not tasks[0].content:
-            return states
         content = bytearray(b"".join(task.content for task in tasks))
         sizes = [math.prod(entry.shape) * entry.dtype.itemsize for entry in tasks[0].entries]
-        columns = torch.frombuffer(content, dtype=torch.uint8).view(len(tasks), -1).split(sizes, 1)
+        flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        columns = flat.view(len(tasks), sum(sizes)).split(sizes, 1)
         for entry, column in zip(tasks[0].entries, columns, strict=True):
             values = column.clone(memory_format=torch.contiguous_format).view(entry.dtype)
             states[entry.piece][entry.name] = values.view(len(tasks), *entry.shape)

@@ -59,7 +59,7 @@ class TaskNetwork(nn.Module):
     @property
     def task_parameters(self) -> int:
         """How many parameters the pieces train for a task, without the head."""
-        return sum(p.numel() for piece in self.pieces for p in piece.parameters.values())
+        return sum(piece.task_parameters for piece in self.pieces)
 
     def build(self, image_size: ImageSize) -> Backbone:
         """Loads the backbone for an image size, freezes it and attaches the pieces; later calls only return it."""

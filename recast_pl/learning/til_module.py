@@ -112,6 +112,8 @@ class TILModule(TaskNetwork, LightningModule):
         for name, rate, parameters in (group for piece in self.trained for group in piece.groups()):
             groups.append({"params": parameters, "name": name} | ({} if rate is None else {"lr": rate}))
         optimizer, schedule = self._configure(groups)
+        for piece in self.trained:
+            piece.begin_optimizer(optimizer)
         schedules = [] if schedule is None else [{"scheduler": schedule, "monitor": followed_metric(schedule)}]
         return [optimizer], schedules
 

@@ -1,6 +1,6 @@
 """Fine-tuning of all weights: by one task after the other (lower bound), or in a copy for each task (upper bound)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -26,14 +26,14 @@ class FineTune(Piece):
         adaptations = (module for module in network.modules() if isinstance(module, Adaptation))
         others = {p for adaptation in adaptations for p in adaptation.parameters()}
         frozen = {n: p for n, p in network.named_parameters() if not p.requires_grad and p not in others}
-        self.parameters = {name: frozen[name] for name in self.choose(list(frozen))}
+        self.parameters = {name: frozen[name] for name in self.choose(frozen)}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.start = copies(self.parameters)
 
-    def choose(self, names: Sequence[str]) -> Sequence[str]:
-        """Which of the parameters with these names to train: all."""
-        return names
+    def choose(self, parameters: Mapping[str, Tensor]) -> Iterable[str]:
+        """Which of these parameters to train, by name: all."""
+        return parameters
 
     def restart(self) -> None:
         """Restores the pretrained weights."""

@@ -7,7 +7,9 @@ ICLR 2024, trains the weights and biases of layer normalisation.
 Running statistics of batch normalisation stay those of the pretrained network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 from recast_pl.methods.adaptation import CompactState
 from recast_pl.methods.fine_tune import FullFineTune
@@ -30,6 +32,6 @@ class PartialFineTune(CompactState, FullFineTune):
         super().__init__(learning_rate)
         self.targets = tuple(targets)
 
-    def choose(self, names: Sequence[str]) -> Sequence[str]:
-        """Those of the names that match."""
-        return select("PartialFineTune", names, self.targets)
+    def choose(self, parameters: Mapping[str, Tensor]) -> Iterable[str]:
+        """Those whose names match."""
+        return select(type(self).__name__, parameters, self.targets)

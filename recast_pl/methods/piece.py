@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from rich.console import RenderableType
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from recast_pl.errors import MethodError, PatchError
 
@@ -120,10 +121,11 @@ class Piece:
     """One ingredient of a method: it may change weights or activations, or add to the loss.
 
     Calls come in this order: `join`, `load_base`, `project`, `attach`, `save_base`. Each task then brings
-    `begin_task`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and `end_step`; and the
-    end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at
-    any time after `attach`. At the end of an epoch a checkpoint stores `training_state`; resumed training passes it to
-    `load_training_state` before `begin_fit`, and leaves `begin_training` out.
+    `begin_task`, `begin_optimizer`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and
+    `end_step`; and the end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and
+    `load_shared_state` may come at any time after `attach`. At the end of an epoch a checkpoint stores
+    `training_state`; resumed training passes it to `load_training_state` before `begin_fit`, and leaves
+    `begin_training` out.
 
     A piece is not an `nn.Module`: what it trains lies inside the network and must be named there only, it refers to the
     module that trains, and its dictionary `parameters` has the name of a module's method.
@@ -156,6 +158,11 @@ class Piece:
     def name(self) -> str:
         """The class, numbered from the second piece of the same class on; labels curves and histograms."""
         return type(self).__name__ + (f"_{self.number}" if self.number else "")
+
+    @property
+    def task_parameters(self) -> int:
+        """How many numbers each task trains."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
     def continues(self) -> bool:
@@ -195,6 +202,9 @@ class Piece:
         """The parameters by learning rate."""
         parameters = list(self.parameters.values())
         return [ParameterGroup(self.name, self.learning_rate, parameters)] if parameters else []
+
+    def begin_optimizer(self, optimizer: Optimizer) -> None:
+        """Called with a new optimizer of the task, before `begin_fit` and before resuming loads its state."""
 
     def begin_fit(self) -> None:
         """Called when training starts or resumes, with the module on its device and data available."""

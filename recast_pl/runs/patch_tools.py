@@ -134,7 +134,8 @@ def _distance(name: str, first: Tensor, second: Tensor) -> TensorDifference:
     size, distance = float(a.norm()), float((b - a).norm())
     relative = distance / size if size else (math.inf if distance else 0.0)
     both = size * float(b.norm())
-    return TensorDifference(name, float((b - a).abs().max()), relative, float(a @ b) / both if both else math.nan)
+    largest = float((b - a).abs().max()) if len(a) else 0.0
+    return TensorDifference(name, largest, relative, float(a @ b) / both if both else math.nan)
 
 
 def _check_same_task(first: TaskPatch, other: TaskPatch) -> None:
