@@ -44,6 +44,12 @@ class MergedTasks:
         found = {task.rounded.bits if task.rounded else None for task in self.tasks}
         return found.pop() if len(found) == 1 else None
 
+    def as_read(self) -> "MergedTasks":
+        """A copy with the numbers that the file keeps: in half precision if the heads are compact."""
+        if self.bits is None:
+            return self
+        return replace(self, pieces=[{name: narrowed(t).float() for name, t in state.items()} for state in self.pieces])
+
     def patch(self, index: int, start: Sequence[Mapping[str, Tensor]]) -> TaskPatch:
         """The patch of one task; `start` are the states that every task starts from."""
         state = self.pieces

@@ -61,16 +61,18 @@ def merge_patches(
             "arithmetic, ties or consensus"
         )
     merged = merger.merge(judge.vectors, judge)
-    found, accuracies = [], []
-    for index, patch in enumerate(patches):
-        numbers = merged.of_task(index, judge.vectors.start)
-        alone, together = judge.test(patch), judge.test(judge.patch(index, numbers))
-        accuracies.append(MergedAccuracy(patch.task, alone, together))
-        metrics = patch.metrics if judge.is_own(index, numbers) else {} if together is None else {"accuracy": together}
-        found.append(replace(patch, metrics=metrics))
-    own = len(patches) == 1 and judge.is_own(0, merged.of_task(0, judge.vectors.start))
-    pieces = patches[0].pieces if own else judge.states(merged.numbers)
-    return MergedTasks(found, pieces, merged.masks, {"method": how} | merged.settings), accuracies
+    start = judge.vectors.start
+    own = [judge.is_own(index, merged.of_task(index, start)) for index in range(len(patches))]
+    pieces = patches[0].pieces if own == [True] else judge.states(merged.numbers)
+    found = MergedTasks(list(patches), pieces, merged.masks, {"method": how} | merged.settings).as_read()
+    rows = [
+        MergedAccuracy(p.task, judge.test(p), judge.test(found.patch(i, judge.start))) for i, p in enumerate(patches)
+    ]
+    measured = [
+        patch if same else replace(patch, metrics={} if row.merged is None else {"accuracy": row.merged})
+        for patch, same, row in zip(patches, own, rows, strict=True)
+    ]
+    return replace(found, tasks=measured), rows
 
 
 def check_mergeable(module: TILModule, patches: Sequence[TaskPatch]) -> None:
@@ -105,11 +107,12 @@ class _Judge:
     ) -> None:
         self._module, self._data, self._evaluator = module, data, evaluator
         self._patches = [patch.widened() for patch in patches]
-        self._start = start_states(module.pieces)
+        self.start = start_states(module.pieces)
+        """The states that every task starts from."""
         self._places = {task.name: place for place, task in enumerate(data.tasks)}
         self._there: dict[str, bool] = {}
         tuned = torch.stack([flatten(self._numbers(patch.pieces)) for patch in self._patches])
-        self.vectors = TaskVectors(flatten(self._numbers(self._start)), tuned)
+        self.vectors = TaskVectors(flatten(self._numbers(self.start)), tuned)
         """The numbers of all tasks."""
 
     @property
@@ -119,7 +122,7 @@ class _Judge:
 
     def states(self, numbers: Tensor) -> list[dict[str, Tensor]]:
         """The states of the pieces for some numbers (N,)."""
-        parts = unflatten(numbers, like=self._numbers(self._start))
+        parts = unflatten(numbers, like=self._numbers(self.start))
         return [dict(piece.from_numbers(part)) for piece, part in zip(self._module.pieces, parts, strict=True)]
 
     def is_own(self, index: int, numbers: Tensor) -> bool:
@@ -146,7 +149,7 @@ class _Judge:
 
     def refine(self, steps: int, scale: float) -> Tensor:
         """Numbers (N,) of AdaMerging."""
-        all_states = zip(self._start, *(patch.pieces for patch in self._patches), strict=True)
+        all_states = zip(self.start, *(patch.pieces for patch in self._patches), strict=True)
         values = [
             piece.unpack({name: torch.stack([state[name] for state in states]) for name in states[0]})
             for piece, states in zip(self._module.pieces, all_states, strict=True)
