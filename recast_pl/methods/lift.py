@@ -10,6 +10,7 @@ again every 200 steps. An entry that is not chosen again keeps its value and res
 
 Deviations:
 - The rank is 1 and not 128: these networks are smaller than language models, and a patch holds the entries.
+- Entries are chosen again every 200 steps by default; the authors' configurations have 400 and 10.
 - One rank serves the approximation and the count. The authors' code can take two.
 - A fused weight of queries, keys and values is one matrix, and a convolution is flattened to (rows, columns).
 - An optimizer's moments of entries that stay are kept, as in the authors' code, which deletes those of an entry that
