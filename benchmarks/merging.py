@@ -20,7 +20,7 @@ import statistics
 import warnings
 from pathlib import Path
 
-from routing import EMOJI, PICTURES, Seed
+from routing import EMOJI, PICTURES, Seed, declare_runs
 from scipy import stats
 
 from recast_pl.files import json_text, write_atomic
@@ -33,20 +33,10 @@ GROUPS = {"clipart": PICTURES, "emoji": EMOJI, "both": [*PICTURES, *EMOJI]}
 
 def read_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs of benchmarks/routing.py")
-    parser.add_argument("--weights", required=True, help="as model.backbone.weights")
-    parser.add_argument("--backbone", default="vit_small_patch14_dinov2", help="as model.backbone.name")
-    parser.add_argument("--emoji", type=Path, required=True, help="folder of the manifests")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    declare_runs(parser)
     parser.add_argument("--methods", nargs="+", choices=["recast", "lora"], default=["recast"])
     parser.add_argument("--ways", nargs="+", choices=MERGERS, default=list(MERGERS))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592])
-    parser.add_argument("--size", type=int, default=98)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=8e-3)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--head", default="logistic", help="as model.head")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/merging"), help="folder of the results")
     return parser.parse_args()
 
@@ -89,7 +79,7 @@ def row(method, group, way, found):
 def main():
     options = read_options()
     warnings.filterwarnings("ignore", message=".*more than one split")
-    options.streams = ["both"]
+    options.streams = ["both"]  # whose tasks are those of the groups
     print("| tasks | method | merging | seeds | own | merged | difference | patches | file |")
     print("|---|---|---|---:|---:|---:|---:|---:|---:|")
     seeds = {number: Seed(options, number) for number in options.seeds}

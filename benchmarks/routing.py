@@ -87,21 +87,26 @@ Frozen = Mapping[str, Mapping[str, Features]]
 """Features of the frozen network, on the CPU, by task and split."""
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def declare_runs(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that a `Seed` reads."""
     parser.add_argument("--output", type=Path, required=True, help="folder of the results, and of runs below it")
     parser.add_argument("--weights", required=True, help="as model.backbone.weights")
     parser.add_argument("--backbone", default="vit_small_patch14_dinov2", help="as model.backbone.name")
     parser.add_argument("--emoji", type=Path, help="folder of the manifests")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--methods", nargs="+", choices=[ALONE, *METHODS], default=[ALONE, "probe", "recast"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1998, 3142592])
     parser.add_argument("--size", type=int, default=98)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rate", type=float, default=8e-3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--head", default="logistic", help="as model.head")
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    declare_runs(parser)
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
+    parser.add_argument("--methods", nargs="+", choices=[ALONE, *METHODS], default=[ALONE, "probe", "recast"])
     return parser.parse_args()
 
 
