@@ -30,6 +30,7 @@ PROTOCOLS = {
     "inflora": ("torch.optim.Adam", 5e-4, 10, None),
     "l2p": ("torch.optim.Adam", 0.03, 100, None),
     "hat": ("torch.optim.SGD", 0.05, 100, 10_000),
+    "classp": ("recast_pl.CLASSP", 0.2, 100, None),  # which has no weight decay
 }
 
 
@@ -57,7 +58,9 @@ def test_every_method_config_changes_only_the_method_and_its_protocol(method, ca
     plain = yaml.safe_load((ROOT / "configs" / base).read_text())["model"]["init_args"]
     assert printed["backbone"]["name"] == plain["backbone"]["name"]
     optimizer = printed["optimizer"]["init_args"]
-    assert optimizer["weight_decay"] == (0 if method in PROTOCOLS else plain["optimizer"]["init_args"]["weight_decay"])
+    assert optimizer.get("weight_decay", 0) == (
+        0 if method in PROTOCOLS else plain["optimizer"]["init_args"]["weight_decay"]
+    )
     found = (printed["optimizer"]["class_path"], optimizer["lr"], trainer["max_epochs"], trainer["gradient_clip_val"])
     assert found == PROTOCOLS.get(method, ("torch.optim.AdamW", 2e-3, 100, 1))
 

@@ -225,3 +225,15 @@ def test_real_images_by_real_weights(vit_weights):
         (alone,) = model.predict(image, task)
         assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
     assert len({found.probability for found in model.predict([images[0]] * 4, tasks=tasks[:4])}) == 4
+
+
+def test_states_without_a_number_are_packed():
+    """As of a task of LIFT that has changed nothing."""
+    module, _ = trained("recast-vit", 0)
+    network = MixedBatch(module.backbone, module.pieces)
+    states = [{"indices": torch.zeros(0, dtype=torch.int32), "values": torch.zeros(0, dtype=torch.float16)}]
+    (found,) = network._unpack([network.pack(states)] * 2)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in found.items()} == {
+        "indices": ((2, 0), torch.int32),
+        "values": ((2, 0), torch.float16),
+    }

@@ -192,7 +192,7 @@ class MixedBatch:
         flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
         columns = flat.view(len(tasks), sum(sizes)).split(sizes, 1)
         for entry, column in zip(tasks[0].entries, columns, strict=True):
-            values = column.clone(memory_format=torch.contiguous_format).view(entry.dtype)
+            values = column.clone(memory_format=torch.contiguous_format).flatten().view(entry.dtype)
             states[entry.piece][entry.name] = values.view(len(tasks), *entry.shape)
         return states
 
