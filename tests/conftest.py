@@ -76,13 +76,17 @@ def image_folder(tmp_path):
     return lambda name, *args, **settings: write_images(tmp_path / name, *args, **settings)
 
 
-@pytest.fixture
-def data(image_folder):
-    """Two tasks, of three and of two classes."""
+def two_tiny_tasks(folder):
+    """Two tasks, of three and of two classes, whose images are written into a folder."""
     from recast_pl import SequentialTaskDataModule, TaskConfig
 
-    tasks = [TaskConfig(n, str(image_folder(n, c, seed=c))) for n, c in (("first", 3), ("second", 2))]
-    return SequentialTaskDataModule(tasks, image_size=32, batch_size=4)
+    paths = {name: write_images(folder / name, classes, seed=classes) for name, classes in TINY_TASKS.items()}
+    return SequentialTaskDataModule([TaskConfig(n, str(p)) for n, p in paths.items()], image_size=32, batch_size=4)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return two_tiny_tasks(tmp_path)
 
 
 def tiny_words(folder):
@@ -97,6 +101,7 @@ def tiny_words(folder):
             *("--model.backbone.args", json.dumps(TINY_VIT)),
             *("--data.tasks", json.dumps(tasks), "--data.image_size", "32", "--data.batch_size", "4"),
             *("--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"),
+            *("--trainer.logger", "false"),  # TensorBoard's figures would take a sixth of the time
             *map(str, more),
         ]
 
@@ -111,12 +116,12 @@ def tiny_fit(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The run that `tiny_fit()` makes, which no test changes; its images are beside it."""
+    """The run that `tiny_fit()` makes, with TensorBoard, which no test changes; its images are beside it."""
     from recast_pl.cli import main
 
     os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("tiny")
-    assert main(tiny_words(folder)()) == 0
+    assert main(tiny_words(folder)("--trainer.logger", "true")) == 0
     return folder / "run"
 
 

@@ -12,7 +12,7 @@ import tempfile
 import lightning as L
 import pytest
 import torch
-from conftest import ROOT, TINY_VIT
+from conftest import ROOT, TINY_VIT, two_tiny_tasks
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import save_file
 
@@ -152,45 +152,11 @@ def module(request):
     return TILModule(*METHODS[request.param]())
 
 
-@pytest.fixture(params=ISOLATED)
-def isolated(request):
-    torch.manual_seed(0)
-    return TILModule(*ISOLATED[request.param]())
-
-
-@pytest.fixture(params=SHARED)
-def sharing(request):
-    torch.manual_seed(0)
-    module = TILModule(*SHARED[request.param]())
-    module.build(32)
-    return module
-
-
 def fit(module, data, index=0, **settings):
     data.select(index)
     trainer = L.Trainer(**{"max_epochs": 2, "accelerator": "cpu", "num_sanity_val_steps": 0, **QUIET, **settings})
     trainer.fit(module, datamodule=data)
     return module.patch({})
-
-
-def train_means(module, data):
-    """Mean features of the classes of the current task of the data, by the network as it is."""
-    (images, labels), *others = (data.on_after_batch_transfer(b, 0) for b in data.plain_dataloader("train"))
-    images = torch.cat([images, *(each for each, _ in others)])
-    labels = torch.cat([labels, *(each for _, each in others)])
-    with torch.no_grad():
-        features = module.backbone(images)
-    return torch.stack([features[labels == label].mean(0) for label in range(len(data.classes))])
-
-
-def test_signatures_are_of_the_network_that_every_task_starts_from(isolated, data):
-    fit(isolated, data, max_epochs=1, limit_train_batches=2)
-    torch.manual_seed(5)  # what a piece draws changes nothing
-    isolated.begin_task(data.task_name, data.classes)
-    signature = isolated.signature
-    assert (signature.task, signature.classes) == ("first", data.classes)
-    assert (signature.base, signature.image_size) == (isolated.base, 32)
-    torch.testing.assert_close(train_means(isolated, data), isolated.signature.means.float(), rtol=1e-3, atol=1e-4)
 
 
 def snapshot(module):
@@ -203,61 +169,116 @@ def logits(module, images):
         return module(images)
 
 
-def test_only_the_declared_parameters_change_and_the_next_task_starts_from_the_pretrained_features(module, data):
-    module.build(32)
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    before, start = snapshot(module), module.backbone(images).detach()
-    fit(module, data)
-    trained = {id(p) for piece in module.pieces for p in piece.parameters.values()}
-    own = {n for n, p in module.backbone.named_parameters(remove_duplicate=False) if id(p) in trained}
-    for name, after in snapshot(module).items():  # batch normalisation's statistics are in it, too
-        changed = not torch.equal(after, before[name])
+class History:
+    """A module that has learnt two tasks, with what it was before them and after the first."""
+
+    def __init__(self, name, data):
+        self.name, self.data = name, data
+        self.images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.module = module = self.fresh()
+        self.start, self.before = module.backbone(self.images).detach(), snapshot(module)
+        self.first = fit(module, data)
+        self.after, self.signature = snapshot(module), module.signature
+        trained = {id(p) for piece in module.pieces for p in piece.parameters.values()}
+        named = module.backbone.named_parameters(remove_duplicate=False)
+        self.trained = {key for key, parameter in named if id(parameter) in trained}
+        self.with_gradients = [p for p in module.parameters() if p.grad is not None and not p.requires_grad]
+        module.activate(self.first)
+        self.outputs = logits(module, self.images)
+        self.second = fit(module, data, index=1)
+
+    def fresh(self):
+        torch.manual_seed(0)
+        module = TILModule(*METHODS[self.name]())
+        module.build(32)
+        return module
+
+    def restored(self, folder):
+        """A fresh module with the state that tasks share, read from a file."""
+        module = self.fresh()
+        if not module.isolated:
+            self.module.shared_state().save(folder / "shared.safetensors")
+            module.load_shared_state(SharedState.load(folder / "shared.safetensors"))
+        return module
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory):
+    return two_tiny_tasks(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def history(request, two_tasks):
+    return History(request.param, two_tasks)
+
+
+def test_only_the_declared_parameters_change_and_the_next_task_starts_from_the_pretrained_features(history):
+    module = history.module
+    for name, after in history.after.items():  # batch normalisation's statistics are in it, too
+        changed = not torch.equal(after, history.before[name])
         # InfLoRA has moved B into the sum, Growth has made a template of it
         ended = (".A", ".merged", ".B", ".left", ".right", ".coefficients")
         kept = name.endswith(ended) and not module.isolated
-        assert changed == (name in own) or kept, name
-    assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
+        assert changed == (name in history.trained) or kept, name
+    assert not history.with_gradients
     if module.isolated:
         module.begin_task("other", ["a", "b"])
-        assert torch.equal(module.backbone(images), start)
+        assert torch.equal(module.backbone(history.images), history.start)
 
 
-def test_old_logits_are_bit_identical_after_later_tasks(isolated, data):
-    module = isolated
-    images = torch.rand(3, 3, 32, 32)
-    first = fit(module, data)
-    module.activate(first)
-    before = logits(module, images)
-    second = fit(module, data, index=1)
-    module.activate(second)
+def train_means(module, data):
+    """Mean features of the classes of the current task of the data, by the network as it is."""
+    (images, labels), *others = (data.on_after_batch_transfer(b, 0) for b in data.plain_dataloader("train"))
+    images = torch.cat([images, *(each for each, _ in others)])
+    labels = torch.cat([labels, *(each for _, each in others)])
+    with torch.no_grad():
+        features = module.backbone(images)
+    return torch.stack([features[labels == label].mean(0) for label in range(len(data.classes))])
+
+
+def test_signatures_are_of_the_network_that_every_task_starts_from(history):
+    module, data, signature = history.module, history.data, history.signature
+    assert (signature is not None) == module.isolated
+    if signature is not None:
+        data.select(0)
+        torch.manual_seed(5)  # what a piece draws changes nothing
+        module.begin_task(data.task_name, data.classes)
+        assert (signature.task, signature.classes) == ("first", data.classes)
+        assert (signature.base, signature.image_size) == (module.base, 32)
+        torch.testing.assert_close(train_means(module, data), signature.means.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_later_tasks_change_the_old_only_through_what_they_share(history, tmp_path):
+    module, images = history.module, history.images
+    module.activate(history.second)
     assert logits(module, images).shape == (3, 2)
-    module.activate(first)
-    assert torch.equal(logits(module, images), before)
+    module.activate(history.first)
+    now = logits(module, images)
+    if module.isolated:
+        assert torch.equal(now, history.outputs)
+    elif not {"HAT", "Growth"} & set(module.method):  # they protect units, or templates, of old tasks
+        assert not torch.equal(now, history.outputs)
+    restored = history.restored(tmp_path)
+    for patch in (history.second, history.first):
+        restored.activate(patch)
+    assert torch.equal(logits(restored, images), now)
+    for ours, theirs in zip(restored.shared_state().pieces, module.shared_state().pieces, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_patch_file_gives_identical_logits_in_a_fresh_module(module, data, tmp_path, request):
-    module.build(32)
-    images = torch.rand(3, 3, 32, 32)
-    patch = fit(module, data)
-    module.activate(patch)
-    expected = logits(module, images)
+def test_a_patch_file_gives_identical_logits_in_a_fresh_module(history, tmp_path):
+    module, images, patch = history.module, history.images, history.second
+    restored = history.restored(tmp_path)
     patch.save(tmp_path / "patch.safetensors")
-    module.shared_state().save(tmp_path / "shared.safetensors")
-    torch.manual_seed(0)
-    fresh = TILModule(*METHODS[request.node.callspec.params["module"]]())
-    fresh.build(32)
-    if not fresh.isolated:
-        fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
-    fresh.activate(TaskPatch.load(tmp_path / "patch.safetensors"))
-    assert torch.equal(logits(fresh, images), expected)
-    for bits in (4, 8):
-        compact = patch.compacted(bits)
-        module.activate(compact)
-        compact.save(tmp_path / "patch.recast")
-        read = TaskPatch.load(tmp_path / "patch.recast")
-        fresh.activate(read)
-        assert torch.equal(logits(fresh, images), logits(module, images))
-        assert read.to_bytes() == (tmp_path / "patch.recast").read_bytes()
+    compact = [patch.compacted(bits) for bits in (4, 8)]
+    for bits, small in zip((4, 8), compact, strict=True):
+        small.save(tmp_path / f"{bits}.recast")
+    for stored, path in zip((patch, *compact), ("patch.safetensors", "4.recast", "8.recast"), strict=True):
+        module.activate(stored)
+        restored.activate(read := TaskPatch.load(tmp_path / path))
+        assert torch.equal(logits(restored, images), logits(module, images))
+        assert read.to_bytes() == (tmp_path / path).read_bytes()
 
 
 def test_a_patch_in_half_precision_loads_and_unpacks_in_that_of_the_network(module):
@@ -273,32 +294,8 @@ def test_a_patch_in_half_precision_loads_and_unpacks_in_that_of_the_network(modu
             assert torch.equal(values, tensor)
 
 
-def test_old_tasks_use_the_state_shared_after_the_last(sharing, data, tmp_path, request):
-    module, images = sharing, torch.rand(3, 3, 32, 32)
-    first = fit(module, data)
-    module.activate(first)
-    before = logits(module, images)
-    second = fit(module, data, index=1)
-    module.shared_state().save(tmp_path / "shared.safetensors")
-    module.activate(first)
-    expected = logits(module, images)
-    assert expected.shape == before.shape
-    if not {"HAT", "Growth"} & set(module.method):  # they protect units, or templates, of old tasks
-        assert not torch.equal(expected, before)
-    torch.manual_seed(0)
-    fresh = TILModule(*SHARED[request.node.callspec.params["sharing"]]())
-    fresh.build(32)
-    fresh.load_shared_state(SharedState.load(tmp_path / "shared.safetensors"))
-    for patch in (second, first):
-        fresh.activate(patch)
-    assert torch.equal(logits(fresh, images), expected)
-    for ours, theirs in zip(fresh.shared_state().pieces, module.shared_state().pieces, strict=True):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_trains_in_bf16_mixed(module, data):
-    patch = fit(module, data, precision="bf16-mixed", max_epochs=1)
+def test_trains_in_bf16_mixed(module, two_tasks):
+    patch = fit(module, two_tasks, precision="bf16-mixed", max_epochs=1, limit_train_batches=2)
     states = [*patch.pieces, *module.shared_state().pieces]
     numbers = [t for state in states for name, t in state.items() if t.is_floating_point() and name != "logits"]
     assert all(t.dtype in (torch.float32, torch.float64) and t.isfinite().all() for t in numbers)
@@ -314,10 +311,13 @@ class Change(L.Callback):
         self.values = {name: value - self.before[name] for name, value in trainable_state(pl_module).items()}
 
 
+# every method on one backbone
+ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
 QUICK = ("recast-vit", "clr-resnet")
-# methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks
-EXACT = [name for name in ISOLATED if not name.startswith("dropout")]  # which drops others in each batch
-STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXACT]
+# methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks;
+# dropout drops others in each batch
+EXACT = [name for name in ISOLATED if name in (*ONCE, *QUICK) and not name.startswith("dropout")]
+STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.release) for name in EXACT]
 
 
 def change_in_an_epoch(name, folder, batch_size, **settings):
@@ -346,27 +346,24 @@ def test_accumulated_half_batches_equal_a_whole_one_and_clipping_bounds_the_step
         assert torch.allclose(clipped[key], value / 4, atol=1e-5 * float(norm)), key
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_trains_in_fp16_with_scaled_gradients_that_may_overflow(module, device, data):
+def test_trains_in_fp16_with_scaled_gradients_that_may_overflow(module, device, two_tasks):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     if device == "cpu" and module.backbone_config is RESNET:
         pytest.skip("convolutions in fp16 take minutes on a CPU")
     module.head_kind = "sgd"  # so that the probe is trained, too
-    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)  # so that the first steps overflow, whatever the method
+    # so that the first steps overflow, whatever the method, and the scale soon falls to one with which they do not
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40, backoff_factor=2.0**-4)
     change = Change()
     settings = {"accelerator": "gpu", "devices": 1} if device == "cuda" else {}
     precision = MixedPrecision("16-mixed", device, scaler)
-    patch = fit(module, data, max_epochs=8, plugins=[precision], callbacks=[change], **settings)
+    patch = fit(module, two_tasks, max_epochs=4, plugins=[precision], callbacks=[change], **settings)
     assert scaler.get_scale() < 2.0**40
     assert any(value.count_nonzero() for value in change.values.values())
     states = [patch.head, *patch.pieces, *module.shared_state().pieces]
     assert all(t.isfinite().all() for state in states for t in state.values())
-
-
-# every method on one backbone
-ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
 
 
 @pytest.mark.slow
@@ -418,10 +415,13 @@ def test_changes_of_outputs_train_as_changes_of_weights_do(module, request):
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", ONCE)
-def test_compiles_into_one_graph(name, data):
-    module = TILModule(*METHODS[name]())
+def test_compiles_into_one_graph(name):
+    backbone, *others = METHODS[name]()
+    if backbone is VIT:
+        backbone = BackboneConfig(VIT.name, VIT.weights, TINY_VIT | {"depth": 6})  # each block takes its time
+    module = TILModule(backbone, *others)
     torch._dynamo.reset()  # or graphs of the module before would be taken for those of this one
     images = torch.rand(2, 3, 32, 32)
     trained = begun(module, 0.01)

@@ -230,7 +230,7 @@ def test_a_custom_hook_is_found_by_comparing_logits(run, monkeypatch, capsys):
     assert "logits differ by" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_real_vit_in_every_format(vit_weights, tmp_path):
     vit = ["--model.backbone.name", "vit_small_patch14_dinov2", "--model.backbone.weights", vit_weights]
     run = learn(["--config", "vit.yaml", *vit], tmp_path / "run", 70)

@@ -144,7 +144,7 @@ def fuzz(folder, seed, count, seconds):
 
 
 @pytest.mark.parametrize(
-    ("seed", "count", "seconds"), [(0, 300, 120), pytest.param(1, 10_000, 1200, marks=pytest.mark.slow)]
+    ("seed", "count", "seconds"), [(0, 300, 120), pytest.param(1, 10_000, 1200, marks=pytest.mark.release)]
 )
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts memory as Linux does")
 def test_mutated_files_are_read_or_refused(tmp_path, seed, count, seconds):

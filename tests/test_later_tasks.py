@@ -87,7 +87,7 @@ def test_fit_trains_the_tasks_that_are_appended_to_the_list(run, whole, third, i
     same_results(run, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_task_that_is_killed_again_and_again_and_repeated_ends_as_if_never(run, whole, third, tmp_path):
     hooks = ("on_train_batch_start", "on_train_epoch_end", "on_validation_epoch_end", "on_test_batch_start")
     for epoch, hook in enumerate(hooks):
@@ -101,7 +101,7 @@ def test_a_task_that_is_killed_again_and_again_and_repeated_ends_as_if_never(run
     same_results(run, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("command", ["add", "watch"])
 def test_a_command_that_is_killed_at_random_moments_ends_as_if_never(command, run, whole, third, tmp_path):
     inbox, log, generator, kills = tmp_path / "inbox", tmp_path / "log", random.Random(0), 0

@@ -340,7 +340,7 @@ REAL = {"mlp": "mlp.fc[12].weight", "qkv": "attn.qkv.weight"}
 
 @pytest.mark.parametrize(
     ("weights", "seed"),
-    [("mlp", 42), ("qkv", 42)] + [pytest.param(w, s, marks=pytest.mark.slow) for w in REAL for s in (1, 2)],
+    [("mlp", 42), ("qkv", 42)] + [pytest.param(w, s, marks=pytest.mark.release) for w in REAL for s in (1, 2)],
 )
 def test_the_shipped_settings_fit_every_weight_of_a_real_network(weights, seed, vit_weights, tmp_path):
     words = ["fit", "--config", "mimicry_vit.yaml", "--run_dir", str(tmp_path / "run"), "--seed_everything", str(seed)]
@@ -355,7 +355,7 @@ def test_the_shipped_settings_fit_every_weight_of_a_real_network(weights, seed, 
         assert float(ours @ theirs / ours.norm() / theirs.norm()) >= 0.9999, name
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("seed", [42, 1, 2])
 def test_the_shipped_settings_fit_every_convolution_of_resnet34(seed, tmp_path):
     words = [

@@ -39,7 +39,7 @@ def everything(run):
     return content | {"summary.json": without_times(read_summary(run))}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_that_is_killed_at_random_moments_ends_like_an_uninterrupted_one(tiny_fit, tmp_path):
     kills, generator, log, killed = 12, random.Random(0), tmp_path / "log", tmp_path / "killed"
     words = tiny_fit(run_dir=killed)
@@ -86,7 +86,7 @@ def is_gone(group):
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_that_are_ended_at_random_moments_end_like_uninterrupted_ones(tiny_fit, tmp_path):
     generator, log, ended, whole = random.Random(0), tmp_path / "log", tmp_path / "ended", tmp_path / "whole"
     more = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "6")
@@ -137,7 +137,7 @@ def the_error(log):
     return line
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_whose_disk_is_full_again_and_again_ends_like_an_uninterrupted_one(tiny_fit, disk, tmp_path):
     (ask, place, seen), log = disk, tmp_path / "log"
     words, whole, run = tiny_fit(run_dir=place / "run"), tmp_path / "whole", seen / "run"

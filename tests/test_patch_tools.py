@@ -294,7 +294,7 @@ def test_predict_needs_a_task_or_a_patch(run, capsys):
     assert "neither of --task and --patch" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_seeds_of_a_real_network_are_averaged_and_measured(tmp_path, capsys):
     files = []
     for seed in ("1", "2"):

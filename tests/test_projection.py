@@ -112,7 +112,7 @@ def test_an_exported_plain_model_reads_all_features_and_predicts_the_same(run):
     check_plain(run, "signs", timm.create_model(NARROW, num_classes=5))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_graphs_and_programs_predict_the_same(run):
     for name in ("onnx", "torch_export"):
         assert export(run, "--task", "signs", "--format", name) == 0

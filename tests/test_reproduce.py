@@ -179,7 +179,7 @@ def six(publish, tmp_path):
     return tmp_path / "sets"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_table_2_is_killed_and_resumed_with_the_same_bytes(six, overlay, tmp_path, capsys):
     wide = {"name": "vit_tiny_patch16_224", "weights": "random"}  # of a density of 1e-5 an entry is left
     small, out = overlay(wide, {"limit_train_batches": 1}, image_size=16), tmp_path / "out" / "table2"

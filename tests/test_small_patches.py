@@ -303,7 +303,7 @@ def test_a_run_is_not_resumed_with_another_precision(tiny_fit, tmp_path, capsys)
     assert list(patches(tmp_path / "run")) == ["00_first.recast", "01_second.recast"]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_killed_run_resumes_to_the_same_bytes(run, tiny_fit, tmp_path):
     killed = tmp_path / "killed"
     callback = {"class_path": "crash_callbacks.KillAt"}

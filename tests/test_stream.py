@@ -391,7 +391,7 @@ def test_warm_starts_schedules_accumulation_and_clipping_survive_a_kill(tiny_fit
     assert patches(killed) == patches(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("method", ISOLATED + SHARED)
 def test_every_kind_of_method_survives_a_kill(method, tiny_fit, tmp_path):
     # tasks have 5 and 3 steps per epoch, so RoSA is killed during its warm-up
@@ -457,7 +457,7 @@ def test_two_processes_train_what_one_trains_with_the_same_global_batch(
             assert torch.allclose(tensor, two.tensors[part], atol=1e-6, rtol=0), part
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_train_the_quickstart_as_one_does(tmp_path):
     # in double precision: single precision differs where rounding moves an activation across a kink of ReLU6
     words = ["fit", "--config", "quickstart.yaml", "--only", "people", "--trainer.max_epochs", "2"]
@@ -587,6 +587,7 @@ def test_a_loss_that_becomes_nan_stops_the_task_and_a_lower_rate_resumes_it(tiny
     assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
     assert list(patches(run)) == ["00_first.safetensors"]
     lower = ("--trainer.callbacks", "[]", "--model.optimizer.init_args.lr", "1e-4", "--resume", "true")
+    lower += ("--trainer.logger", "true")
     assert main(tiny_fit(*lower)) == 0
     assert list(patches(run)) == ["00_first.safetensors", "01_second.safetensors"]
     rates = EventAccumulator(str(run / "tensorboard" / "01_second")).Reload().Scalars("lr-AdamW/head")

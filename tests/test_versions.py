@@ -376,7 +376,7 @@ def is_made(run, task):
     return present.load_record().get("version", 1) == 2 and not (run / "versions" / f"{present.name}.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("command", ["relearn", "extend"])
 def test_a_command_that_is_killed_at_random_moments_ends_like_an_uninterrupted_one(command, tiny_run, tmp_path, more):
     options = {

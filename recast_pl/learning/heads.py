@@ -119,39 +119,35 @@ def solve_logistic(x: Tensor, y: Tensor, classes: int, weights: Tensor, smoothin
         smoothing: Label smoothing.
     """
     values, vectors = eigen((weights[:, None] * x).T @ x / weights.sum())
-    x, values = x @ vectors, values.clamp_min(0)  # a rotation, which changes no norm
-    folds = list(_folds(y))
-    start = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
-    starts = [start] * len(folds)
+    used = values > 1e-12 * values.max()  # with few images, most directions are empty
+    values, vectors = values[used], vectors[:, used]
+    x = x @ vectors  # a rotation, which changes no norm
+    inside = _folds(y)
+    solutions = x.new_zeros(len(inside), classes, x.shape[1]), x.new_zeros(len(inside), classes)
     losses: list[float] = []
     for decay in _DECAYS:
-        parts = zip(folds, starts, strict=True)
-        starts = [_minimise(x[f], y[f], values, weights[f], smoothing, decay, part, _ROUGH) for f, part in parts]
-        parts = zip(folds, starts, strict=True)
-        losses.append(sum(_left_out_loss(x[~f], y[~f], weights[~f], solution) for f, solution in parts))
+        solutions = _minimise(x, y, values, weights * inside, smoothing, decay, solutions, _ROUGH)
+        losses.append(_loss(x, y, weights * ~inside, solutions))
         if losses[-1] > min(losses):  # weaker decays overfit more, and take longest
             break
     decay = _DECAYS[losses.index(min(losses))]
-    if starts:
-        start = torch.stack([part[0] for part in starts]).mean(0), torch.stack([part[1] for part in starts]).mean(0)
-    weight, bias = _minimise(x, y, values, weights, smoothing, decay, start, _CONVERGED)
+    start = solutions[0].mean(0, keepdim=True), solutions[1].mean(0, keepdim=True)
+    (weight,), (bias,) = _minimise(x, y, values, weights[None], smoothing, decay, start, _CONVERGED)
     return weight @ vectors.T, bias
 
 
-def _left_out_loss(x: Tensor, y: Tensor, weights: Tensor, solution: Solution) -> float:
-    weight, bias = solution
-    return float((weights * F.cross_entropy(x @ weight.T + bias, y, reduction="none")).sum())
+def _loss(x: Tensor, y: Tensor, weights: Tensor, solutions: Solution) -> float:
+    """The cross-entropy of several heads, each on the images that have a weight (F, N) for it."""
+    logs = (x @ solutions[0].mT + solutions[1][:, None]).log_softmax(2)
+    return -float((weights * logs[:, torch.arange(len(y), device=y.device), y]).sum())
 
 
-def _folds(y: Tensor) -> Iterator[Tensor]:
-    """Masks (N,) of the images to train on, for each fold; the images of a class are spread over all folds."""
+def _folds(y: Tensor) -> Tensor:
+    """Masks (F, N) of the images to train on, for each fold; the images of a class are spread over all folds."""
     order = torch.argsort(y, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(y), device=y.device)
-    for fold in range(_FOLDS):
-        inside = place % _FOLDS != fold
-        if inside.any() and not inside.all():
-            yield inside
+    return torch.stack([place % _FOLDS != fold for fold in range(min(_FOLDS, len(y)))])
 
 
 def _minimise(
@@ -164,35 +160,38 @@ def _minimise(
     start: Solution,
     tolerance: float,
 ) -> Solution:
-    """Minimises cross-entropy plus decay/2·‖W‖² by L-BFGS.
+    """Minimises cross-entropy plus decay/2·‖W‖² by L-BFGS, for F sets of weights of the images at once.
 
     Args:
         x: Features (N, D) in the eigenvectors of their covariance.
         y: Labels (N,).
         values: Eigenvalues (D,). They give the curvature in each direction; steps are scaled by it, because L-BFGS then
             needs several times fewer of them.
-        weights: Weights of the images (N,).
+        weights: Weights of the images (F, N); 0 for those that are left out.
         smoothing: Label smoothing.
         decay: The weight decay.
-        start: Where to start.
+        start: Where to start: (F, C, D) and (F, C).
         tolerance: The largest entry of the gradient at which to stop.
+
+    Returns:
+        Weights (F, C, D) and biases (F, C).
     """
-    classes = len(start[1])
+    classes = start[1].shape[1]
     scale = (values / classes + decay).rsqrt()  # (D,)
     scaled = torch.cat([x * scale, x.new_ones(len(x), 1)], 1)  # (N, D + 1)
     decays = torch.cat([decay * scale.square(), x.new_zeros(1)])
-    shares = (weights / weights.sum())[:, None]
-    targets = shares * ((1 - smoothing) * F.one_hot(y, classes) + smoothing / classes)  # (N, C)
-    steps = torch.cat([start[0] / scale, start[1][:, None]], 1)  # (C, D + 1)
+    shares = (weights / weights.sum(1, keepdim=True).clamp_min(_TINY))[:, :, None]
+    targets = shares * ((1 - smoothing) * F.one_hot(y, classes) + smoothing / classes)  # (F, N, C)
+    steps = torch.cat([start[0] / scale, start[1][:, :, None]], 2)  # (F, C, D + 1)
     optimizer = torch.optim.LBFGS([steps], 1.0, 500, None, tolerance, 1e-12, 20, "strong_wolfe")
 
     def closure() -> Tensor:  # the gradient is written out, because autograd takes as long as everything else
-        logs, pull = (scaled @ steps.T).log_softmax(1), decays * steps
-        steps.grad = (shares * logs.exp() - targets).T @ scaled + pull
+        logs, pull = (scaled @ steps.mT).log_softmax(2), decays * steps
+        steps.grad = (shares * logs.exp() - targets).mT @ scaled + pull
         return (pull * steps).sum() / 2 - (targets * logs).sum()
 
     optimizer.step(closure)
-    return steps[:, :-1] * scale, steps[:, -1]
+    return steps[:, :, :-1] * scale, steps[:, :, -1]
 
 
 def solve_lda(x: Tensor, y: Tensor, classes: int, weights: Tensor, smoothing: float) -> Solution:

@@ -1,7 +1,10 @@
 """The results of a stream as files and on the terminal."""
 
+import io
 from dataclasses import dataclass
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 
 from recast_pl.files import write_atomic
@@ -41,8 +44,8 @@ class StreamResults:
         """Writes `accuracy_matrix.csv` and `.png`, and the measures after the latest task for TensorBoard."""
         matrix, names = summary["accuracy_matrix"], [task["name"] for task in summary["tasks"]]
         write_atomic(folder.matrix_csv, matrix_csv(matrix, names))
-        figure = plot_accuracy_matrix(matrix, names, stream_title(summary))
-        write_atomic(folder.matrix_png, to_png(figure))
+        png = to_png(plot_accuracy_matrix(matrix, names, stream_title(summary)))
+        write_atomic(folder.matrix_png, png)
         if self._uses_tensorboard:
             measures = {
                 "stream/average_accuracy": summary["average_accuracy"],
@@ -56,7 +59,8 @@ class StreamResults:
             logger.log_metrics({f"accuracy/{name}": value for name, value in final_accuracies(summary).items()}, step)
             by_measure = summary.get("class_accuracies", {}).items()
             logger.log_metrics({f"classes/{name}": values[-1] for name, values in by_measure}, step)
-            logger.experiment.add_figure("accuracy_matrix", figure, step)
+            pixels = np.asarray(Image.open(io.BytesIO(png)))
+            logger.experiment.add_image("accuracy_matrix", pixels, step, dataformats="HWC")
             logger.finalize("success")
 
     def show(self, summary: Summary) -> None:
