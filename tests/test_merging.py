@@ -1,4 +1,4 @@
-"""Merging tasks: formulas against PEFT and by hand, exactness, files, and `patch merge` and `patch split`."""
+"""Merging tasks: formulas against PEFT and by hand, exactness, files; `patch merge`, `split` and `arithmetic`."""
 
 import re
 import shutil
@@ -18,6 +18,7 @@ from recast_pl.config.run import open_run
 from recast_pl.errors import PatchError
 from recast_pl.learning.merged_tasks import MergedTasks
 from recast_pl.learning.merging import MERGERS, Arithmetic, Consensus, Tall, TaskVectors, Ties, flatten, unflatten
+from recast_pl.learning.robust_signature import robust_signature
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
@@ -360,3 +361,67 @@ def test_a_damaged_file_is_refused(clipart_run, tmp_path, capsys):
     replace(merged, masks=merged.masks.repeat(1, 2)).save(path)  # of a run with 8 numbers
     with pytest.raises(PatchError, match="masks have 16 bits for 8 numbers"):
         MergedTasks.load(path)
+
+
+# robust weight signatures
+
+
+def test_a_signature_is_the_authors_projection_in_the_first_layers():
+    generator = torch.Generator().manual_seed(0)
+    robust, clean = ([torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(2))
+    clean[1].zero_()
+    first, second, third = robust_signature(robust, clean, 2)
+    row = clean[0].reshape(1, -1).numpy()
+    projection = row.T @ row / (row @ row.T)
+    np.testing.assert_allclose(first.flatten(), (np.eye(6) - projection) @ robust[0].flatten().numpy(), rtol=1e-12)
+    assert torch.equal(second, robust[1])
+    assert not third.any()
+
+
+def add(robust, clean, *files, run, output, **options):
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    tasks = ("--robust", robust, "--clean", clean, "--run_dir", run)
+    return patch("arithmetic", *files, *tasks, "--output", output, *words)
+
+
+def test_robustness_is_added_to_the_first_layers_of_tasks(changed, tiny_run, tmp_path, capsys):
+    first, second = changed
+    clean = tiny_run / "patches" / first.name
+    for name, options in (("all", {"scale": 0.5, "layers": 24}), ("some", {}), ("none", {"scale": 0})):
+        assert add(first, clean, second, run=tiny_run, output=tmp_path / name, **options) == 0
+        assert "changed" in capsys.readouterr().out
+    module = load(tiny_run)._module
+    found = {
+        name: weights_of(module, TaskPatch.load(tmp_path / name / "second.safetensors").pieces)
+        for name in ("all", "some")
+    }
+    start, robust, plain, task = (
+        weights_of(module, state)
+        for state in (start_states(module.pieces), *(TaskPatch.load(file).pieces for file in (first, clean, second)))
+    )
+    keys = [key for key, weight in robust.items() if not torch.equal(weight, start[key])]
+    assert len(keys) == 24
+    for place, key in enumerate(keys):
+        # weights are linear in two numbers each, which lie in the plane of the changes
+        part = found["all"][key] - task[key]
+        numbers, *_ = np.linalg.lstsq(
+            torch.stack([(robust[key] - start[key]).flatten(), (plain[key] - start[key]).flatten()], 1).numpy(),
+            (2 * part).flatten().numpy(),
+            rcond=None,
+        )
+        assert numbers[0] == pytest.approx(1, abs=1e-3)
+        assert torch.equal(found["some"][key], task[key]) == (place >= 7)
+    before, after = (TaskPatch.load(path) for path in (second, tmp_path / "none" / "second.safetensors"))
+    assert torch.equal(before.pieces[0]["coefficients"], after.pieces[0]["coefficients"])
+    assert all(torch.equal(before.head[name], after.head[name]) for name in before.head)
+
+
+def test_what_has_no_layers_to_add_is_refused(clipart_run, tiny_fit, tmp_path, capsys):
+    run, out = clipart_run, tmp_path / "out"
+    assert add(run / SIGNS, run / SIGNS, run / PEOPLE, run=run, output=out, layers=0) == 2
+    assert "layers=0 must be at least 1" in capsys.readouterr().err
+    assert main(tiny_fit("--config", "methods/melo.yaml", "--trainer.max_epochs", "1")) == 0
+    one, other = sorted((tmp_path / "run" / "patches").iterdir())
+    assert add(one, one, other, run=tmp_path / "run", output=out) == 2
+    assert "the states of LoRA are factors of the weights" in capsys.readouterr().err
+    assert not out.exists()

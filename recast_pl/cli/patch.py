@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from recast_pl.cli.options import declare_data_root, declare_device, declare_trust, opened
-from recast_pl.cli.patch_merge import declare_merge, declare_split, merge, split
+from recast_pl.cli.patch_merge import arithmetic, declare_arithmetic, declare_merge, declare_split, merge, split
 from recast_pl.config.paths import check_images
 from recast_pl.config.run import STRICT
 from recast_pl.errors import PatchError, RunError
@@ -58,6 +58,7 @@ def declare(parser: ArgumentParser) -> None:
     _declare_sign(actions)
     declare_merge(actions)
     declare_split(actions)
+    declare_arithmetic(actions)
 
 
 def _declare_sign(actions: Any) -> None:
@@ -76,7 +77,7 @@ def _declare_sign(actions: Any) -> None:
 def run(parser: ArgumentParser, config: Namespace) -> int:
     """Runs one of the actions."""
     actions = {"show": _show, "diff": _diff, "verify": _verify, "average": _average, "quantize": _quantize}
-    others = {"sign": _sign, "merge": merge, "split": split}
+    others = {"sign": _sign, "merge": merge, "split": split, "arithmetic": arithmetic}
     options = config[config.action]
     if config.action in others:
         others[config.action](options)

@@ -1,4 +1,4 @@
-"""The actions `patch merge` and `patch split`."""
+"""The actions `patch merge`, `patch split` and `patch arithmetic`."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import merge_table
 from recast_pl.runs.evaluation import restore
 from recast_pl.runs.folder import RunFolder
+from recast_pl.runs.patch_arithmetic import add_robustness
 from recast_pl.runs.patch_merging import check_mergeable, merge_patches, start_states
 from recast_pl.terminal import open_console
 
@@ -61,6 +62,28 @@ def declare_split(actions: Any) -> None:
     actions.add_subcommand("split", action, help=text)
 
 
+def declare_arithmetic(actions: Any) -> None:
+    """Adds `patch arithmetic`."""
+    text = "Add what made one task robust to patches of other tasks (robust weight signatures)."
+    action = ArgumentParser(description=text, **STRICT)
+    action.add_argument("files", type=str, nargs="+", help="Patch files of the tasks to change.")
+    robust = "Patch of a task that was trained on degraded images, by the same method from the same base."
+    action.add_argument("--robust", type=str, required=True, help=robust)
+    clean = "Patch of the same task, trained on the images as they are."
+    action.add_argument("--clean", type=str, required=True, help=clean)
+    action.add_argument("--run_dir", type=str, required=True, help="Folder of the run of the patches to change.")
+    output = "Folder to write the patches to, as TASK.safetensors."
+    action.add_argument("--output", type=str, required=True, help=output)
+    layers = "How many of the weights that a task changes get something added, from the first of the network."
+    action.add_argument("--layers", type=int, default=7, help=layers)
+    scale = "Factor of what is added; half as much makes tasks half as robust, and 0 leaves them as they are."
+    action.add_argument("--scale", type=float, default=1.0, help=scale)
+    declare_data_root(action)
+    declare_device(action)
+    declare_trust(action)
+    actions.add_subcommand("arithmetic", action, help=text)
+
+
 def merge(options: Namespace) -> None:
     """Merges patches, measures them, and writes the file."""
     kind = MERGERS[options.method]
@@ -94,5 +117,21 @@ def split(options: Namespace) -> None:
         path = Path(options.output) / f"{task.task}.{'safetensors' if task.rounded is None else 'recast'}"
         patch = merged.patch(index, start)
         init.model.check_patch(patch)
+        patch.save(path)
+        open_console().print(f"written: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)
+
+
+def arithmetic(options: Namespace) -> None:
+    """Adds a robust weight signature to patches, and measures them."""
+    robust, clean, *patches = (TaskPatch.load(file) for file in (options.robust, options.clean, *options.files))
+    run_dir, init = opened(options)
+    restore(init.model, RunFolder(run_dir), patches[0].image_size)
+    evaluator = TrainerFactory(init.trainer).for_evaluation()
+    changed, rows = add_robustness(
+        init.model, init.data, robust, clean, patches, options.layers, options.scale, evaluator
+    )
+    open_console().print(merge_table(rows, "changed"), crop=False)
+    for patch in changed:
+        path = Path(options.output) / f"{patch.task}.safetensors"
         patch.save(path)
         open_console().print(f"written: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)

@@ -129,8 +129,13 @@ def difference_tables(difference: PatchDifference) -> list[RenderableType]:
     return [facts, terminal_table((["tensor", "largest |b − a|", "‖b − a‖ / ‖a‖", "cosine"], rows))]
 
 
-def merge_table(rows: Sequence[MergedAccuracy]) -> RenderableType:
-    """Makes the terminal table of merged tasks with their test accuracies, and the means if all were measured."""
+def merge_table(rows: Sequence[MergedAccuracy], now: str = "merged") -> RenderableType:
+    """Makes the terminal table of tasks with their test accuracies, and the means if all were measured.
+
+    Args:
+        rows: The tasks.
+        now: What they are now, in a word.
+    """
     cells = [
         [row.task, "", "", "not measured: its images are not here"]
         if row.alone is None or row.merged is None
@@ -141,7 +146,7 @@ def merge_table(rows: Sequence[MergedAccuracy]) -> RenderableType:
     if len(known) == len(rows):
         alone, merged = (statistics.fmean(values) for values in zip(*known, strict=True))
         cells.append(["average", f"{alone:.2f}", f"{merged:.2f}", f"{merged - alone:+.2f}"])
-    return terminal_table((["task", "own patch %", "merged %", "difference"], cells))
+    return terminal_table((["task", "own patch %", f"{now} %", "difference"], cells))
 
 
 def catalogue_table(catalogue: Mapping[str, DataSet], root: Path) -> RenderableType:

@@ -1,6 +1,6 @@
 """Merges the patches of several tasks of a run, and measures what that costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,7 @@ def merge_patches(
     """
     check_mergeable(module, patches)
     judge = _Judge(module, data, patches, evaluator)
-    if merger.exact and not judge.exact:
+    if merger.exact and not keeps_numbers(module):
         raise PatchError(
             f"{how} does not work with {', '.join(module.method)}, whose numbers are factors of the weights; merge by "
             "arithmetic, ties or consensus"
@@ -81,13 +81,19 @@ def check_mergeable(module: TILModule, patches: Sequence[TaskPatch]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PatchError(f"two patches are of task {twice!r}; merge different tasks, or use 'patch average'")
+    check_linear(module, patches)
+
+
+def check_linear(module: TILModule, patches: Sequence[TaskPatch]) -> None:
+    """Raises PatchError unless all patches fit the module, whose weights are linear in what a task keeps."""
     for patch in patches:
         module.check_patch(patch)
     for piece, state in zip(module.pieces, patches[0].pieces, strict=True):
         if not module.isolated or (state and not piece.linear):
             raise PatchError(
                 f"tasks of {piece.name} cannot be merged, because the weights are not linear in what a task keeps; "
-                "merge tasks of Recast, Spectral, LoRA, LoRAXS, TinyLoRA, Scale, PartialFineTune or FullFineTune"
+                "merge tasks of Recast, Spectral, LoRA, LoRAXS, TinyLoRA, Scale, HeadScale, ATLAS, PartialFineTune or "
+                "FullFineTune"
             )
 
 
@@ -97,6 +103,64 @@ def start_states(pieces: Sequence[Piece]) -> list[dict[str, Tensor]]:
         for piece in pieces:
             piece.begin_task()
     return [piece.task_state() for piece in pieces]
+
+
+def layer_values(module: TILModule, states: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[Tensor, Tensor]:
+    """What some task states, the first of which is loaded, set in each layer.
+
+    Args:
+        module: The run's method.
+        states: Of T tasks, a state for each piece.
+
+    Returns:
+        For each parameter that tasks change, its values (T, *shape).
+
+    Raises:
+        PatchError: If a method does not tell its layers apart, or keeps factors of the weights.
+    """
+    method = ", ".join(module.method)
+    if not keeps_numbers(module):
+        raise PatchError(f"the states of {method} are factors of the weights, whose layers cannot be added")
+    values = [
+        piece.unpack({name: torch.stack([state[name] for state in of_piece]) for name in of_piece[0]})
+        for piece, of_piece in zip(module.pieces, zip(*states, strict=True), strict=True)
+    ]
+    if None in values:
+        raise PatchError(f"the layers of {method} cannot be told apart in its states; use another way to merge")
+    return {parameter: value for part in values for parameter, value in (part or {}).items()}
+
+
+def keeps_numbers(module: TILModule) -> bool:
+    """Whether the states of all pieces are the numbers in which weights are linear, and not factors of them."""
+    return all(type(piece).numbers is Piece.numbers for piece in module.pieces)
+
+
+class PatchTester:
+    """Measures patches on the test images of a run's tasks.
+
+    Args:
+        module: The run's method, built on its base.
+        data: The run's tasks.
+        evaluator: Measures.
+    """
+
+    def __init__(self, module: TILModule, data: SequentialTaskDataModule, evaluator: Trainer) -> None:
+        self._module, self._data, self._evaluator = module, data, evaluator
+        self.places = {task.name: place for place, task in enumerate(data.tasks)}
+        """The position of each task in the stream."""
+        self._there: dict[str, bool] = {}
+
+    def accuracy(self, patch: TaskPatch) -> float | None:
+        """Test accuracy in percent; None if the images of the task are not here."""
+        if not self.has_images(patch.task):
+            return None
+        return measure(self._module, self._data, self.places[patch.task], patch, self._evaluator)
+
+    def has_images(self, task: str) -> bool:
+        """Whether the images of a task are here."""
+        if task not in self._there:
+            self._there[task] = task in self.places and has_images(self._data, self.places[task])
+        return self._there[task]
 
 
 class _Judge:
@@ -109,16 +173,10 @@ class _Judge:
         self._patches = [patch.widened() for patch in patches]
         self.start = start_states(module.pieces)
         """The states that every task starts from."""
-        self._places = {task.name: place for place, task in enumerate(data.tasks)}
-        self._there: dict[str, bool] = {}
+        self._tester = PatchTester(module, data, evaluator)
         tuned = torch.stack([flatten(self._numbers(patch.pieces)) for patch in self._patches])
         self.vectors = TaskVectors(flatten(self._numbers(self.start)), tuned)
         """The numbers of all tasks."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether numbers are kept as they are."""
-        return all(type(piece).numbers is Piece.numbers for piece in self._module.pieces)
 
     def states(self, numbers: Tensor) -> list[dict[str, Tensor]]:
         """The states of the pieces for some numbers (N,)."""
@@ -143,23 +201,11 @@ class _Judge:
 
     def test(self, patch: TaskPatch) -> float | None:
         """Test accuracy in percent; None if the images of the task are not here."""
-        if not self._has_images(patch.task):
-            return None
-        return measure(self._module, self._data, self._places[patch.task], patch, self._evaluator)
+        return self._tester.accuracy(patch)
 
     def refine(self, steps: int, scale: float) -> Tensor:
         """Numbers (N,) of AdaMerging."""
-        all_states = zip(self.start, *(patch.pieces for patch in self._patches), strict=True)
-        values = [
-            piece.unpack({name: torch.stack([state[name] for state in states]) for name in states[0]})
-            for piece, states in zip(self._module.pieces, all_states, strict=True)
-        ]
-        if None in values:
-            raise PatchError(
-                f"the layers of {', '.join(self._module.method)} cannot be told apart in its states; "
-                "use another way to merge"
-            )
-        layers = {parameter: value for part in values for parameter, value in (part or {}).items()}
+        layers = layer_values(self._module, [self.start, *(patch.pieces for patch in self._patches)])
         tasks = [(self._unlabelled(index), patch.head) for index, patch in enumerate(self._patches)]
         for parameter, value in fit_factors(self._module.current()[0], layers, tasks, steps, scale).items():
             parameter.data = value
@@ -182,16 +228,11 @@ class _Judge:
     def _select(self, index: int, patch: TaskPatch) -> None:
         """Makes a task the current one, and selects its images; raises PatchError if there are no validation images."""
         task = patch.task
-        there = self._has_images(task)
+        there = self._tester.has_images(task)
         if there:
-            activate(self._module, self._data, self._places[task], patch)
+            activate(self._module, self._data, self._tester.places[task], patch)
         if not there or not len(self._data.plain_dataloader("val").dataset):  # type: ignore[arg-type]
             raise PatchError(
                 f"task {task!r} has no validation images here, by which settings are chosen; give --scale to choose "
                 "the factor yourself, --data_root if its images were moved, or --method ties, which needs none"
             )
-
-    def _has_images(self, task: str) -> bool:
-        if task not in self._there:
-            self._there[task] = task in self._places and has_images(self._data, self._places[task])
-        return self._there[task]
