@@ -143,6 +143,8 @@ METHODS = {
 }
 ISOLATED = {name: make for name, make in METHODS.items() if all(piece.isolated for piece in make()[1])}
 SHARED = {name: make for name, make in METHODS.items() if name not in ISOLATED}
+# every method on one backbone
+ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -294,6 +296,7 @@ def test_a_patch_in_half_precision_loads_and_unpacks_in_that_of_the_network(modu
             assert torch.equal(values, tensor)
 
 
+@pytest.mark.parametrize("module", ONCE, indirect=True)
 def test_trains_in_bf16_mixed(module, two_tasks):
     patch = fit(module, two_tasks, precision="bf16-mixed", max_epochs=1, limit_train_batches=2)
     states = [*patch.pieces, *module.shared_state().pieces]
@@ -311,8 +314,6 @@ class Change(L.Callback):
         self.values = {name: value - self.before[name] for name, value in trainable_state(pl_module).items()}
 
 
-# every method on one backbone
-ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
 QUICK = ("recast-vit", "clr-resnet")
 # methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks;
 # dropout drops others in each batch
