@@ -60,7 +60,7 @@ WORKING = {
     "early stopping": callback("EarlyStopping", monitor="val/loss"),
     "early stopping by accuracy": callback("EarlyStopping", monitor="val/accuracy", mode="max", patience=1),
     "average of epochs": average(),
-    "rates": callback("LearningRateMonitor"),
+    "rates": [*callback("LearningRateMonitor"), "--trainer.logger", "true"],
     "accumulation": callback("GradientAccumulationScheduler", scheduling={0: 2}),
     "checkpoint writer": ["--trainer.plugins", a_class("lightning.pytorch.plugins.io.AsyncCheckpointIO")],
     "max_steps": ["--trainer.max_epochs", "null", "--trainer.max_steps", "3"],
