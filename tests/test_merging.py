@@ -414,14 +414,21 @@ def test_robustness_is_added_to_the_first_layers_of_tasks(changed, tiny_run, tmp
     before, after = (TaskPatch.load(path) for path in (second, tmp_path / "none" / "second.safetensors"))
     assert torch.equal(before.pieces[0]["coefficients"], after.pieces[0]["coefficients"])
     assert all(torch.equal(before.head[name], after.head[name]) for name in before.head)
+    assert add(first, clean, second, run=tiny_run, output=tmp_path / "huge", scale=1e300) == 2
+    assert "scale=1e+300 makes numbers that no patch can hold" in capsys.readouterr().err
+    assert not (tmp_path / "huge").exists()
 
 
 def test_what_has_no_layers_to_add_is_refused(clipart_run, tiny_fit, tmp_path, capsys):
     run, out = clipart_run, tmp_path / "out"
     assert add(run / SIGNS, run / SIGNS, run / PEOPLE, run=run, output=out, layers=0) == 2
     assert "layers=0 must be at least 1" in capsys.readouterr().err
+    assert add(run / SIGNS, run / SIGNS, run / PEOPLE, run / PEOPLE, run=run, output=out) == 2
+    assert "two patches are of task 'people'" in capsys.readouterr().err
     assert main(tiny_fit("--config", "methods/melo.yaml", "--trainer.max_epochs", "1")) == 0
     one, other = sorted((tmp_path / "run" / "patches").iterdir())
     assert add(one, one, other, run=tmp_path / "run", output=out) == 2
-    assert "the states of LoRA are factors of the weights" in capsys.readouterr().err
+    assert (
+        "patch arithmetic does not work with LoRA, whose patches keep factors of the weights" in capsys.readouterr().err
+    )
     assert not out.exists()

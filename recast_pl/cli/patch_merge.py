@@ -76,7 +76,7 @@ def declare_arithmetic(actions: Any) -> None:
     action.add_argument("--output", type=str, required=True, help=output)
     layers = "How many of the weights that a task changes get something added, from the first of the network."
     action.add_argument("--layers", type=int, default=7, help=layers)
-    scale = "Factor of what is added; half as much makes tasks half as robust, and 0 leaves them as they are."
+    scale = "Factor of what is added; 0 leaves tasks as they are."
     action.add_argument("--scale", type=float, default=1.0, help=scale)
     declare_data_root(action)
     declare_device(action)

@@ -1,18 +1,23 @@
 """Adds the robustness of one task of a run to others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from lightning import Trainer
-from torch import Tensor
 
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.errors import PatchError
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.robust_signature import robust_signature
 from recast_pl.learning.til_module import TILModule
-from recast_pl.runs.patch_merging import MergedAccuracy, PatchTester, check_linear, layer_values, start_states
+from recast_pl.runs.patch_merging import (
+    MergedAccuracy,
+    PatchTester,
+    check_mergeable,
+    keeps_numbers,
+    layer_values,
+    start_states,
+)
 
 
 def add_robustness(
@@ -35,29 +40,33 @@ def add_robustness(
         The changed tasks, with their heads, in full precision; and the test accuracy of each, before and after.
 
     Raises:
-        PatchError: If the patches do not fit the run, their weights are not linear in what they keep, or there is no
-            layer.
+        PatchError: If the patches do not fit the run, two to change are of one task, the method cannot be merged or
+            keeps factors of its weights, or there is no layer.
     """
     if layers < 1:
         raise PatchError(f"layers={layers} must be at least 1: how many layers the signature has")
-    patches = [patch.widened() for patch in patches]
-    all_patches = [robust.widened(), clean.widened(), *patches]
-    check_linear(module, all_patches)
-    values = in_order(module, layer_values(module, [start_states(module.pieces), *(p.pieces for p in all_patches)]))
-    changes = [value - value[0] for value in values.values()]
-    signature = robust_signature([c[1] for c in changes], [c[2] for c in changes], layers)
+    check_mergeable(module, patches)
+    for patch in (robust, clean):
+        module.check_patch(patch)
+    if not keeps_numbers(module):
+        raise PatchError(
+            f"patch arithmetic does not work with {', '.join(module.method)}, whose patches keep factors of the weights"
+        )
+    widened = [patch.widened() for patch in (robust, clean, *patches)]
+    values = layer_values(module, [start_states(module.pieces), *(patch.pieces for patch in widened)])
+    changes = [value.double() - value[0].double() for value in values.values()]
+    signature = robust_signature([change[1] for change in changes], [change[2] for change in changes], layers)
     tester, changed, rows = PatchTester(module, data, evaluator), list[TaskPatch](), list[MergedAccuracy]()
-    for place, patch in enumerate(patches, 3):  # after the start and the two tasks of the signature
+    for place, patch in enumerate(widened[2:], 3):  # after the start and the two tasks of the signature
         before = tester.accuracy(patch)
         for (parameter, value), part in zip(values.items(), signature, strict=True):
-            parameter.data = (value[place] + scale * part).to(parameter)
+            parameter.data = (value[place].double() + scale * part).to(parameter)
         found = replace(patch, pieces=[piece.task_state() for piece in module.pieces], rounded=None)
+        try:
+            module.check_patch(found)
+        except PatchError as cause:
+            raise PatchError(f"scale={scale} makes numbers that no patch can hold; choose a smaller factor") from cause
         after = tester.accuracy(found)
         changed.append(replace(found, metrics={} if after is None else {"accuracy": after}))
         rows.append(MergedAccuracy(patch.task, before, after))
     return changed, rows
-
-
-def in_order(module: TILModule, values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """The values of parameters in the order of the network."""
-    return {p: values[p].to(torch.float64) for p in (*module.parameters(), *module.buffers()) if p in values}

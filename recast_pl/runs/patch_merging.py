@@ -66,7 +66,8 @@ def merge_patches(
     pieces = patches[0].pieces if own == [True] else judge.states(merged.numbers)
     found = MergedTasks(list(patches), pieces, merged.masks, {"method": how} | merged.settings).as_read()
     rows = [
-        MergedAccuracy(p.task, judge.test(p), judge.test(found.patch(i, judge.start))) for i, p in enumerate(patches)
+        MergedAccuracy(p.task, judge.tester.accuracy(p), judge.tester.accuracy(found.patch(i, judge.start)))
+        for i, p in enumerate(patches)
     ]
     measured = [
         patch if same else replace(patch, metrics={} if row.merged is None else {"accuracy": row.merged})
@@ -81,11 +82,6 @@ def check_mergeable(module: TILModule, patches: Sequence[TaskPatch]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PatchError(f"two patches are of task {twice!r}; merge different tasks, or use 'patch average'")
-    check_linear(module, patches)
-
-
-def check_linear(module: TILModule, patches: Sequence[TaskPatch]) -> None:
-    """Raises PatchError unless all patches fit the module, whose weights are linear in what a task keeps."""
     for patch in patches:
         module.check_patch(patch)
     for piece, state in zip(module.pieces, patches[0].pieces, strict=True):
@@ -109,25 +105,22 @@ def layer_values(module: TILModule, states: Sequence[Sequence[Mapping[str, Tenso
     """What some task states, the first of which is loaded, set in each layer.
 
     Args:
-        module: The run's method.
+        module: The run's method, whose pieces keep numbers, see `keeps_numbers`.
         states: Of T tasks, a state for each piece.
 
     Returns:
-        For each parameter that tasks change, its values (T, *shape).
+        For each parameter that tasks change, in the order of the network, its values (T, *shape).
 
     Raises:
-        PatchError: If a method does not tell its layers apart, or keeps factors of the weights.
+        PatchError: If a method does not tell its layers apart.
     """
-    method = ", ".join(module.method)
-    if not keeps_numbers(module):
-        raise PatchError(f"the states of {method} are factors of the weights, whose layers cannot be added")
-    values = [
-        piece.unpack({name: torch.stack([state[name] for state in of_piece]) for name in of_piece[0]})
-        for piece, of_piece in zip(module.pieces, zip(*states, strict=True), strict=True)
-    ]
-    if None in values:
-        raise PatchError(f"the layers of {method} cannot be told apart in its states; use another way to merge")
-    return {parameter: value for part in values for parameter, value in (part or {}).items()}
+    values = dict[Tensor, Tensor]()
+    for piece, of_piece in zip(module.pieces, zip(*states, strict=True), strict=True):
+        found = piece.unpack({name: torch.stack([state[name] for state in of_piece]) for name in of_piece[0]})
+        if found is None:
+            raise PatchError(f"the layers of {piece.name} cannot be told apart in its states; use another way to merge")
+        values |= found
+    return {p: values[p] for p in (*module.parameters(), *module.buffers()) if p in values}
 
 
 def keeps_numbers(module: TILModule) -> bool:
@@ -173,7 +166,8 @@ class _Judge:
         self._patches = [patch.widened() for patch in patches]
         self.start = start_states(module.pieces)
         """The states that every task starts from."""
-        self._tester = PatchTester(module, data, evaluator)
+        self.tester = PatchTester(module, data, evaluator)
+        """Measures on test images."""
         tuned = torch.stack([flatten(self._numbers(patch.pieces)) for patch in self._patches])
         self.vectors = TaskVectors(flatten(self._numbers(self.start)), tuned)
         """The numbers of all tasks."""
@@ -198,10 +192,6 @@ class _Judge:
         features = split_features(self._module, self._data, "val", self._evaluator)
         accuracy, loss = features.score(self._module.current()[1])
         return accuracy, -loss
-
-    def test(self, patch: TaskPatch) -> float | None:
-        """Test accuracy in percent; None if the images of the task are not here."""
-        return self._tester.accuracy(patch)
 
     def refine(self, steps: int, scale: float) -> Tensor:
         """Numbers (N,) of AdaMerging."""
@@ -228,9 +218,9 @@ class _Judge:
     def _select(self, index: int, patch: TaskPatch) -> None:
         """Makes a task the current one, and selects its images; raises PatchError if there are no validation images."""
         task = patch.task
-        there = self._tester.has_images(task)
+        there = self.tester.has_images(task)
         if there:
-            activate(self._module, self._data, self._tester.places[task], patch)
+            activate(self._module, self._data, self.tester.places[task], patch)
         if not there or not len(self._data.plain_dataloader("val").dataset):  # type: ignore[arg-type]
             raise PatchError(
                 f"task {task!r} has no validation images here, by which settings are chosen; give --scale to choose "
