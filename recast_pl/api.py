@@ -3,6 +3,7 @@
 
 from recast_pl.backbones.backbone import Backbone, BackboneConfig
 from recast_pl.config.sharing import pull, push
+from recast_pl.data.corruptions import Corruption
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.label_noise import LabelNoise

@@ -14,6 +14,7 @@ from conftest import ROOT, tiny_words
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from recast_pl import Corruption, TaskPatch
 from recast_pl.cli import main
 from recast_pl.data.corruptions import CORRUPTIONS, Condition, check_size, degradations, degrade
 from recast_pl.data.images import decode_file
@@ -207,6 +208,30 @@ def test_gaussian_noise_and_contrast_have_the_published_strength():
         condition = Condition("contrast", severity)
         flat = degrade(halves, condition, changes[condition], "t", [0])
         assert float(flat.max() - flat.min()) == pytest.approx(0.6 * factor, abs=0.005)
+
+
+def test_training_images_are_corrupted_as_test_images_are(pictures, tiny_fit, tmp_path, capsys):
+    image = (pictures[0] * 255).round().to(torch.uint8)
+    for kind, level in (("fog", 2), ("resolution", 0.25), ("jpeg", 10)):
+        torch.manual_seed(4)
+        seed = int(torch.randint(2**31, ()))
+        torch.manual_seed(4)
+        assert torch.equal(Corruption(kind, level)(image), degradations()[Condition(kind, level)](image, seed))
+    for settings, error in (
+        ({"kind": "fog", "level": 6}, "corruption fog has no level 6; choose one of 1, 2, 3, 4, 5"),
+        ({"kind": "rain"}, "there is no corruption 'rain'; choose gaussian_noise"),
+    ):
+        words = json.dumps([{"class_path": "recast_pl.Corruption", "init_args": settings}])
+        assert main(tiny_fit("--data.transforms", words)) == 2
+        found = capsys.readouterr().err
+        assert error in found
+        assert found.count("\n") == 1
+    few = ("--trainer.max_epochs", "1", "--data.num_workers", "1", "--model.head", "sgd")
+    fog = json.dumps([{"class_path": "recast_pl.Corruption", "init_args": {"kind": "fog"}}])
+    assert main(tiny_fit(*few)) == 0
+    assert main(tiny_fit(*few, "--data.transforms", fog, run_dir=tmp_path / "foggy")) == 0
+    patches = [TaskPatch.load(tmp_path / run / "patches" / "00_first.safetensors") for run in ("run", "foggy")]
+    assert not torch.equal(*(patch.head["weight"] for patch in patches))
 
 
 def test_small_images_are_refused():

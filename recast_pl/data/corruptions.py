@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 from recast_pl.data.tasks import derive_seed
@@ -70,6 +70,34 @@ def degradations() -> dict[Condition, Degradation]:
     }
     found |= {Condition(RESOLUTION, share): partial(_lower_resolution, share) for share in RESOLUTIONS}
     return found | {Condition(JPEG, quality): partial(_compress, quality) for quality in QUALITIES}
+
+
+class Corruption(nn.Module):
+    """Degrades training images in the same way as `robustness` degrades test images: one of a task's `transforms`.
+
+    Args:
+        kind: One of `CORRUPTIONS`, `resolution` or `jpeg`.
+        level: How strong it is: the severity of a corruption, from 1 to 5; the share of the pixels on a side that is
+            left, for `resolution`; or the quality, for `jpeg`. Only levels that `robustness` measures.
+
+    Raises:
+        DataError: If there is no such kind, or not with this level.
+        RunError: If the package of corruptions is not installed.
+    """
+
+    def __init__(self, kind: str, level: float = 3) -> None:
+        super().__init__()
+        known = degradations()
+        levels = [f"{condition.level:g}" for condition in known if condition.kind == kind]
+        if not levels:
+            raise DataError(f"there is no corruption {kind!r}; choose {', '.join((*CORRUPTIONS, RESOLUTION, JPEG))}")
+        if (condition := Condition(kind, level)) not in known:
+            raise DataError(f"corruption {kind} has no level {level:g}; choose one of {', '.join(levels)}")
+        self.condition = condition
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Degrades an image uint8 (3, H, W), with a seed from torch's generator."""
+        return degradations()[self.condition](image, int(torch.randint(2**31, ())))
 
 
 def check_size(size: ImageSize) -> None:

@@ -122,17 +122,18 @@ def solve_logistic(x: Tensor, y: Tensor, classes: int, weights: Tensor, smoothin
     used = values > 1e-12 * values.max()  # with few images, most directions are empty
     values, vectors = values[used], vectors[:, used]
     x = x @ vectors  # a rotation, which changes no norm
-    inside = _folds(y)
-    solutions = x.new_zeros(len(inside), classes, x.shape[1]), x.new_zeros(len(inside), classes)
+    train, left_out = _folds(y)
+    x_train, y_train, weights_train = x[train], y[train], weights[train]
+    solutions = x.new_zeros(len(train), classes, x.shape[1]), x.new_zeros(len(train), classes)
     losses: list[float] = []
     for decay in _DECAYS:
-        solutions = _minimise(x, y, values, weights * inside, smoothing, decay, solutions, _ROUGH)
-        losses.append(_loss(x, y, weights * ~inside, solutions))
+        solutions = _minimise(x_train, y_train, values, weights_train, smoothing, decay, solutions, _ROUGH)
+        losses.append(_loss(x, y, weights * left_out, solutions))
         if losses[-1] > min(losses):  # weaker decays overfit more, and take longest
             break
     decay = _DECAYS[losses.index(min(losses))]
     start = solutions[0].mean(0, keepdim=True), solutions[1].mean(0, keepdim=True)
-    (weight,), (bias,) = _minimise(x, y, values, weights[None], smoothing, decay, start, _CONVERGED)
+    (weight,), (bias,) = _minimise(x[None], y[None], values, weights[None], smoothing, decay, start, _CONVERGED)
     return weight @ vectors.T, bias
 
 
@@ -142,12 +143,18 @@ def _loss(x: Tensor, y: Tensor, weights: Tensor, solutions: Solution) -> float:
     return -float((weights * logs[:, torch.arange(len(y), device=y.device), y]).sum())
 
 
-def _folds(y: Tensor) -> Tensor:
-    """Masks (F, N) of the images to train on, for each fold; the images of a class are spread over all folds."""
+def _folds(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images (F, M) to train on, and masks (F, N) of those left out, for each fold.
+
+    The images of a class are spread over all folds. All train on equally many, so one image may be in neither.
+    """
     order = torch.argsort(y, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(y), device=y.device)
-    return torch.stack([place % _FOLDS != fold for fold in range(min(_FOLDS, len(y)))])
+    count = min(_FOLDS, len(y))
+    masks = place % count == torch.arange(count, device=y.device)[:, None]
+    size = int((~masks).sum(1).min())
+    return torch.stack([torch.nonzero(~mask)[:size, 0] for mask in masks]), masks
 
 
 def _minimise(
@@ -160,14 +167,14 @@ def _minimise(
     start: Solution,
     tolerance: float,
 ) -> Solution:
-    """Minimises cross-entropy plus decay/2·‖W‖² by L-BFGS, for F sets of weights of the images at once.
+    """Minimises cross-entropy plus decay/2·‖W‖² by L-BFGS, for F sets of images at once.
 
     Args:
-        x: Features (N, D) in the eigenvectors of their covariance.
-        y: Labels (N,).
+        x: Features (F, N, D) in the eigenvectors of their covariance.
+        y: Labels (F, N).
         values: Eigenvalues (D,). They give the curvature in each direction; steps are scaled by it, because L-BFGS then
             needs several times fewer of them.
-        weights: Weights of the images (F, N); 0 for those that are left out.
+        weights: Weights of the images (F, N).
         smoothing: Label smoothing.
         decay: The weight decay.
         start: Where to start: (F, C, D) and (F, C).
@@ -178,7 +185,7 @@ def _minimise(
     """
     classes = start[1].shape[1]
     scale = (values / classes + decay).rsqrt()  # (D,)
-    scaled = torch.cat([x * scale, x.new_ones(len(x), 1)], 1)  # (N, D + 1)
+    scaled = torch.cat([x * scale, x.new_ones(*x.shape[:-1], 1)], -1)  # (F, N, D + 1)
     decays = torch.cat([decay * scale.square(), x.new_zeros(1)])
     shares = (weights / weights.sum(1, keepdim=True).clamp_min(_TINY))[:, :, None]
     targets = shares * ((1 - smoothing) * F.one_hot(y, classes) + smoothing / classes)  # (F, N, C)
