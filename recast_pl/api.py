@@ -30,6 +30,7 @@ from recast_pl.methods.adaptformer import AdaptFormer
 from recast_pl.methods.atlas import ATLAS
 from recast_pl.methods.chosen import Chosen
 from recast_pl.methods.clr import CLR
+from recast_pl.methods.cotta import CoTTA
 from recast_pl.methods.derpp import DERPP
 from recast_pl.methods.dora import DoRA
 from recast_pl.methods.er_ace import ERACE

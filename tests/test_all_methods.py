@@ -82,6 +82,7 @@ ON_BOTH = {
     "bias": lambda: [rp.PartialFineTune()],
     "norm": lambda: [rp.PartialFineTune([r"(norm|bn)\w*\.(weight|bias)$"])],
     "l2sp": lambda: [rp.Scale(learning_rate=2e-2), rp.L2SP(0.1)],
+    "cotta": lambda: [rp.Scale(learning_rate=2e-2), rp.CoTTA(rate=1e-2, views=2)],
     "projection": lambda: [rp.Projection(8)],
     "projection+finetune": lambda: [rp.FullFineTune(), rp.Projection(8)],
     "sequential": lambda: [rp.FineTune()],
@@ -142,7 +143,6 @@ METHODS = {
     for name, pieces in methods.items()
 }
 ISOLATED = {name: make for name, make in METHODS.items() if all(piece.isolated for piece in make()[1])}
-SHARED = {name: make for name, make in METHODS.items() if name not in ISOLATED}
 # every method on one backbone
 ONCE = [name for name in METHODS if name.endswith("-vit") or name.split("-resnet")[0] + "-vit" not in METHODS]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT
+from conftest import ROOT, TINY_VIT
 from safetensors.torch import save_file
 from test_all_methods import VIT
 from torch import nn
@@ -24,12 +24,16 @@ from recast_pl import (
     L2SP,
     AdaptFormer,
     BankLayout,
+    CoTTA,
     DoRA,
+    FineTune,
     FullFineTune,
     HeadScale,
+    LinearProbe,
     LoRA,
     LoRAXS,
     PartialFineTune,
+    Piece,
     Piggyback,
     RoSA,
     Scale,
@@ -41,6 +45,7 @@ from recast_pl import (
 )
 from recast_pl.cli import main
 from recast_pl.errors import MethodError, PatchError
+from recast_pl.methods import cotta
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 from recast_pl.methods.recast import load_decompositions
 
@@ -751,6 +756,121 @@ def test_l2sp_keeps_coefficients_close_to_their_start(tiny_fit, tmp_path):
         moved[strength] = (patch.pieces[0]["coefficients"] - start).norm()
         assert patch.pieces[1] == {}
     assert 0 < moved[1000] < 0.5 * moved[0]
+
+
+# CoTTA
+
+
+class Weights(Piece):
+    """The weights of a linear classifier (3, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.parameters = {
+            "weight": nn.Parameter(torch.tensor([[0.5, -0.2, 0.1, 0.3], [0, 1, -1, 0.5], [0.2, 0, 0, 1]]))
+        }
+
+
+def adapting_classifier(threshold=0.0, **settings):
+    """A linear classifier of images (B, 4), its weights, and the context in which these adapt."""
+    weights, piece = Weights(), CoTTA(**settings)
+    piece.join([weights, piece])
+    piece.threshold = torch.tensor([threshold])
+    weight = weights.parameters["weight"]
+    return weight, piece.adapting(lambda images: images @ weight.T)
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("restore", [0, 1])
+def test_cotta_follows_a_mean_teacher_by_steps_of_adam(restore, monkeypatch):
+    monkeypatch.setattr(cotta, "_views", lambda images: lambda unsure: unsure + 1)  # otherwise the first gradient is 0
+    batches = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(3))
+    weight, context = adapting_classifier(2.0, rate=0.05, smoothing=0.9, views=1, restore=restore)
+    source = weight.detach().double().numpy()
+    student, teacher, first, second = source, source, 0, 0
+    with context as classify:
+        for step, images in enumerate(batches, 1):
+            x = images.double().numpy()
+            answer = softmax((x + 1) @ teacher.T)
+            assert np.allclose(classify(images).exp().numpy(), answer, atol=1e-6)
+            assert torch.equal(weight.detach().double(), torch.from_numpy(source))
+            gradient = (softmax(x @ student.T) - answer).T @ x / len(x)
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            moved = student - 0.05 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            teacher = 0.9 * teacher + 0.1 * moved
+            student = source if restore else moved
+    assert np.abs(teacher - source).max() > (0.003 if restore else 0.006)  # the test could fail
+
+
+def test_cotta_averages_the_predictions_of_views_of_unsure_images(monkeypatch):
+    shifts = [torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 2.0, 0, 0]), torch.tensor([0, 0, -1.0, 1.0])]
+    left = iter(shifts)
+    monkeypatch.setattr(cotta, "_views", lambda images: lambda unsure: unsure + next(left))
+    images = torch.tensor([[0.1, 0, 0, 0], [0, 9.0, -3.0, 0], [0, 0, 0.1, 0.2]])
+    weight, context = adapting_classifier(threshold=0.6, views=3)
+    alone = (images @ weight.T).softmax(1)
+    viewed = torch.stack([((images + shift) @ weight.T).softmax(1) for shift in shifts]).mean(0)
+    assert (alone.amax(1) > 0.6).tolist() == [False, True, False]
+    with context as classify:
+        assert torch.allclose(classify(images).exp(), torch.stack([viewed[0], alone[1], viewed[2]]))
+
+
+def test_some_of_the_numbers_of_cotta_go_back_to_the_trained_task():
+    class Wide(Piece):
+        def __init__(self):
+            super().__init__()
+            self.parameters = {"weight": nn.Parameter(torch.randn(3, 2000))}
+
+    wide, piece = Wide(), CoTTA(restore=0.2, views=0, smoothing=0)
+    piece.join([wide, piece])
+    weight, images = wide.parameters["weight"], torch.randn(4, 2000)
+    seen = []
+
+    def network(images):
+        seen.append(weight.detach().clone())
+        return 0.02 * images @ weight.T
+
+    with piece.adapting(network) as classify:
+        for _ in range(2):
+            classify(images)
+    source, student = seen[0], seen[5]  # each batch: source, teacher, student
+    assert 0.17 < (source == student).float().mean() < 0.23
+
+
+def test_cotta_is_the_last_piece_and_adapts_something():
+    adapts = CoTTA()
+    with pytest.raises(MethodError, match="as the last piece"):
+        adapts.join([adapts, LoRA()])
+    with pytest.raises(MethodError, match="tasks of FineTune share weights"):
+        adapts.join([FineTune(), adapts])
+    adapts.join([LinearProbe(), adapts])
+    with pytest.raises(MethodError, match="no piece before it trains any number"):
+        adapts.attach(Small())
+    with pytest.raises(MethodError, match=r"restore=1\.5"):
+        CoTTA(restore=1.5)
+
+
+def test_a_task_that_adapts_at_test_time_is_measured_again_to_the_same_numbers(tiny_fit, tmp_path):
+    adapts = {"rate": 0.5, "smoothing": 0, "views": 2}
+    more = [word for name, value in adapts.items() for word in (f"--model.pieces.CoTTA.{name}", value)]
+    words = tiny_fit("--config", "methods/cotta.yaml", *more, "--trainer.max_epochs", "1")
+    words[words.index(json.dumps(TINY_VIT))] = json.dumps(TINY_VIT | {"depth": 2})
+    assert main([*words, "--model.pieces.Recast.layout.groups", "1"]) == 0
+    run = str(tmp_path / "run")
+    assert main(["test", "--run_dir", run]) == 0
+    numbers = TaskPatch.load(tmp_path / "run" / "patches" / "00_first.safetensors").pieces[1]
+    assert 1 / 3 <= numbers["threshold"].item() <= 1
+    few = ["--epsilons", "1", "--pgd_steps", "1", "--images", "2"]
+    robust = ["robustness", "--run_dir", run, "--output", str(tmp_path / "out"), *few]
+    assert main(robust) == 0
+    measured = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert list(measured["runs"]) == ["run"]
+    images = [str(path) for path in sorted((tmp_path / "first").rglob("*.png"))[:4]]
+    assert main(["predict", "--run_dir", run, "--task", "first", "--images", *images]) == 0
 
 
 # aTLAS

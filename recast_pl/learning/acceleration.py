@@ -136,7 +136,7 @@ class OutputChanges:
 
 
 class EvaluateMerged(Callback):
-    """Generates the weights once for each validation and each test."""
+    """Generates the weights once for each validation and each test; tells a test how to classify images."""
 
     def __init__(self) -> None:
         self._context = ExitStack()
@@ -144,12 +144,17 @@ class EvaluateMerged(Callback):
     def _merge(self, trainer: Trainer, pl_module: Any) -> None:
         self._context.enter_context(pl_module.merged())
 
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Sets `answer` of the module."""
+        pl_module.answer = self._context.enter_context(pl_module.answering())
+
     def _release(self, trainer: Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
         self._context.close()
+        pl_module.answer = None
         if trainer.state.fn == "fit":
             pl_module.merged_weights.free()  # training needs the memory more
 
-    on_validation_start = on_test_start = _merge
+    on_validation_start = _merge
     on_validation_end = on_test_end = _release
     on_exception = _release  # later training in this process must not use these weights
 

@@ -17,17 +17,14 @@ the one with the highest loss is kept. So results do not depend on chance, one s
 weaker.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Network = Callable[[Tensor], Tensor]
-"""From images (B, 3, S, S) in [0, 1] to logits (B, C)."""
+from recast_pl.methods.piece import Classifier
 
 
-def pgd(network: Network, images: Tensor, labels: Tensor, epsilon: float, steps: int) -> Tensor:
+def pgd(network: Classifier, images: Tensor, labels: Tensor, epsilon: float, steps: int) -> Tensor:
     """Images on which a network has a high loss, by projected gradient ascent; with one step this is FGSM.
 
     Args:
@@ -56,7 +53,7 @@ def pgd(network: Network, images: Tensor, labels: Tensor, epsilon: float, steps:
 
 
 @torch.enable_grad()
-def _losses(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(network: Classifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each image (B,) and its gradient with respect to the image (B, 3, S, S)."""
     images = images.detach().requires_grad_()
     losses = F.cross_entropy(network(images).float(), labels, reduction="none")

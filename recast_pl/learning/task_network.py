@@ -1,7 +1,7 @@
 """A frozen backbone with the pieces of a method, and a head for each task."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from recast_pl.errors import BackboneError, PatchError, RunError
 from recast_pl.files import fingerprint
 from recast_pl.learning.acceleration import MergedWeights, skip_unread_tokens
 from recast_pl.learning.patch import SharedState, TaskPatch, load_head
-from recast_pl.methods.piece import Piece, copies
+from recast_pl.methods.piece import Classifier, Piece, copies
 from recast_pl.rules import ImageSize
 
 
@@ -165,6 +165,20 @@ class TaskNetwork(nn.Module):
         network. Training does not work in it, and a change of task takes effect in the next one.
         """
         return self.merged_weights.of(self.current()[0])
+
+    @contextmanager
+    def answering(self) -> Iterator[Classifier]:
+        """A context with a function that gives logits (B, classes) of the current task for batches of test images.
+
+        The weights are generated only once, or, if a piece does so, adapt to the images. Afterwards they are as before.
+        """
+        adapting = next(filter(None, (piece.adapting(self) for piece in self.pieces)), None)
+        if adapting is None:
+            with self.merged():
+                yield self.__call__
+        else:
+            with adapting as classify:
+                yield classify
 
     def _set_task(self, name: str, classes: Sequence[str]) -> nn.Linear:
         backbone = self._built()

@@ -28,7 +28,7 @@ from recast_pl.learning.probe import Probes, fit_probe
 from recast_pl.learning.schedule import followed_metric, step_schedule
 from recast_pl.learning.signature import Signature
 from recast_pl.learning.task_network import TaskNetwork
-from recast_pl.methods.piece import Piece, Step
+from recast_pl.methods.piece import Classifier, Piece, Step
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, S, S) in [0, 1], and class indices (B,) of the current task, or (B, 2): task index and class index."""
@@ -86,6 +86,7 @@ class TILModule(TaskNetwork, LightningModule):
         names = ("train/accuracy", "val/accuracy", "val/loss", "test/accuracy", "test/loss")
         self.means = nn.ModuleDict({name: Percent() if "accuracy" in name else MeanMetric() for name in names})
         self.predictions = Predictions()
+        self.answer: Classifier | None = None  # during a test, what classifies its images
         self.test_pairs = torch.empty(0, 2, dtype=torch.long)  # label and predicted class of the images tested last
 
     # -- training ------------------------------------------------------------------------------------------
@@ -318,21 +319,21 @@ class TILModule(TaskNetwork, LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy and cross-entropy on the validation split."""
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, self)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy and cross-entropy on the test split, and what each image was taken for."""
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, self.answer or self)
 
     def on_test_epoch_end(self) -> None:
         """Gathers the predictions of all processes."""
         self.test_pairs = self.predictions.compute().cpu()  # (N, 2)
         self.predictions.reset()
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch, network: Classifier) -> None:
         images, labels = batch
         counted = labels >= 0
-        logits, labels = self(images)[counted], labels[counted]
+        logits, labels = network(images)[counted], labels[counted]
         self._log_mean(f"{stage}/loss", F.cross_entropy(logits, labels, reduction="none"))
         predicted = logits.argmax(1)
         self._log_mean(f"{stage}/accuracy", predicted == labels)

@@ -1,7 +1,8 @@
 """The interface that all pieces of a method implement, and the checks that they share."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -15,6 +16,9 @@ from recast_pl.errors import MethodError, PatchError
 
 ADDED = "added"
 """Name under which a piece adds a module of its own to one of the network; other pieces do not target its weights."""
+
+Classifier = Callable[[Tensor], Tensor]
+"""Gives logits (B, C) for images (B, 3, S, S) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,17 @@ class Piece:
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Loads what `training_state` returned."""
+
+    def adapting(self, network: Classifier) -> AbstractContextManager[Classifier] | None:
+        """A context with a function that classifies batches of test images in order, and adapts the network to them.
+
+        Args:
+            network: Gives logits (B, C) for images (B, 3, S, S) in [0, 1] by the present parameters.
+
+        Returns:
+            The context, which leaves the parameters as they were; None if the piece does not adapt at test time.
+        """
+        return None
 
     def describe(self) -> list[RenderableType]:
         """What to print once the piece is attached."""

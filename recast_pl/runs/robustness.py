@@ -1,7 +1,8 @@
 """How the trained tasks of a run classify worse images, and how often they are right as often as they say."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from recast_pl.data.corruptions import (
     degrade,
 )
 from recast_pl.data.datamodule import SequentialTaskDataModule
-from recast_pl.learning.attacks import Network, pgd
+from recast_pl.learning.attacks import pgd
 from recast_pl.learning.calibration import fit_temperature
 from recast_pl.learning.til_module import TILModule
+from recast_pl.methods.piece import Classifier
 from recast_pl.runs.evaluation import activate, restore, split_features
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.images import check_images
@@ -136,6 +138,10 @@ def measure_robustness(
         yield name, _measure_task(module, data, evaluator, conditions, limit)
 
 
+_Change = Callable[[Tensor, Tensor, list[int]], Tensor]
+"""Changes images (B, 3, S, S) in [0, 1], given their labels (B,) and positions in the data of the task (B)."""
+
+
 @dataclass(frozen=True)
 class _Conditions:
     """Everything that is done to images."""
@@ -143,36 +149,47 @@ class _Conditions:
     changes: Mapping[Condition, Degradation]
     attacks: Attacks
 
-    def apply(
-        self, network: Network, images: Tensor, labels: Tensor, task: str, positions: list[int]
-    ) -> Iterator[tuple[Condition, Tensor]]:
-        """Yields a batch (B, 3, S, S) in [0, 1] as it is, and under each condition."""
-        yield CLEAN, images
+    def of(self, network: Classifier, task: str) -> Iterator[tuple[Condition, _Change]]:
+        """Yields every condition, and what it does to a batch; attacks are on `network`."""
+        yield CLEAN, lambda images, labels, positions: images
         for condition, change in self.changes.items():
-            yield condition, degrade(images, condition, change, task, positions)
+            yield condition, partial(_degrade, condition, change, task)
         for condition, (epsilon, steps) in self.attacks.conditions().items():
-            yield condition, pgd(network, images, labels, epsilon, steps)
+            yield condition, partial(_attack, network, epsilon, steps)
+
+
+def _degrade(
+    condition: Condition, change: Degradation, task: str, images: Tensor, labels: Tensor, positions: list[int]
+) -> Tensor:
+    return degrade(images, condition, change, task, positions)
+
+
+def _attack(
+    network: Classifier, epsilon: float, steps: int, images: Tensor, labels: Tensor, positions: list[int]
+) -> Tensor:
+    return pgd(network, images, labels, epsilon, steps)
 
 
 def _measure_task(
     module: TILModule, data: SequentialTaskDataModule, evaluator: Trainer, conditions: _Conditions, limit: int | None
 ) -> TaskRobustness:
-    temperature, network = _temperature(module, data, evaluator), _network(module, evaluator)
+    temperature, trained = _temperature(module, data, evaluator), _in_precision(module, evaluator)
     split = data.plain_dataloader("test").dataset
     assert isinstance(split, TaskSplit)
     count = len(split) if limit is None else min(limit, len(split))
     chosen = np.linspace(0, len(split) - 1, count).round().astype(int).tolist()
-    found: dict[Condition, list[Answers]] = {}
-    with module.merged():
-        for start in range(0, count, data.batch_size):
-            some = chosen[start : start + data.batch_size]
-            batch = [part.to(module.device) for part in split.__getitems__(some)]
-            images, labels = data.on_after_batch_transfer(batch, 0)
-            positions = split.indices[some].tolist()
-            for condition, changed in conditions.apply(network, images, labels, module.task_name, positions):
-                found.setdefault(condition, []).append(_answers(network, changed, labels, temperature))
+    answers: dict[Condition, Answers] = {}
+    for condition, change in conditions.of(trained, module.task_name):
+        with module.answering() as classify:  # each condition from the start, if a piece adapts at test time
+            network, parts = _in_precision(classify, evaluator), list[Answers]()
+            for start in range(0, count, data.batch_size):
+                some = chosen[start : start + data.batch_size]
+                batch = [part.to(module.device) for part in split.__getitems__(some)]
+                images, labels = data.on_after_batch_transfer(batch, 0)
+                changed = change(images, labels, split.indices[some].tolist())
+                parts.append(_answers(network, changed, labels, temperature))
+        answers[condition] = _join(parts)
     digest = data.image_record["test"]["digest"]
-    answers = {condition: _join(parts) for condition, parts in found.items()}
     return TaskRobustness(tuple(split.indices[chosen].tolist()), digest, temperature, answers)
 
 
@@ -182,20 +199,19 @@ def _temperature(module: TILModule, data: SequentialTaskDataModule, evaluator: T
     return fit_temperature(head(validation.features.to(head.weight.dtype)), validation.labels)
 
 
-def _network(module: TILModule, evaluator: Trainer) -> Network:
-    """The network of the current task, in the precision of the run."""
+def _in_precision(network: Classifier, evaluator: Trainer) -> Classifier:
+    """A network, in the precision of the run."""
     precision = evaluator.precision_plugin
 
-    def network(images: Tensor) -> Tensor:
+    def classify(images: Tensor) -> Tensor:
         with precision.forward_context():
-            logits: Tensor = module(precision.convert_input(images))
-        return logits
+            return network(precision.convert_input(images))
 
-    return network
+    return classify
 
 
 @torch.no_grad()
-def _answers(network: Network, images: Tensor, labels: Tensor, temperature: float) -> Answers:
+def _answers(network: Classifier, images: Tensor, labels: Tensor, temperature: float) -> Answers:
     values = network(images).float()
     confidence, predicted = values.softmax(1).max(1)
     calibrated = (values / temperature).softmax(1).max(1).values
