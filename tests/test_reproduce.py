@@ -243,7 +243,7 @@ def test_table_4_uses_the_runs_of_tables_2_and_1_with_real_networks(six, overlay
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [3, 7, *(pytest.param(number, marks=pytest.mark.release) for number in (4, 5, 8))])
+@pytest.mark.parametrize("number", [3, *(pytest.param(number, marks=pytest.mark.release) for number in (4, 5, 7, 8))])
 def test_every_figure_runs(number, six, overlay, tmp_path, monkeypatch, capsys):
     real = {"name": "vit_small_patch16_224", "weights": "random"}  # figure 4 names points by its numbers
     backbone, task = real if number == 4 else TINY, {"name": "cifar10"}

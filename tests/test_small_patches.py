@@ -325,7 +325,9 @@ def test_two_processes_measure_the_patch_that_one_of_them_writes(tiny_fit, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("names", "limit"), [(("signs",), 1400), (("food", "people"), 1400)])
+@pytest.mark.parametrize(
+    ("names", "limit"), [pytest.param(("signs",), 1400, marks=pytest.mark.release), (("food", "people"), 1400)]
+)
 def test_tasks_of_a_real_vit_fit_in_a_packet(names, limit, vit_weights, tmp_path):
     backbone = ("--model.backbone.name", "vit_small_patch14_dinov2", "--model.backbone.weights", vit_weights)
     words = ["--config", "vit.yaml", *backbone, "--patch_precision", "int4"]

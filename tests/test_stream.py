@@ -471,7 +471,7 @@ def test_two_processes_train_the_quickstart_as_one_does(tmp_path):
         assert torch.allclose(tensor, two.tensors[name], atol=1e-9, rtol=0), name
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_torchrun_starts_the_processes_as_well(tiny_fit, tmp_path):
     run = tmp_path / "run"
     words = tiny_fit("--trainer.devices", "2", "--trainer.strategy", "ddp", run_dir=run)

@@ -177,8 +177,11 @@ def test_the_legend_fits_into_the_picture(length):
     assert len(legend.get_texts()) == 7
 
 
+LONGEST = "task_order"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [pytest.param(s, marks=[pytest.mark.release] * (s == LONGEST)) for s in SWEEPS])
 def test_every_shipped_sweep_runs(name, tiny_fit, image_folder, tmp_path, monkeypatch):
     given = tiny_fit("--trainer.max_epochs", "1", "--trainer.logger", "false")[5:]
     if name == "imbalance":  # which leaves a tenth of the images of a class
