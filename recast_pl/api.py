@@ -7,7 +7,7 @@ from recast_pl.data.corruptions import Corruption
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.label_noise import LabelNoise
-from recast_pl.data.tasks import TaskConfig
+from recast_pl.data.tasks import ClassSubset, TaskConfig
 from recast_pl.decomposition.autoencoder import TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.encoder import CoefficientEncoder

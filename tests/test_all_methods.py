@@ -117,7 +117,7 @@ ON_VIT = {
     "headscale": lambda: [rp.HeadScale(learning_rate=2e-2)],
     "recast+unilora": lambda: [recast(), rp.UniLoRA(targets=[MLP])],
     "inflora": lambda: [rp.InfLoRA(rank=3)],
-    "hypernetwork": lambda: [rp.Hypernetwork(VIT_MLP, size=3, hidden=5)],
+    "hypernetwork": lambda: [rp.Hypernetwork(VIT_ATTENTION, size=3, hidden=5)],
     "ewc+erace": lambda: [rp.FineTune(), rp.EWC(), rp.ERACE(per_class=4)],
     "l2p": lambda: [rp.L2P()],
 }

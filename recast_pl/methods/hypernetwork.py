@@ -128,9 +128,8 @@ class Hypernetwork(TemplatePiece):
     ) -> None:
         super().__init__(layout, decomposition, learning_rate)
         if min(size, hidden) < 1 or strength < 0:
-            raise MethodError(
-                f"Hypernetwork: size={size} and hidden={hidden} must be at least 1, and strength={strength} not negative"
-            )
+            given = f"size={size} and hidden={hidden} must be at least 1, and strength={strength} not negative"
+            raise MethodError(f"Hypernetwork: {given}")
         self.size, self.hidden, self.strength = size, hidden, strength
 
     def attach(self, network: nn.Module) -> None:
