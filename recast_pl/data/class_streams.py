@@ -31,7 +31,7 @@ def drawn_tasks(task: _TaskT) -> list[_TaskT]:
             `subset` has no number of `tasks`, it stands for itself.
     """
     entry: dict[str, Any] = vars(task)
-    subset = entry.get("subset")
+    subset: Any = entry.get("subset")
     options: dict[str, Any] = {} if subset is None else vars(subset)
     count, first = options.get("tasks"), options.get("draw", 0)
     if count is None or count < 1:

@@ -12,9 +12,8 @@ were before the present task began. V and b start at 0, so that the first task s
 
 Deviations:
 - The generator makes changes of RECAST's coefficients. In the sources it makes all weights, and they start at random.
-- The penalty is that of von Oswald et al. without the look-ahead, their candidate step of the optimizer; it weighs
-  all coefficients alike. Chandra et al. have another penalty, and let the generator grow.
-- Chandra et al. have an LSTM; here it is a GRU, whose state at the start is 0.
+- The penalty is that of von Oswald et al. without the look-ahead, which computes it after a candidate step of the
+  optimizer. Chandra et al. have another penalty, and let the generator grow.
 """
 
 import torch
@@ -162,7 +161,7 @@ class Hypernetwork(TemplatePiece):
         kept = self.memory.tensors
         if not kept or not self.strength:
             return None
-        moved = self.generator(kept["embeddings"]) - kept["changes"]  # (T, L, n)
+        moved: Tensor = self.generator(kept["embeddings"]) - kept["changes"]  # (T, L, n)
         return self.strength * moved.square().sum((1, 2)).mean()
 
     @torch.no_grad()
