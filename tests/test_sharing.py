@@ -842,8 +842,12 @@ def unrolled(numbers, embedding):
         (r, z, n), (r_, z_, n_) = np.split(from_input, 3), np.split(from_state, 3)
         update = sigmoid(z + z_)
         state = (1 - update) * np.tanh(n + sigmoid(r + r_) * n_) + update * state
-        made.append(numbers["output.weight"] @ state + numbers["output.bias"])
+        made.append(numbers["output.weight"] @ state)
     return np.array(made)
+
+
+def changes(numbers, embedding):
+    return unrolled(numbers, embedding) - unrolled(numbers, np.zeros_like(embedding))
 
 
 def generating(**settings):
@@ -851,7 +855,7 @@ def generating(**settings):
     return piece, learner(piece, backbone="test_sharing.three_layers")
 
 
-def test_a_generator_starts_from_the_pretrained_weights_and_makes_coefficients_layer_by_layer():
+def test_a_generator_starts_each_task_from_the_pretrained_weights_and_makes_coefficients_layer_by_layer():
     plain = BackboneConfig("test_sharing.three_layers", "random")
     piece, module = generating()
     torch.manual_seed(0)
@@ -863,9 +867,11 @@ def test_a_generator_starts_from_the_pretrained_weights_and_makes_coefficients_l
     numbers = generator(piece)
     (bank,) = piece.decomposition.banks
     assert bank.group.targets == ("3.weight", "5.weight")
-    for weight, index, change in zip(start, (3, 5), unrolled(numbers, numbers["embedding"]), strict=True):
+    for weight, index, change in zip(start, (3, 5), changes(numbers, numbers["embedding"]), strict=True):
         wanted = weight + np.einsum("i,irc->rc", change, bank.templates.double().numpy())
         assert np.allclose(net[index].weight.detach().numpy(), wanted, atol=1e-6)
+    module.begin_task("next", ["a", "b"])
+    assert all(np.array_equal(net[i].weight.detach().numpy(), w) for i, w in zip((3, 5), start, strict=True))
     assert not net[3].parametrizations.weight.original0.requires_grad
 
 
@@ -876,21 +882,22 @@ def test_the_penalty_is_the_mean_over_earlier_tasks_of_squared_changes():
     embeddings = [before["embedding"], np.array([0.5, -1.0, 2.0])]
     piece.end_task()
     module.begin_task("next", ["a", "b"])
+    assert not piece.generator.embedding.any()
     piece.generator.embedding.data = torch.tensor(embeddings[1])
     after = before | {"output.weight": before["output.weight"] + 0.1, "layers": before["layers"] * 1.5}
     for name in ("output.weight", "layers"):
         piece.parameters[name].data = torch.from_numpy(after[name])
-    wanted = 0.3 * np.square(unrolled(after, embeddings[0]) - unrolled(before, embeddings[0])).sum()
+    wanted = 0.3 * np.square(changes(after, embeddings[0]) - changes(before, embeddings[0])).sum()
     loss = piece.loss(None)
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
     assert torch.autograd.grad(loss, piece.generator.embedding, allow_unused=True) == (None,)
     piece.end_task()  # what is kept of the first task is what the generator makes for it now
     kept = piece.memory.tensors
     assert np.allclose(kept["embeddings"], embeddings, atol=0)
-    assert np.allclose(kept["changes"], [unrolled(after, e) for e in embeddings], atol=1e-12)
-    last = after | {"output.bias": after["output.bias"] - 0.2}
-    piece.parameters["output.bias"].data = torch.from_numpy(last["output.bias"])
-    distances = [np.square(unrolled(last, e) - unrolled(after, e)).sum() for e in embeddings]
+    assert np.allclose(kept["changes"], [changes(after, e) for e in embeddings], atol=1e-12)
+    last = after | {"cell.bias_hh": after["cell.bias_hh"] - 0.2}
+    piece.parameters["cell.bias_hh"].data = torch.from_numpy(last["cell.bias_hh"])
+    distances = [np.square(changes(last, e) - changes(after, e)).sum() for e in embeddings]
     assert piece.loss(None).item() == pytest.approx(0.3 * np.mean(distances), rel=1e-12)
     assert Hypernetwork(BankLayout(["weight"]), strength=0).loss(None) is None
 

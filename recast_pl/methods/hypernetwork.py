@@ -3,20 +3,24 @@
 Von Oswald et al., "Continual learning with hypernetworks", ICLR 2020; recurrent over the layers as in Chandra et al.,
 "Continual Learning with Dependency Preserving Hypernetworks", WACV 2023.
 
-    h_l = GRU([e_t, z_l], h_(l−1)),  C_l = C⁰_l + V·h_l + b      for the layers l = 1 … L; h_0 = 0
+    h_l(e) = GRU([e, z_l], h_(l−1)(e)) and f_l(e) = V·(h_l(e) − h_l(0)) for the layers l = 1 … L, with h_0 = 0
+    C_l = C⁰_l + f_l(e_t)
     loss = cross-entropy + β/(t−1) · Σ_(s<t) ‖f(e_s) − f*_s‖²
 
 e_t is the embedding of task t, z_l that of layer l, and C⁰_l are the coefficients of the pretrained weights in the
 templates of RECAST. f(e) are the changes of the coefficients of all layers, and f*_s those of an earlier task as they
-were before the present task began. V and b start at 0, so that the first task starts from the pretrained weights.
+were before the present task began.
 
 Deviations:
 - The generator makes changes of RECAST's coefficients. In the sources it makes all weights, and they start at random.
+- Embeddings start at 0, where changes are 0, so that every task starts from the pretrained weights. In the sources they
+  start at random, so that a task starts from what earlier tasks have left there.
 - The penalty is that of von Oswald et al. without the look-ahead, which computes it after a candidate step of the
   optimizer. Chandra et al. have another penalty, and let the generator grow.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -44,22 +48,22 @@ class Generator(nn.Module):
         self.embedding = nn.Parameter(torch.empty(size))
         self.layers = nn.Parameter(torch.empty(layers, size))
         self.cell = nn.GRUCell(2 * size, hidden)
-        self.output = nn.Linear(hidden, coefficients)
+        self.output = nn.Linear(hidden, coefficients, bias=False)
 
     def reset(self) -> None:
-        """Draws everything anew but the output, which is 0."""
-        nn.init.normal_(self.embedding)
+        """Draws everything anew but the embedding, which is 0."""
+        nn.init.zeros_(self.embedding)
         nn.init.normal_(self.layers)
         self.cell.reset_parameters()
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.output.reset_parameters()
 
     def states(self, embeddings: Tensor, layers: int) -> list[Tensor]:
-        """The states (T, hidden) at each of the first layers, for the embeddings of T tasks (T, E)."""
-        state, states = embeddings.new_zeros(len(embeddings), self.cell.hidden_size), []
+        """The states (T, hidden) at each of the first layers, for T embeddings (T, E), less those for 0."""
+        inputs = F.pad(embeddings, (0, 0, 0, 1))  # (T + 1, E)
+        state, states = inputs.new_zeros(len(inputs), self.cell.hidden_size), []
         for layer in self.layers[:layers]:
-            state = self.cell(torch.cat([embeddings, layer.expand_as(embeddings)], 1), state)
-            states.append(state)
+            state = self.cell(torch.cat([inputs, layer.expand_as(inputs)], 1), state)
+            states.append(state[:-1] - state[-1])
         return states
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -149,8 +153,8 @@ class Hypernetwork(TemplatePiece):
 
     @torch.no_grad()
     def begin_task(self) -> None:
-        """Draws a new embedding; the generator stays."""
-        nn.init.normal_(self.generator.embedding)
+        """The embedding is 0; the generator stays."""
+        nn.init.zeros_(self.generator.embedding)
 
     def restart(self) -> None:
         """Draws a new generator, too."""
