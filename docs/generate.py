@@ -25,7 +25,14 @@ _SECTIONS = ("help", "print_config", "model", "data", "trainer", "budget")  # th
 MARKS = "<!-- from configs/paper/, by docs/generate.py -->", "<!-- end -->"
 GROUPS = {
     "Model": (api.TILModule, api.MimicryModule, api.BackboneConfig, api.BankLayout),
-    "Data": (api.SequentialTaskDataModule, api.TaskConfig, api.Imbalance, api.LabelNoise, api.Corruption),
+    "Data": (
+        api.SequentialTaskDataModule,
+        api.TaskConfig,
+        api.ClassSubset,
+        api.Imbalance,
+        api.LabelNoise,
+        api.Corruption,
+    ),
     "Budget": (api.Budget,),
     "Optimizers": (api.CLASSP,),
     "Classifiers over one label space": (api.NCM, api.LDA, api.RanPAC, api.FeCAM),

@@ -7,7 +7,7 @@ from recast_pl.data.corruptions import Corruption
 from recast_pl.data.datamodule import SequentialTaskDataModule
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.label_noise import LabelNoise
-from recast_pl.data.tasks import TaskConfig
+from recast_pl.data.tasks import ClassSubset, TaskConfig
 from recast_pl.decomposition.autoencoder import TemplateAutoencoder
 from recast_pl.decomposition.bank import Decomposition, decompose
 from recast_pl.decomposition.encoder import CoefficientEncoder
@@ -42,6 +42,7 @@ from recast_pl.methods.gradient_sums import GradientSums
 from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
+from recast_pl.methods.hypernetwork import Hypernetwork
 from recast_pl.methods.inflora import InfLoRA
 from recast_pl.methods.joint_classifier import JointClassifier
 from recast_pl.methods.kappa_tune import KappaTune

@@ -118,6 +118,7 @@ ON_VIT = {
     "headscale": lambda: [rp.HeadScale(learning_rate=2e-2)],
     "recast+unilora": lambda: [recast(), rp.UniLoRA(targets=[MLP])],
     "inflora": lambda: [rp.InfLoRA(rank=3)],
+    "hypernetwork": lambda: [rp.Hypernetwork(VIT_ATTENTION, size=3, hidden=5)],
     "ewc+erace": lambda: [rp.FineTune(), rp.EWC(), rp.ERACE(per_class=4)],
     "l2p": lambda: [rp.L2P()],
 }
@@ -127,6 +128,7 @@ ON_RESNET = {
     "recast+piggyback": lambda: [recast(RESNET_CONV), rp.Piggyback(learning_rate=1e-2)],
     "recast+clr": lambda: [recast(RESNET_CONV), rp.CLR()],
     "inflora": lambda: [rp.InfLoRA(rank=3, targets=[r"layer1\.\d+\.conv\d\.weight$"])],
+    "hypernetwork": lambda: [rp.Hypernetwork(RESNET_CONV, size=3, hidden=5)],
 }
 OPTIMIZERS = {"classp": functools.partial(rp.CLASSP, lr=1e-3, threshold=0.0)}
 """Of methods that are nothing without theirs; here every entry moves, but not far."""

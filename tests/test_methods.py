@@ -47,7 +47,7 @@ from recast_pl.cli import main
 from recast_pl.errors import MethodError, PatchError
 from recast_pl.methods import cotta
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
-from recast_pl.methods.recast import load_decompositions
+from recast_pl.methods.templates import load_decompositions
 
 
 class Small(nn.Module):

@@ -26,6 +26,7 @@ from recast_pl import (
     GDumb,
     GradientSums,
     Growth,
+    Hypernetwork,
     InfLoRA,
     LinearProbe,
     LoRA,
@@ -811,6 +812,106 @@ def test_l2p_works_on_the_vision_transformers_of_torchvision_too():
         L2P().attach(torchvision.models.resnet18())
 
 
+# hypernetwork
+
+
+def three_layers():
+    """(B, 3, 4, 4) to (B, 5); two weights have one shape."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+
+def generator(piece):
+    """The numbers of a generator, all different, in float64."""
+    numbers, random = {}, np.random.default_rng(4)
+    for name, parameter in piece.parameters.items():
+        numbers[name] = random.normal(0, 0.4, parameter.shape)
+        parameter.data = torch.tensor(numbers[name])
+    return numbers
+
+
+def unrolled(numbers, embedding):
+    """What the generator makes for an embedding: the GRU of Cho et al. (2014) with torch's order of gates, in NumPy."""
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    state, made = np.zeros(numbers["cell.weight_hh"].shape[1]), []
+    for layer in numbers["layers"]:
+        from_input = numbers["cell.weight_ih"] @ np.concatenate([embedding, layer]) + numbers["cell.bias_ih"]
+        from_state = numbers["cell.weight_hh"] @ state + numbers["cell.bias_hh"]
+        (r, z, n), (r_, z_, n_) = np.split(from_input, 3), np.split(from_state, 3)
+        update = sigmoid(z + z_)
+        state = (1 - update) * np.tanh(n + sigmoid(r + r_) * n_) + update * state
+        made.append(numbers["output.weight"] @ state)
+    return np.array(made)
+
+
+def changes(numbers, embedding):
+    return unrolled(numbers, embedding) - unrolled(numbers, np.zeros_like(embedding))
+
+
+def generating(**settings):
+    piece = Hypernetwork(BankLayout([r"[35]\.weight"], templates=2), size=3, hidden=4, **settings)
+    return piece, learner(piece, backbone="test_sharing.three_layers")
+
+
+def test_a_generator_starts_each_task_from_the_pretrained_weights_and_makes_coefficients_layer_by_layer():
+    plain = BackboneConfig("test_sharing.three_layers", "random")
+    piece, module = generating()
+    torch.manual_seed(0)
+    pretrained = plain.build(4).net.double()
+    net = module.backbone.net
+    for index in (3, 5):
+        assert torch.allclose(net[index].weight, pretrained[index].weight, atol=1e-6)
+    start = [net[index].weight.detach().numpy() for index in (3, 5)]
+    numbers = generator(piece)
+    (bank,) = piece.decomposition.banks
+    assert bank.group.targets == ("3.weight", "5.weight")
+    for weight, index, change in zip(start, (3, 5), changes(numbers, numbers["embedding"]), strict=True):
+        wanted = weight + np.einsum("i,irc->rc", change, bank.templates.double().numpy())
+        assert np.allclose(net[index].weight.detach().numpy(), wanted, atol=1e-6)
+    module.begin_task("next", ["a", "b"])
+    assert all(np.array_equal(net[i].weight.detach().numpy(), w) for i, w in zip((3, 5), start, strict=True))
+    assert not net[3].parametrizations.weight.original0.requires_grad
+
+
+def test_the_penalty_is_the_mean_over_earlier_tasks_of_squared_changes():
+    piece, module = generating(strength=0.3)
+    assert piece.loss(None) is None
+    before = generator(piece)
+    embeddings = [before["embedding"], np.array([0.5, -1.0, 2.0])]
+    piece.end_task()
+    module.begin_task("next", ["a", "b"])
+    assert not piece.generator.embedding.any()
+    piece.generator.embedding.data = torch.tensor(embeddings[1])
+    after = before | {"output.weight": before["output.weight"] + 0.1, "layers": before["layers"] * 1.5}
+    for name in ("output.weight", "layers"):
+        piece.parameters[name].data = torch.from_numpy(after[name])
+    wanted = 0.3 * np.square(changes(after, embeddings[0]) - changes(before, embeddings[0])).sum()
+    loss = piece.loss(None)
+    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    assert torch.autograd.grad(loss, piece.generator.embedding, allow_unused=True) == (None,)
+    piece.end_task()  # what is kept of the first task is what the generator makes for it now
+    kept = piece.memory.tensors
+    assert np.allclose(kept["embeddings"], embeddings, atol=0)
+    assert np.allclose(kept["changes"], [changes(after, e) for e in embeddings], atol=1e-12)
+    last = after | {"cell.bias_hh": after["cell.bias_hh"] - 0.2}
+    piece.parameters["cell.bias_hh"].data = torch.from_numpy(last["cell.bias_hh"])
+    distances = [np.square(changes(last, e) - changes(after, e)).sum() for e in embeddings]
+    assert piece.loss(None).item() == pytest.approx(0.3 * np.mean(distances), rel=1e-12)
+    assert Hypernetwork(BankLayout(["weight"]), strength=0).loss(None) is None
+
+
+def test_a_shared_state_of_another_generator_is_refused():
+    piece, _ = generating()
+    piece.end_task()
+    state = piece.shared_state()
+    with pytest.raises(PatchError, match="embeddings"):
+        piece.load_shared_state(state | {"embeddings": state["embeddings"][:, :2]})
+    with pytest.raises(PatchError, match="output"):
+        piece.load_shared_state({name: tensor for name, tensor in state.items() if "output" not in name})
+
+
 # refusals
 
 
@@ -830,6 +931,8 @@ def test_l2p_works_on_the_vision_transformers_of_torchvision_too():
         (lambda: InfLoRA(energy=1.5), "energy=1.5"),
         (lambda: InfLoRA(targets=["conv"]).attach(timm.create_model("mobilenetv2_050")), "grouped"),
         (lambda: L2P(pool=3, chosen=4), "chosen=4"),
+        (lambda: Hypernetwork(BankLayout(["weight"]), hidden=0), "hidden=0"),
+        (lambda: Hypernetwork(BankLayout(["weight"]), strength=-1), "strength=-1"),
     ],
 )
 def test_an_invalid_setting_is_named(make, named):
@@ -849,6 +952,7 @@ def test_a_guard_with_nothing_to_protect_is_refused(index):
         [Recast(BankLayout(["weight"]))],
         [FullFineTune()],
         [InfLoRA()],
+        [Hypernetwork(BankLayout(["weight"]))],
         [EWC(), Growth()],
         [LwF(), HAT()],
     ):

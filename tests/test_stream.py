@@ -39,7 +39,7 @@ from recast_pl.runs.stream import Stream
 
 # methods of each kind of state that resuming needs
 ISOLATED = ("rosa", "lift", "chosen", "recast_dora", "recast_l2sp", "adaptformer")
-SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora")
+SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora", "hypernetwork")
 GATHERING = ("derpp", "inflora")  # shared methods whose training depends on the images of all processes
 TIMES = ("seconds", "wall_seconds")
 

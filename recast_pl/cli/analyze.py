@@ -22,7 +22,7 @@ from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.decomposition.similarity import feature_similarity, weight_similarity
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import json_text, write_atomic
-from recast_pl.methods.recast import load_decompositions
+from recast_pl.methods.templates import load_decompositions
 from recast_pl.reporting.analysis_plots import analysis_figures
 from recast_pl.reporting.analysis_tables import analysis_sheets
 from recast_pl.reporting.plots import write_figure

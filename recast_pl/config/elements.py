@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.config.files import with_config_paths
 from recast_pl.config.run import config_text
+from recast_pl.data.class_streams import drawn_tasks
 from recast_pl.data.tasks import TaskConfig
 from recast_pl.errors import RunError
 
@@ -35,6 +36,7 @@ def parse_options(parser: LightningArgumentParser, words: Sequence[str]) -> Name
 
     An option names the element by its class, its task or its position from 0 (`--model.pieces.LoRA.rank 4`,
     `--data.tasks.signs.path FOLDER`, `--model.pieces.0.layout.groups 3`), or not at all if only one takes the argument.
+    After that, a task that stands for several (`subset.tasks`) is replaced by them.
 
     Raises:
         RunError: If a configuration is not found, or an option fits no element or several.
@@ -51,7 +53,10 @@ def parse_options(parser: LightningArgumentParser, words: Sequence[str]) -> Name
             _apply(override, lists[override.list])
         for name in dict.fromkeys(override.list for override in overrides):
             words += [f"--{name}", json.dumps(lists[name])]
-    return parser.parse_args(words)
+    config = parser.parse_args(words)
+    if config.get("data.tasks"):
+        config["data.tasks"] = [drawn for task in config.data.tasks for drawn in drawn_tasks(task)]
+    return config
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[_Override]]:

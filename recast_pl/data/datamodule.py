@@ -17,10 +17,11 @@ from torchvision.transforms.v2 import functional as tv
 from recast_pl.data.batches import RawBatch, TaskSampler, TaskSplit, apply_transforms, check_transforms, share_of_step
 from recast_pl.data.cache import CacheMode
 from recast_pl.data.changes import SplitImages, find_changes
+from recast_pl.data.class_streams import drawn_tasks, whole_task
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.sources import dataset_name, is_present, open_source, prepare_source
-from recast_pl.data.task_images import BadImagePolicy, ImageSettings, TaskImages
+from recast_pl.data.task_images import BadImagePolicy, ImageSettings, SubsetImages, TaskImages
 from recast_pl.data.tasks import (
     SplitPolicy,
     TaskConfig,
@@ -95,6 +96,7 @@ class SequentialTaskDataModule(LightningDataModule):
         held_out: str | None = None,
     ) -> None:
         super().__init__()
+        tasks = tuple(drawn for task in tasks for drawn in drawn_tasks(task))
         check_images(tasks)
         for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
             if value is not None and value < 1:
@@ -114,6 +116,7 @@ class SequentialTaskDataModule(LightningDataModule):
         self.imbalance, self.label_noise = imbalance, label_noise
         self.held_out = held_out
         self._opened: dict[str, TaskImages] = {}
+        self._wholes: list[TaskImages] = []  # whose classes are divided among tasks
         self._added: dict[str, list[TaskConfig]] = {}
         self.order = seed  # of batches and augmentation
         self._current = self._train_images = 0
@@ -131,7 +134,14 @@ class SequentialTaskDataModule(LightningDataModule):
         Args:
             task: Name of the task.
             paths: Folders or manifests, as `TaskConfig.path` names them, but one class is enough.
+
+        Raises:
+            DataError: If the task has a subset of classes.
         """
+        if any(t.subset for t in self.tasks if t.name == task):
+            raise DataError(
+                f"task {task!r} has drawn classes of a source, so it takes no more images; add another task"
+            )
         self._added[task] = [replace(t, path=p, dataset=None) for t in self.tasks if t.name == task for p in paths]
         self._opened.pop(task, None)
         self._prepared = False
@@ -311,22 +321,35 @@ class SequentialTaskDataModule(LightningDataModule):
 
     def _open(self, task: TaskConfig) -> TaskImages:
         if task.name not in self._opened:
-            sources = [open_source(part, self.root, least=1 + (part is task)) for part in self._parts(task)]
-            for source in sources:
-                source.images.max_pixels = self.max_pixels
-            settings = ImageSettings(
-                seed=self.seed,
-                split=self.split,
-                held_out=self.held_out,
-                imbalance=self.imbalance,
-                label_noise=self.label_noise,
-                size=self.image_size,
-                cache=self.cache,
-                cache_folder=self.root / "cache",
-                on_bad_image=self.on_bad_image,
-            )
-            self._opened[task.name] = TaskImages(task, sources, settings)
+            if task.subset is None:
+                self._opened[task.name] = self._opened_whole(task)
+            else:
+                self._opened[task.name] = SubsetImages(task, task.subset, self._whole(whole_task(task)))
         return self._opened[task.name]
+
+    def _whole(self, task: TaskConfig) -> TaskImages:
+        found = next((images for images in self._wholes if images.task == task), None)
+        if found is None:
+            found = self._opened_whole(task)
+            self._wholes.append(found)
+        return found
+
+    def _opened_whole(self, task: TaskConfig) -> TaskImages:
+        sources = [open_source(part, self.root, least=1 + (part is task)) for part in self._parts(task)]
+        for source in sources:
+            source.images.max_pixels = self.max_pixels
+        settings = ImageSettings(
+            seed=self.seed,
+            split=self.split,
+            held_out=self.held_out,
+            imbalance=self.imbalance,
+            label_noise=self.label_noise,
+            size=self.image_size,
+            cache=self.cache,
+            cache_folder=self.root / "cache",
+            on_bad_image=self.on_bad_image,
+        )
+        return TaskImages(task, sources, settings)
 
     def _split(self, split: str, seed: int | None = None) -> TaskSplit:
         images = self._images

@@ -1,7 +1,7 @@
 """The images of one task: found, split, and decoded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from recast_pl.data.cache import CacheMode, DecodedImages, bad_images_message, decode_images
 from recast_pl.data.changes import SplitImages, describe_images
+from recast_pl.data.class_streams import choose_classes
 from recast_pl.data.datasets import ImageSource
 from recast_pl.data.imbalance import Imbalance
 from recast_pl.data.joining import join_sources, join_splits
 from recast_pl.data.label_noise import LabelNoise
 from recast_pl.data.tasks import (
     SPLITS,
+    ClassSubset,
     SplitPolicy,
     Splits,
     TaskConfig,
@@ -159,3 +161,43 @@ class TaskImages:
                     f"task {self.task.name!r} has no training image of class {lost[0]!r} among its {count} images; "
                     "use more"
                 )
+
+
+class SubsetImages(TaskImages):
+    """The images of some classes of a source: they keep the split, the label and the pixels that they have there.
+
+    Args:
+        task: The task.
+        subset: Its classes.
+        whole: The images of all classes.
+
+    Raises:
+        DataError: If the source has fewer classes.
+    """
+
+    def __init__(self, task: TaskConfig, subset: ClassSubset, whole: TaskImages) -> None:
+        self.task, self.settings, self.seed, self._whole = task, whole.settings, whole.seed, whole
+        names = whole.source.classes
+        if subset.classes > len(names):
+            raise DataError(
+                f"task {task.name!r} has subset.classes={subset.classes}, but {whole.source.location!r} has "
+                f"{len(names)} classes; choose 2 to {len(names)}"
+            )
+        chosen = choose_classes(subset, names, whole.seed)
+        labels = np.full(len(names), -1)  # of all other classes
+        labels[chosen] = np.arange(len(chosen))
+        self._right_labels = labels[whole._right_labels]
+        classes = [names[index] for index in chosen]
+        self.source = replace(whole.source, classes=classes, labels=labels[whole.source.labels])
+        self._restrict()
+
+    @cached_property
+    def decoded(self) -> DecodedImages:
+        """The images of all classes, as they are decoded only once. Those that cannot be read leave the splits."""
+        decoded = self._whole.decoded
+        self._restrict()
+        return decoded
+
+    def _restrict(self) -> None:
+        self.splits = {name: split[self.source.labels[split] >= 0] for name, split in self._whole.splits.items()}
+        self._check_splits("give each class at least 3 images that can be read, or images for every split")

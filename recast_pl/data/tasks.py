@@ -36,6 +36,34 @@ _HELD_OUT = 0.15  # share of each class for validation, and again for test: the 
 
 
 @dataclass(frozen=True)
+class ClassSubset:
+    """Some classes of a source, drawn at random by their names and the seed (`recast_pl.data.class_streams`).
+
+    Args:
+        classes: How many classes a task has, at least 2. They keep their names and order.
+        tasks: How many tasks to make of this one, called `NAME_000`, `NAME_001` and so on, each with a draw of its own,
+            as in "SCoLe" (Lesort et al., 2023). None for one task with its own name.
+        ratio: How much more often the most frequent class is drawn than the rarest; 1 for all alike.
+        draw: Number of the draw, or of the first of several.
+
+    Raises:
+        DataError: If a number is too small.
+    """
+
+    classes: int
+    tasks: int | None = None
+    ratio: float = 1.0
+    draw: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("classes", self.classes, 2), ("tasks", self.tasks, 1), ("draw", self.draw, 0)):
+            if value is not None and value < least:
+                raise DataError(f"data.tasks.subset.{name}={value} must be at least {least}")
+        if not 1 <= self.ratio < float("inf"):
+            raise DataError(f"data.tasks.subset.ratio={self.ratio} must be at least 1, which draws all classes alike")
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """One task of the stream.
 
@@ -57,6 +85,7 @@ class TaskConfig:
             a split that is not named keeps all. Which ones depends on their names and the seed alone. None for all.
         split_as: The name that decides, with the seed, how images without official splits are divided; None for the
             task's own. `rename` sets it, so that the split stays.
+        subset: Which of the classes to use, for long streams of tasks in which classes come back; None for all.
     """
 
     name: str
@@ -68,6 +97,7 @@ class TaskConfig:
     classes: ClassFolders = "top"
     images: int | dict[str, int] | None = None
     split_as: str | None = None
+    subset: ClassSubset | None = None
 
     @property
     def own_path(self) -> Path | None:

@@ -10,23 +10,19 @@ Deviations: templates and the first coefficients are by default solved in closed
 and a patch stores the mean over the K sets, which is all that equation 2 uses.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import count, takewhile
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from rich.console import RenderableType
 from torch import Tensor, nn
 
-from recast_pl.decomposition.bank import Decomposition, decompose
-from recast_pl.decomposition.parametrization import install
 from recast_pl.decomposition.targets import BankLayout
-from recast_pl.errors import DecompositionError, MethodError
+from recast_pl.errors import MethodError
 from recast_pl.methods.gradient_sampling import sample_gradients
-from recast_pl.methods.piece import Piece, check_state
+from recast_pl.methods.piece import check_state
+from recast_pl.methods.templates import TemplatePiece
 
 
-class Recast(Piece):
+class Recast(TemplatePiece):
     """RECAST: a task is the coefficients with which frozen templates are mixed into weights (equations 1 and 2).
 
     Args:
@@ -51,27 +47,14 @@ class Recast(Piece):
         learning_rate: float | None = None,
         gradient_tokens: float = 1.0,
     ) -> None:
-        super().__init__(learning_rate)
+        super().__init__(layout, decomposition, learning_rate)
         if not 0 < gradient_tokens <= 1:
             raise MethodError(f"Recast: gradient_tokens={gradient_tokens} must be above 0 and at most 1")
         self.gradient_tokens = gradient_tokens
-        if (layout is None) == (decomposition is None):
-            given = "neither" if layout is None else "both"
-            raise DecompositionError(f"Recast needs a layout or a decomposition file; {given} is given")
-        self.layout, self.path = layout, None if decomposition is None else Path(decomposition)
-        self.decomposition = Decomposition(())
-
-    def join(self, pieces: Sequence[Piece]) -> None:
-        """Counts the `Recast` pieces before, including subclasses, as each needs a file of its own."""
-        self.number = sum(isinstance(piece, Recast) for piece in pieces[: pieces.index(self)])
 
     def attach(self, network: nn.Module) -> None:
         """Decomposes the network, or loads the given decomposition, and installs it."""
-        if self.path is not None:
-            self.decomposition = Decomposition.load(self.path)
-        elif self.layout is not None:
-            self.decomposition = decompose(network, self.layout)
-        self.parameters = install(network, self.decomposition)
+        super().attach(network)
         for name in self.parameters if self.gradient_tokens < 1 else ():
             path, _, attribute = name.rpartition(".")
             layer = network.get_submodule(path)
@@ -113,35 +96,3 @@ class Recast(Piece):
         """The means of T tasks as sets (T, 1, n) of each weight, in single precision whatever the network has."""
         means = states["coefficients"].float().split([p.shape[1] for p in self.parameters.values()], 1)  # each (T, n)
         return {parameter: mean[:, None] for parameter, mean in zip(self.parameters.values(), means, strict=True)}
-
-    def describe(self) -> list[RenderableType]:
-        """The table of groups, templates and coefficients."""
-        return [self.decomposition.table()]
-
-    def save_base(self, folder: Path) -> None:
-        """Writes the decomposition, so that later sessions use the same bits even if they would solve for others."""
-        path = decomposition_file(folder, self.number)
-        if not path.exists():
-            self.decomposition.save(path)
-
-    def load_base(self, folder: Path) -> None:
-        """Uses the run folder's decomposition."""
-        path = decomposition_file(folder, self.number)
-        if path.exists():
-            self.path = path
-
-
-def decomposition_file(folder: Path, number: int) -> Path:
-    """Where a run folder keeps the decomposition of the `Recast` piece whose `number` this is."""
-    return folder / f"decomposition{f'_{number}' if number else ''}.safetensors"
-
-
-def load_decompositions(folder: Path) -> Decomposition:
-    """The banks of all `Recast` pieces of a run folder, or of its `MimicryModule`.
-
-    Raises:
-        DecompositionError: If there is none, or a file is damaged.
-    """
-    others = takewhile(Path.exists, (decomposition_file(folder, number) for number in count(1)))
-    paths = [decomposition_file(folder, 0), *others]
-    return Decomposition(tuple(bank for path in paths for bank in Decomposition.load(path).banks))

@@ -96,14 +96,14 @@ def restore(module: TILModule, folder: RunFolder, image_size: ImageSize) -> None
 
 
 def trained_coefficients(module: TILModule, folder: RunFolder) -> dict[str, Tensor]:
-    """Mean coefficients (Σ n,) of all weights, by trained task of a run.
+    """Mean coefficients (Σ n,) of all weights, by trained task of a run; empty if no task trains coefficients.
 
     Args:
         module: The run's method; it need not be built.
         folder: The run folder.
     """
-    patches = folder.load_patches() if folder.is_trained else {}
     indices = [index for index, piece in enumerate(module.pieces) if isinstance(piece, Recast)]
+    patches = folder.load_patches() if folder.is_trained and indices else {}
     return {task: torch.cat([p.pieces[index]["coefficients"] for index in indices]) for task, p in patches.items()}
 
 
