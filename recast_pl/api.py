@@ -51,6 +51,7 @@ from recast_pl.methods.linear_probe import LinearProbe
 from recast_pl.methods.lora import LoRA
 from recast_pl.methods.lora_xs import LoRAXS
 from recast_pl.methods.lwf import LwF
+from recast_pl.methods.napa_vq import NAPAVQ
 from recast_pl.methods.ncm import NCM
 from recast_pl.methods.partial_fine_tune import PartialFineTune
 from recast_pl.methods.piece import Piece

@@ -88,6 +88,7 @@ ON_BOTH = {
     "ewc": lambda: [rp.FineTune(), rp.EWC()],
     "lwf": lambda: [rp.FineTune(), rp.LwF()],
     "wa": lambda: [rp.FineTune(), rp.WeightAligning()],
+    "napa": lambda: [rp.FineTune(), rp.NAPAVQ(temperature=10)],  # at 0.1 the classes are too far apart for gradients
     "gdumb": lambda: [rp.FineTune(), rp.GDumb()],
     "classp": lambda: [rp.FineTune(None), rp.GradientSums()],
     "erace": lambda: [rp.FineTune(), rp.ERACE(per_class=4)],

@@ -19,6 +19,7 @@ from recast_pl import (
     EWC,
     HAT,
     L2P,
+    NAPAVQ,
     BackboneConfig,
     BankLayout,
     FineTune,
@@ -838,7 +839,7 @@ def test_an_invalid_setting_is_named(make, named):
 
 
 def guards():
-    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), GradientSums()]
+    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), NAPAVQ(), GradientSums()]
 
 
 @pytest.mark.parametrize("index", range(len(guards())))

@@ -39,8 +39,9 @@ from recast_pl.runs.stream import Stream
 
 # methods of each kind of state that resuming needs
 ISOLATED = ("rosa", "lift", "chosen", "recast_dora", "recast_l2sp", "adaptformer")
-SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora")
-GATHERING = ("derpp", "inflora")  # shared methods whose training depends on the images of all processes
+SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora", "napa_vq")
+# shared methods whose training depends on the images of all processes
+GATHERING = ("derpp", "inflora", "napa_vq")
 TIMES = ("seconds", "wall_seconds")
 
 
