@@ -41,6 +41,7 @@ from recast_pl.methods.gradient_sums import GradientSums
 from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
+from recast_pl.methods.ider import IDER
 from recast_pl.methods.inflora import InfLoRA
 from recast_pl.methods.joint_classifier import JointClassifier
 from recast_pl.methods.kappa_tune import KappaTune

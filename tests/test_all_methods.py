@@ -93,6 +93,7 @@ ON_BOTH = {
     "classp": lambda: [rp.FineTune(None), rp.GradientSums()],
     "erace": lambda: [rp.FineTune(), rp.ERACE(per_class=4)],
     "derpp": lambda: [rp.FineTune(), rp.DERPP(per_class=None, total=9)],
+    "ider": lambda: [rp.FineTune(), rp.IDER(empty=0.5, per_class=4)],
     "hat": lambda: [rp.FineTune(), rp.HAT()],
 }
 ON_VIT = {

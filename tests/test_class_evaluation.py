@@ -241,7 +241,7 @@ def test_the_joint_head_classifies_among_the_classes_of_all_tasks(aligned):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["napa_vq"])
+@pytest.mark.parametrize("method", ["napa_vq", "ider"])
 def test_other_methods_of_one_classifier_are_measured_by_it_too(method, tmp_path):
     result = summary(fit(tmp_path / "run", "--evaluation", "class", method=f"methods/{method}.yaml"))
     assert result["joint_accuracy"] <= result["oracle_accuracy"]  # the best of all classes is the best of its head

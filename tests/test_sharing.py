@@ -18,6 +18,7 @@ from recast_pl import (
     ERACE,
     EWC,
     HAT,
+    IDER,
     L2P,
     NAPAVQ,
     BackboneConfig,
@@ -839,7 +840,7 @@ def test_an_invalid_setting_is_named(make, named):
 
 
 def guards():
-    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), NAPAVQ(), GradientSums()]
+    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), NAPAVQ(), IDER(), GradientSums()]
 
 
 @pytest.mark.parametrize("index", range(len(guards())))
