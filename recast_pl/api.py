@@ -43,6 +43,7 @@ from recast_pl.methods.growth import Growth
 from recast_pl.methods.hat import HAT
 from recast_pl.methods.head_scale import HeadScale
 from recast_pl.methods.hypernetwork import Hypernetwork
+from recast_pl.methods.ider import IDER
 from recast_pl.methods.inflora import InfLoRA
 from recast_pl.methods.joint_classifier import JointClassifier
 from recast_pl.methods.kappa_tune import KappaTune
@@ -53,6 +54,7 @@ from recast_pl.methods.linear_probe import LinearProbe
 from recast_pl.methods.lora import LoRA
 from recast_pl.methods.lora_xs import LoRAXS
 from recast_pl.methods.lwf import LwF
+from recast_pl.methods.napa_vq import NAPAVQ
 from recast_pl.methods.ncm import NCM
 from recast_pl.methods.partial_fine_tune import PartialFineTune
 from recast_pl.methods.piece import Piece

@@ -89,10 +89,12 @@ ON_BOTH = {
     "ewc": lambda: [rp.FineTune(), rp.EWC()],
     "lwf": lambda: [rp.FineTune(), rp.LwF()],
     "wa": lambda: [rp.FineTune(), rp.WeightAligning()],
+    "napa": lambda: [rp.FineTune(), rp.NAPAVQ(temperature=10)],  # at 0.1 the classes are too far apart for gradients
     "gdumb": lambda: [rp.FineTune(), rp.GDumb()],
     "classp": lambda: [rp.FineTune(None), rp.GradientSums()],
     "erace": lambda: [rp.FineTune(), rp.ERACE(per_class=4)],
     "derpp": lambda: [rp.FineTune(), rp.DERPP(per_class=None, total=9)],
+    "ider": lambda: [rp.FineTune(), rp.IDER(empty=0.5, per_class=4)],
     "hat": lambda: [rp.FineTune(), rp.HAT()],
 }
 ON_VIT = {

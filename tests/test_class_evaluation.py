@@ -240,6 +240,14 @@ def test_the_joint_head_classifies_among_the_classes_of_all_tasks(aligned):
     assert norms[2] == pytest.approx(float(torch.cat([h.weight for h in init.model.old_heads[:2]]).norm(dim=1).mean()))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["napa_vq", "ider"])
+def test_other_methods_of_one_classifier_are_measured_by_it_too(method, tmp_path):
+    result = summary(fit(tmp_path / "run", "--evaluation", "class", method=f"methods/{method}.yaml"))
+    assert result["joint_accuracy"] <= result["oracle_accuracy"]  # the best of all classes is the best of its head
+    assert len(result["class_accuracies"]["joint"]) == len(TASKS)
+
+
 def test_what_a_later_task_has_changed_is_not_measured_any_more(aligned, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(aligned, run)

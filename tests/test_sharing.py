@@ -18,7 +18,9 @@ from recast_pl import (
     ERACE,
     EWC,
     HAT,
+    IDER,
     L2P,
+    NAPAVQ,
     BackboneConfig,
     BankLayout,
     FineTune,
@@ -941,7 +943,7 @@ def test_an_invalid_setting_is_named(make, named):
 
 
 def guards():
-    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), GradientSums()]
+    return [EWC(), LwF(), ERACE(), DERPP(), GDumb(), HAT(), WeightAligning(), NAPAVQ(), IDER(), GradientSums()]
 
 
 @pytest.mark.parametrize("index", range(len(guards())))

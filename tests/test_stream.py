@@ -39,8 +39,9 @@ from recast_pl.runs.stream import Stream
 
 # methods of each kind of state that resuming needs
 ISOLATED = ("rosa", "lift", "chosen", "recast_dora", "recast_l2sp", "adaptformer")
-SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora", "hypernetwork")
-GATHERING = ("derpp", "inflora")  # shared methods whose training depends on the images of all processes
+SHARED = ("ewc", "classp", "gdumb", "derpp", "hat", "inflora", "hypernetwork", "napa_vq", "ider")
+# shared methods whose training depends on the images of all processes
+GATHERING = ("derpp", "inflora", "napa_vq", "ider")
 TIMES = ("seconds", "wall_seconds")
 
 

@@ -199,16 +199,22 @@ class Replay(Guard):
             if len(samples.labels):
                 self.buffer.add(samples)
 
+    def draw_images(self, step: Step) -> tuple[Tensor, Samples]:
+        """Draws as many samples as a step has images; returns their images, augmented again, and the samples.
+
+        The images (B, 3, S, S) are in [0, 1]. Both results are on the device of the step.
+        """
+        samples = self.buffer.draw(len(step.labels))
+        images = self.learner.augment(samples.images, samples.tasks)
+        return images.to(step.images) / 255, samples.to(step.images.device)
+
     def draw(self, step: Step) -> tuple[Tensor, Samples]:
         """Draws as many samples as a step has images; returns what their own heads output now (B, C), and the samples.
 
         The images are augmented again. Both results are on the device of the step.
         """
-        samples = self.buffer.draw(len(step.labels))
-        images = self.learner.augment(samples.images, samples.tasks)
-        samples = samples.to(step.images.device)
-        features = self.learner.current()[0](images.to(step.images) / 255)
-        return self.learner.own_logits(features, samples.tasks), samples
+        images, samples = self.draw_images(step)
+        return self.learner.own_logits(self.learner.current()[0](images), samples.tasks), samples
 
     def shared_state(self) -> dict[str, Tensor]:
         """The buffer."""

@@ -13,7 +13,6 @@ Deviation: there is no warm-up in which only the new head is trained.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from recast_pl.errors import MethodError
 from recast_pl.methods.guard import Guard
@@ -42,10 +41,8 @@ class LwF(Guard):
         self.strength, self.temperature = strength, temperature
 
     def begin_task(self) -> None:
-        """Copies the network and the heads of earlier tasks; a resumed task finds them as they were, too."""
-        heads = self.learner.old_heads
-        parts = {"head": heads.named_parameters(), "backbone": self.shared_weights().items()} if len(heads) else {}
-        self.memory.keep({f"{kind}:{n}": p.detach().clone() for kind, named in parts.items() for n, p in named})
+        """Copies the network and the heads of earlier tasks."""
+        self.remember_network()
 
     def loss(self, step: Step) -> Tensor | None:
         """The distillation of all earlier heads; None during the first task."""
@@ -53,18 +50,10 @@ class LwF(Guard):
         terms = [self.distillation(before, head(step.features)) for before, head in heads]
         return self.strength * torch.stack(terms).sum() if terms else None
 
+    @torch.no_grad()
     def teacher_logits(self, step: Step) -> list[Tensor]:
         """What each earlier head (B, C) gave for the images of a step before the task; empty during the first task."""
-        teacher = self.memory.tensors
-        if not teacher:
-            return []
-        weights = {name.removeprefix("backbone:"): p for name, p in teacher.items() if name.startswith("backbone:")}
-        with torch.no_grad():
-            features = functional_call(self.learner.current()[0], weights, (step.images,))  # (B, D)
-        return [
-            F.linear(features, teacher[f"head:{index}.weight"], teacher[f"head:{index}.bias"])
-            for index in range(len(self.learner.old_heads))
-        ]
+        return self.logits_before(step.images)
 
     def distillation(self, before: Tensor, now: Tensor) -> Tensor:
         """Cross-entropy of logits (B, C) with those of the teacher (B, C), at the temperature T."""
