@@ -31,6 +31,7 @@ PROTOCOLS = {
     "l2p": ("torch.optim.Adam", 0.03, 100, None),
     "hat": ("torch.optim.SGD", 0.05, 100, 10_000),
     "classp": ("recast_pl.CLASSP", 0.2, 100, None),  # which has no weight decay
+    "napa_vq": ("torch.optim.AdamW", 0.2, 100, 1),
 }
 
 
