@@ -77,7 +77,7 @@ def test_all_commands_run_in_the_order_of_the_pages(folder):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert [task["name"] for task in summary["tasks"]] == ["food", "people", "recreation", "signs", "digits"]
     assert summary["forgetting"] == 0
-    assert summary["average_accuracy"] > 75  # 85.23 on the machine of the README
+    assert summary["average_accuracy"] > 75  # 85.56 on the machine of the README
     short, full, old, routed = python_blocks("recast_pl.load(")
     assert run(["-c", short], folder).startswith("flags ")
     assert run(["-c", routed], folder).startswith("signs ")
