@@ -20,7 +20,7 @@ from recast_pl.cli import main
 from recast_pl.config.run import open_run
 from recast_pl.errors import RunError
 from recast_pl.learning.device import evaluation_settings, find_device, usable_precision
-from recast_pl.methods import recast
+from recast_pl.methods import templates
 
 PICTURE = str(ROOT / "data/clipart/signs/flags/000.jpg")
 
@@ -299,7 +299,7 @@ def test_templates_may_be_a_file_named_by_a_relative_path(project, tmp_path, mon
 
 
 def test_patches_of_another_kind_of_machine_fit_if_the_templates_are_given(project, monkeypatch, capsys):
-    solve = recast.decompose
+    solve = templates.decompose
 
     def solve_to_other_bits(*args):
         decomposition = solve(*args)
@@ -309,7 +309,7 @@ def test_patches_of_another_kind_of_machine_fit_if_the_templates_are_given(proje
 
     patch = "logs/run/patches/00_first.safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(recast, "decompose", solve_to_other_bits)
+        patched.setattr(templates, "decompose", solve_to_other_bits)
         assert main(fit_words("--run_dir", "logs/other")) == 0
         assert main(["patch", "verify", patch, "--run_dir", "logs/other"]) == 2
         assert "give its decomposition.safetensors as decomposition" in capsys.readouterr().err

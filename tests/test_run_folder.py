@@ -241,9 +241,9 @@ def test_a_file_is_written_once(tmp_path):
 
 def test_a_process_takes_the_base_that_another_has_written_first(tiny_fit, tmp_path, monkeypatch):
     # on another kind of machine, the same decomposition is solved to other bits
-    from recast_pl.methods import recast
+    from recast_pl.methods import templates
 
-    solve, build, other, run = recast.decompose, TILModule.build, tmp_path / "other", tmp_path / "run"
+    solve, build, other, run = templates.decompose, TILModule.build, tmp_path / "other", tmp_path / "run"
 
     def solve_to_other_bits(*args):
         decomposition = solve(*args)
@@ -259,7 +259,7 @@ def test_a_process_takes_the_base_that_another_has_written_first(tiny_fit, tmp_p
 
     quick = ["--config", "methods/recast_dora.yaml", "--trainer.max_epochs", "1", "--only"]
     with monkeypatch.context() as patched:
-        patched.setattr(recast, "decompose", solve_to_other_bits)
+        patched.setattr(templates, "decompose", solve_to_other_bits)
         assert main(tiny_fit(*quick, "second", run_dir=other)) == 0
     with monkeypatch.context() as patched:
         patched.setattr(TILModule, "build", build_while_another_process_finishes)
