@@ -772,7 +772,7 @@ class Weights(Piece):
 
 
 def adapting_classifier(threshold=0.0, **settings):
-    """A linear classifier of images (B, 4), its weights, and the context in which these adapt."""
+    """The weights of a linear classifier of images (B, 4), and the classifier whose weights adapt."""
     weights, piece = Weights(), CoTTA(**settings)
     piece.join([weights, piece])
     piece.threshold = torch.tensor([threshold])
@@ -789,20 +789,19 @@ def softmax(logits):
 def test_cotta_follows_a_mean_teacher_by_steps_of_adam(restore, monkeypatch):
     monkeypatch.setattr(cotta, "_views", lambda images: lambda unsure: unsure + 1)  # otherwise the first gradient is 0
     batches = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(3))
-    weight, context = adapting_classifier(2.0, rate=0.05, smoothing=0.9, views=1, restore=restore)
+    weight, classify = adapting_classifier(2.0, rate=0.05, smoothing=0.9, views=1, restore=restore)
     source = weight.detach().double().numpy()
     student, teacher, first, second = source, source, 0, 0
-    with context as classify:
-        for step, images in enumerate(batches, 1):
-            x = images.double().numpy()
-            answer = softmax((x + 1) @ teacher.T)
-            assert np.allclose(classify(images).exp().numpy(), answer, atol=1e-6)
-            assert torch.equal(weight.detach().double(), torch.from_numpy(source))
-            gradient = (softmax(x @ student.T) - answer).T @ x / len(x)
-            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-            moved = student - 0.05 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
-            teacher = 0.9 * teacher + 0.1 * moved
-            student = source if restore else moved
+    for step, images in enumerate(batches, 1):
+        x = images.double().numpy()
+        answer = softmax((x + 1) @ teacher.T)
+        assert np.allclose(classify(images).exp().numpy(), answer, atol=1e-6)
+        assert torch.equal(weight.detach().double(), torch.from_numpy(source))
+        gradient = (softmax(x @ student.T) - answer).T @ x / len(x)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        moved = student - 0.05 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        teacher = 0.9 * teacher + 0.1 * moved
+        student = source if restore else moved
     assert np.abs(teacher - source).max() > (0.003 if restore else 0.006)  # the test could fail
 
 
@@ -811,12 +810,31 @@ def test_cotta_averages_the_predictions_of_views_of_unsure_images(monkeypatch):
     left = iter(shifts)
     monkeypatch.setattr(cotta, "_views", lambda images: lambda unsure: unsure + next(left))
     images = torch.tensor([[0.1, 0, 0, 0], [0, 9.0, -3.0, 0], [0, 0, 0.1, 0.2]])
-    weight, context = adapting_classifier(threshold=0.6, views=3)
+    weight, classify = adapting_classifier(threshold=0.6, views=3)
     alone = (images @ weight.T).softmax(1)
     viewed = torch.stack([((images + shift) @ weight.T).softmax(1) for shift in shifts]).mean(0)
     assert (alone.amax(1) > 0.6).tolist() == [False, True, False]
-    with context as classify:
-        assert torch.allclose(classify(images).exp(), torch.stack([viewed[0], alone[1], viewed[2]]))
+    assert torch.allclose(classify(images).exp(), torch.stack([viewed[0], alone[1], viewed[2]]))
+
+
+def test_streams_that_take_turns_do_not_change_one_another():
+    first, second = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(1))
+    alone = []
+    for batches in (first, second):
+        _, classify = adapting_classifier(rate=0.5, smoothing=0.5)
+        alone.append([classify(images) for images in batches])
+    weights, piece = Weights(), CoTTA(rate=0.5, smoothing=0.5)
+    piece.join([weights, piece])
+    one, two = (piece.adapting(lambda images: images @ weights.parameters["weight"].T) for _ in range(2))
+    for images, others, *expected in zip(first, second, *alone, strict=True):
+        assert torch.equal(one(images), expected[0])
+        assert torch.equal(two(others), expected[1])
+
+
+def test_an_answer_that_is_certain_has_a_finite_loss():
+    _, classify = adapting_classifier(views=0)
+    logits = classify(torch.tensor([[1e4, 0, 0, 0]]))
+    assert logits.isfinite().all()
 
 
 def test_some_of_the_numbers_of_cotta_go_back_to_the_trained_task():
@@ -834,9 +852,9 @@ def test_some_of_the_numbers_of_cotta_go_back_to_the_trained_task():
         seen.append(weight.detach().clone())
         return 0.02 * images @ weight.T
 
-    with piece.adapting(network) as classify:
-        for _ in range(2):
-            classify(images)
+    classify = piece.adapting(network)
+    for _ in range(2):
+        classify(images)
     source, student = seen[0], seen[5]  # each batch: source, teacher, student
     assert 0.17 < (source == student).float().mean() < 0.23
 
@@ -854,23 +872,34 @@ def test_cotta_is_the_last_piece_and_adapts_something():
         CoTTA(restore=1.5)
 
 
-def test_a_task_that_adapts_at_test_time_is_measured_again_to_the_same_numbers(tiny_fit, tmp_path):
+def test_a_task_that_adapts_at_test_time_is_measured_again_to_the_same_numbers(tiny_fit, tmp_path, monkeypatch):
+    streams, adapting = [], CoTTA.adapting
+
+    def count(piece, network):
+        classify, batches = adapting(piece, network), []
+        streams.append(batches)
+        return lambda images: batches.append(len(images)) or classify(images)
+
+    monkeypatch.setattr(CoTTA, "adapting", count)
     adapts = {"rate": 0.5, "smoothing": 0, "views": 2}
     more = [word for name, value in adapts.items() for word in (f"--model.pieces.CoTTA.{name}", value)]
     words = tiny_fit("--config", "methods/cotta.yaml", *more, "--trainer.max_epochs", "1")
     words[words.index(json.dumps(TINY_VIT))] = json.dumps(TINY_VIT | {"depth": 2})
-    assert main([*words, "--model.pieces.Recast.layout.groups", "1"]) == 0
+    assert main([*words, "--model.pieces.Recast.layout.groups", "1", "--data.batch_size", "2"]) == 0
     run = str(tmp_path / "run")
+    assert streams == [[2, 2], [2, 1]]  # the test images of both tasks
     assert main(["test", "--run_dir", run]) == 0
+    assert streams == [[2, 2], [2, 1]] * 2
     numbers = TaskPatch.load(tmp_path / "run" / "patches" / "00_first.safetensors").pieces[1]
     assert 1 / 3 <= numbers["threshold"].item() <= 1
-    few = ["--epsilons", "1", "--pgd_steps", "1", "--images", "2"]
-    robust = ["robustness", "--run_dir", run, "--output", str(tmp_path / "out"), *few]
-    assert main(robust) == 0
-    measured = json.loads((tmp_path / "out" / "robustness.json").read_text())
-    assert list(measured["runs"]) == ["run"]
+    streams.clear()
+    few = ["--epsilons", "1", "--pgd_steps", "1", "--images", "3"]
+    assert main(["robustness", "--run_dir", run, "--output", str(tmp_path / "out"), *few]) == 0
+    assert streams == [[2, 1]] * 2 * (1 + 15 * 5 + 3 + 4 + 2)  # one for each condition of each task
+    streams.clear()
     images = [str(path) for path in sorted((tmp_path / "first").rglob("*.png"))[:4]]
     assert main(["predict", "--run_dir", run, "--task", "first", "--images", *images]) == 0
+    assert streams == []
 
 
 # aTLAS

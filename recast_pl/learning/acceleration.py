@@ -146,7 +146,7 @@ class EvaluateMerged(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Sets `answer` of the module."""
-        pl_module.answer = self._context.enter_context(pl_module.answering())
+        pl_module.answer = self._context.enter_context(pl_module.testing())()
 
     def _release(self, trainer: Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
         self._context.close()

@@ -1,7 +1,8 @@
 """A frozen backbone with the pieces of a method, and a head for each task."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -167,18 +168,18 @@ class TaskNetwork(nn.Module):
         return self.merged_weights.of(self.current()[0])
 
     @contextmanager
-    def answering(self) -> Iterator[Classifier]:
-        """A context with a function that gives logits (B, classes) of the current task for batches of test images.
+    def testing(self) -> Iterator[Callable[[], Classifier]]:
+        """A context with a function that starts a stream of test images of the current task and returns a classifier.
 
-        The weights are generated only once, or, if a piece does so, adapt to the images. Afterwards they are as before.
+        A classifier gets the batches in order. If a piece adapts, each stream starts from the trained task, and any
+        number of them can take turns; otherwise the weights are generated only once.
         """
-        adapting = next(filter(None, (piece.adapting(self) for piece in self.pieces)), None)
-        if adapting is None:
-            with self.merged():
-                yield self.__call__
+        adapting = [piece for piece in self.pieces if piece.adapts]
+        if adapting:
+            yield partial(adapting[0].adapting, self)
         else:
-            with adapting as classify:
-                yield classify
+            with self.merged():
+                yield lambda: self.__call__
 
     def _set_task(self, name: str, classes: Sequence[str]) -> nn.Linear:
         backbone = self._built()

@@ -19,8 +19,7 @@ authors adapt all weights and the classifier (`FineTune` comes close). Views are
 some tasks do not survive that, and without gamma. Each test starts from the trained task, and leaves it as it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from recast_pl.errors import MethodError
-from recast_pl.methods.piece import Piece, check_state
+from recast_pl.methods.piece import Classifier, Piece, check_state
 
 QUANTILE = 0.05
 """The share of validation images of which a trained task is not sure."""
@@ -49,6 +48,8 @@ class CoTTA(Piece):
     Raises:
         MethodError: If a value is out of range.
     """
+
+    adapts = True
 
     def __init__(self, rate: float = 1e-3, smoothing: float = 0.999, views: int = 32, restore: float = 0.01) -> None:
         if rate <= 0 or views < 0 or not 0 <= smoothing <= 1 or not 0 <= restore <= 1:
@@ -101,16 +102,10 @@ class CoTTA(Piece):
         """Nothing of the network is set: predictions are those of the task as it was trained."""
         return {}
 
-    @contextmanager
-    def adapting(self, network: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A context with a function that classifies batches of test images, and adapts to them.
+    def adapting(self, network: Classifier) -> Classifier:
+        """A function that gives logarithms of probabilities (B, C), and adapts to each batch.
 
-        Args:
-            network: Gives logits (B, C) of images (B, 3, S, S) in [0, 1] by the present numbers of the pieces.
-
-        Yields:
-            The function: images to logarithms of probabilities (B, C). Its random numbers are the same in each context,
-            and between calls the network is the task as it was trained.
+        Its random numbers depend on how many batches came before, and on nothing else.
         """
         numbers = [parameter for piece in self._others for parameter in piece.parameters.values()]
         source, step = _values(numbers), 0
@@ -135,14 +130,14 @@ class CoTTA(Piece):
                 ]
                 _set(numbers, source)
                 optimizer.zero_grad()
-            return answer.log()
+            return answer.clamp_min(torch.finfo(answer.dtype).tiny).log()
 
-        yield classify
+        return classify
 
     @torch.no_grad()
     def _answer(
         self,
-        network: Callable[[Tensor], Tensor],
+        network: Classifier,
         images: Tensor,
         numbers: Sequence[nn.Parameter],
         source: Sequence[Tensor],

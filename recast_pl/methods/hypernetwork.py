@@ -51,7 +51,7 @@ class Generator(nn.Module):
         self.output = nn.Linear(hidden, coefficients, bias=False)
 
     def reset(self) -> None:
-        """Draws everything anew but the embedding, which is 0."""
+        """Draws new random values for everything but the embedding, which is 0."""
         nn.init.zeros_(self.embedding)
         nn.init.normal_(self.layers)
         self.cell.reset_parameters()

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -146,6 +145,8 @@ class Piece:
     """Whether a head may be solved on all training images of its task."""
     linear: ClassVar[bool] = False
     """Whether the weights of the network are linear in `numbers`, so that tasks can be merged."""
+    adapts: ClassVar[bool] = False
+    """Whether the task adapts to the images of a test."""
     learner: Learner
     """The module that trains; set before `attach`."""
     number: int = 0
@@ -298,16 +299,13 @@ class Piece:
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Loads what `training_state` returned."""
 
-    def adapting(self, network: Classifier) -> AbstractContextManager[Classifier] | None:
-        """A context with a function that classifies batches of test images in order, and adapts the network to them.
+    def adapting(self, network: Classifier) -> Classifier:
+        """A function that classifies the batches of one stream of test images in order, if the piece `adapts`.
 
         Args:
-            network: Gives logits (B, C) for images (B, 3, S, S) in [0, 1] by the present parameters.
-
-        Returns:
-            The context, which leaves the parameters as they were; None if the piece does not adapt at test time.
+            network: Gives logits by the present parameters, which are as before after every batch.
         """
-        return None
+        return network
 
     def describe(self) -> list[RenderableType]:
         """What to print once the piece is attached."""

@@ -1,8 +1,8 @@
 """How the trained tasks of a run classify worse images, and how often they are right as often as they say."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -138,10 +138,6 @@ def measure_robustness(
         yield name, _measure_task(module, data, evaluator, conditions, limit)
 
 
-_Change = Callable[[Tensor, Tensor, list[int]], Tensor]
-"""Changes images (B, 3, S, S) in [0, 1], given their labels (B,) and positions in the data of the task (B)."""
-
-
 @dataclass(frozen=True)
 class _Conditions:
     """Everything that is done to images."""
@@ -149,48 +145,39 @@ class _Conditions:
     changes: Mapping[Condition, Degradation]
     attacks: Attacks
 
-    def of(self, network: Classifier, task: str) -> Iterator[tuple[Condition, _Change]]:
-        """Yields every condition, and what it does to a batch; attacks are on `network`."""
-        yield CLEAN, lambda images, labels, positions: images
+    def apply(
+        self, network: Classifier, images: Tensor, labels: Tensor, task: str, positions: list[int]
+    ) -> Iterator[tuple[Condition, Tensor]]:
+        """Yields a batch (B, 3, S, S) in [0, 1] as it is, and under each condition; attacks are on `network`."""
+        yield CLEAN, images
         for condition, change in self.changes.items():
-            yield condition, partial(_degrade, condition, change, task)
+            yield condition, degrade(images, condition, change, task, positions)
         for condition, (epsilon, steps) in self.attacks.conditions().items():
-            yield condition, partial(_attack, network, epsilon, steps)
-
-
-def _degrade(
-    condition: Condition, change: Degradation, task: str, images: Tensor, labels: Tensor, positions: list[int]
-) -> Tensor:
-    return degrade(images, condition, change, task, positions)
-
-
-def _attack(
-    network: Classifier, epsilon: float, steps: int, images: Tensor, labels: Tensor, positions: list[int]
-) -> Tensor:
-    return pgd(network, images, labels, epsilon, steps)
+            yield condition, pgd(network, images, labels, epsilon, steps)
 
 
 def _measure_task(
     module: TILModule, data: SequentialTaskDataModule, evaluator: Trainer, conditions: _Conditions, limit: int | None
 ) -> TaskRobustness:
-    temperature, trained = _temperature(module, data, evaluator), _in_precision(module, evaluator)
+    temperature, network = _temperature(module, data, evaluator), _in_precision(module, evaluator)
     split = data.plain_dataloader("test").dataset
     assert isinstance(split, TaskSplit)
     count = len(split) if limit is None else min(limit, len(split))
     chosen = np.linspace(0, len(split) - 1, count).round().astype(int).tolist()
-    answers: dict[Condition, Answers] = {}
-    for condition, change in conditions.of(trained, module.task_name):
-        with module.answering() as classify:  # each condition from the start, if a piece adapts at test time
-            network, parts = _in_precision(classify, evaluator), list[Answers]()
-            for start in range(0, count, data.batch_size):
-                some = chosen[start : start + data.batch_size]
-                batch = [part.to(module.device) for part in split.__getitems__(some)]
-                images, labels = data.on_after_batch_transfer(batch, 0)
-                changed = change(images, labels, split.indices[some].tolist())
-                parts.append(_answers(network, changed, labels, temperature))
-        answers[condition] = _join(parts)
+    found: dict[Condition, list[Answers]] = {}
+    with module.testing() as start_stream:
+        classifiers = defaultdict[Condition, Classifier](lambda: _in_precision(start_stream(), evaluator))
+        for start in range(0, count, data.batch_size):
+            some = chosen[start : start + data.batch_size]
+            batch = [part.to(module.device) for part in split.__getitems__(some)]
+            images, labels = data.on_after_batch_transfer(batch, 0)
+            positions = split.indices[some].tolist()
+            for condition, changed in conditions.apply(network, images, labels, module.task_name, positions):
+                answers = _answers(classifiers[condition], changed, labels, temperature)
+                found.setdefault(condition, []).append(answers)
     digest = data.image_record["test"]["digest"]
-    return TaskRobustness(tuple(split.indices[chosen].tolist()), digest, temperature, answers)
+    joined = {condition: _join(parts) for condition, parts in found.items()}
+    return TaskRobustness(tuple(split.indices[chosen].tolist()), digest, temperature, joined)
 
 
 @torch.no_grad()
