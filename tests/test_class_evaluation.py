@@ -240,6 +240,20 @@ def test_the_joint_head_classifies_among_the_classes_of_all_tasks(aligned):
     assert norms[2] == pytest.approx(float(torch.cat([h.weight for h in init.model.old_heads[:2]]).norm(dim=1).mean()))
 
 
+def test_tables_of_several_runs_have_the_measures_that_one_of_them_has(trained, aligned, tmp_path):
+    for name, run in (("recast", trained), ("aligned", aligned)):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    assert main(["report", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if "routed accuracy %" in line)
+    header, _, *found = ([cell.strip() for cell in line.split("|")] for line in lines[start : start + 4])
+    cells = {row[1]: dict(zip(header, row, strict=True)) for row in found}
+    assert cells["aligned"]["routed accuracy %"] == ""
+    assert cells["recast"]["routed accuracy %"] == f"{summary(trained)['routed_accuracy']:.2f}"
+    for name, run in (("recast", trained), ("aligned", aligned)):
+        assert cells[name]["joint accuracy %"] == f"{summary(run)['joint_accuracy']:.2f}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["napa_vq", "ider"])
 def test_other_methods_of_one_classifier_are_measured_by_it_too(method, tmp_path):

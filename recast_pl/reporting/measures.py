@@ -1,7 +1,7 @@
 """Measures of finished runs, for tables and figures."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from recast_pl.reporting.plots import Mark
@@ -35,19 +35,37 @@ _ACCURACIES: dict[str, Literal["average_accuracy", "average_anytime_accuracy", "
 
 _BALANCED = "balanced accuracy %"  # the mean over tasks, each just after training
 
-MEASURES = (*_COUNTS, *_ACCURACIES, _BALANCED)
+_CLASS_ACCURACIES: dict[str, Literal["routed_accuracy", "joint_accuracy"]] = {  # of runs with `evaluation: class`
+    "routed accuracy %": "routed_accuracy",
+    "joint accuracy %": "joint_accuracy",
+}
+
+MEASURES = (*_COUNTS, *_ACCURACIES, _BALANCED, *_CLASS_ACCURACIES)
 """Headings of the values that `measures` returns."""
 
 
 def measures(runs: Sequence[Summary]) -> dict[str, str]:
-    """Formats the measures of at least one run by heading; the runs differ in their seed."""
+    """Formats the measures of at least one run by heading; the runs differ in their seed.
+
+    A measure that one of the runs has not recorded is an empty text.
+    """
     counts = {heading: f"{measure(runs):,.0f}" for heading, measure in _COUNTS.items()}
     accuracies = {heading: str(spread([run[key] for run in runs])) for heading, key in _ACCURACIES.items()}
-    return counts | accuracies | {_BALANCED: _balanced(runs)}
+    classes = {
+        heading: str(spread([run[key] for run in runs])) if all(key in run for run in runs) else ""
+        for heading, key in _CLASS_ACCURACIES.items()
+    }
+    return counts | accuracies | {_BALANCED: _balanced(runs)} | classes
+
+
+def known_measures(of_runs: Iterable[Mapping[str, str]]) -> list[str]:
+    """Returns the headings that have a value in at least one of several results of `measures`, in their order."""
+    of_runs = list(of_runs)
+    return [heading for heading in MEASURES if any(values[heading] for values in of_runs)]
 
 
 def _balanced(runs: Sequence[Summary]) -> str:
-    """Formats balanced accuracy; an empty text if a run is of a version that did not record it."""
+    """Formats balanced accuracy, which older versions did not record."""
     if not all("balanced_accuracy" in task for run in runs for task in run["tasks"]):
         return ""
     return str(spread([statistics.mean(task["balanced_accuracy"] for task in run["tasks"]) for run in runs]))

@@ -14,7 +14,7 @@ from recast_pl.files import read_json
 from recast_pl.reporting.bank_figures import BANK_FIGURES, group_marks, mean_marks
 from recast_pl.reporting.class_blocks import class_blocks
 from recast_pl.reporting.document import Block, Bullets, Chart, DataTable, Heading, Line, Paragraph, Text
-from recast_pl.reporting.measures import AVERAGE, MEASURES, TASK_PARAMETERS, measures, sweep_marks, task_mean
+from recast_pl.reporting.measures import AVERAGE, TASK_PARAMETERS, known_measures, measures, sweep_marks, task_mean
 from recast_pl.reporting.plots import Mark, plot_marks
 from recast_pl.reporting.published import published_tables
 from recast_pl.reporting.robustness import read_robustness, robustness_blocks
@@ -25,8 +25,6 @@ from recast_pl.runs.metrics import Spread, final_accuracies, spread
 from recast_pl.runs.origin import Origin, origin
 
 _FAMILIES = ("RECAST", "RECAST with an adapter", "others, tasks kept apart", "tasks share weights")
-
-_COLUMNS = [heading for heading in MEASURES if heading != "seeds"]  # the last column lists the seeds
 
 
 def compose(collections: Sequence[Collection], folders: Sequence[Path], output: Path) -> list[Block]:
@@ -127,20 +125,21 @@ def _accuracies(collection: Collection, chosen: Mapping[str, Sequence[Run]], wha
     keys = list(dict.fromkeys(key for name in chosen for key in collection.labels.get(name, ())))
     shares = {name: any(run.summary.get("shared_bytes") for run in runs) for name, runs in chosen.items()}
     best = max(_accuracy(runs).mean for runs in chosen.values())
+    values = {name: measures([run.summary for run in runs]) for name, runs in chosen.items()}
+    columns = [heading for heading in known_measures(values.values()) if heading != "seeds"]  # which the last one lists
     rows: list[list[Line]] = []
     for name in sorted(chosen, key=lambda name: not shares[name]):
         runs, labels = chosen[name], collection.labels.get(name, {})
-        values = measures([run.summary for run in runs])
         strong = _accuracy(runs).mean == best
         texts = [name, *(str(labels.get(key, "")) for key in keys), runs[0].summary["method"]]
         rows.append(
             [
                 *([Text(text)] for text in (*texts, "shared" if shares[name] else "apart")),
-                *([Text(values[heading], None, strong and heading == AVERAGE)] for heading in _COLUMNS),
+                *([Text(values[name][heading], None, strong and heading == AVERAGE)] for heading in columns),
                 _seed_links(runs, output),
             ]
         )
-    header = ["run", *keys, "pieces", "tasks", *_COLUMNS, "seeds"]
+    header = ["run", *keys, "pieces", "tasks", *columns, "seeds"]
     caption = f"{what}: accuracy and size of each run (tables 1 and 2 of the paper)"
     return DataTable(caption, header, rows, 3 + len(keys))
 

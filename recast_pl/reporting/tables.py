@@ -261,8 +261,11 @@ class FoldingTable:
         def width(columns: Sequence[int], narrow: bool) -> int:
             return Measurement.get(console, free, self.make(columns, narrow)).maximum
 
-        narrow = width(range(self.columns), False) > limit
-        for part in self._parts(lambda columns: width(columns, narrow) <= limit):
+        def fits(columns: Sequence[int], narrow: bool) -> bool:
+            return limit == _UNLIMITED or width(columns, narrow) <= limit  # to measure a long table takes a while
+
+        narrow = not fits(range(self.columns), False)
+        for part in self._parts(lambda columns: fits(columns, narrow)):
             table = self.make(part, narrow)
             if part[-1] >= self.keys and self.keys not in part and self.columns > self.keys:
                 table.title = None  # continued

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from recast_pl.errors import RunError
 from recast_pl.files import json_text, write_atomic
-from recast_pl.reporting.measures import MEASURES, measures
+from recast_pl.reporting.measures import known_measures, measures
 from recast_pl.reporting.published import Published
 from recast_pl.reporting.tables import Cells, markdown_table, table_csv, terminal_table
 from recast_pl.runs.collection import PLAN, Label, is_complete
@@ -142,22 +142,27 @@ class Comparison:
 
     def _cells(self) -> Cells:
         finished, keys = self.finished(), self._keys
-        transfer = [] if self.alone is None else ["forward transfer"]
+        values = {name: measures(list(runs.values())) for name, runs in finished.items()}
+        known = known_measures(values.values())
         rows = [
-            [point.name, *(str(point.labels.get(key, "")) for key in keys), *self._measures(finished, point.name)]
+            [
+                point.name,
+                *(str(point.labels.get(key, "")) for key in keys),
+                *(values[point.name][heading] for heading in known),
+                *self._transfer(finished, point.name),
+            ]
             for point in self.points
             if point.name in finished
         ]
-        return [self.HEADING, *keys, *MEASURES, *transfer], rows
+        return [self.HEADING, *keys, *known, *([] if self.alone is None else ["forward transfer"])], rows
 
-    def _measures(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
-        runs = finished[name]
-        cells = list(measures(list(runs.values())).values())
-        if self.alone is not None:
-            alone = finished.get(self.alone, {})
-            gains = [
-                forward_transfer(runs[seed]["accuracy_matrix"], [task["accuracy"] for task in alone[seed]["tasks"]])
-                for seed in runs.keys() & alone.keys()
-            ]
-            cells.append(str(spread(gains)) if gains else "")
-        return cells
+    def _transfer(self, finished: Mapping[str, Mapping[int, Summary]], name: str) -> list[str]:
+        """Returns the forward transfer of a point, empty if there are no runs to compare with; none without `alone`."""
+        if self.alone is None:
+            return []
+        runs, alone = finished[name], finished.get(self.alone, {})
+        gains = [
+            forward_transfer(runs[seed]["accuracy_matrix"], [task["accuracy"] for task in alone[seed]["tasks"]])
+            for seed in runs.keys() & alone.keys()
+        ]
+        return [str(spread(gains)) if gains else ""]
