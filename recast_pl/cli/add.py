@@ -17,13 +17,12 @@ from recast_pl.config.comparing import check_same_run
 from recast_pl.config.files import no_run
 from recast_pl.config.paths import recorded_path
 from recast_pl.config.run import config_text, declare_run, til
-from recast_pl.config.task_list import changed_tasks, put_task, with_tasks
-from recast_pl.data.tasks import TaskConfig
+from recast_pl.config.task_list import changed_tasks, list_tasks, put_task, with_tasks
 from recast_pl.errors import RunError
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.folder import RunFolder, TaskFiles
 from recast_pl.runs.images import check_images
-from recast_pl.runs.layout import plain_yaml, shares_weights
+from recast_pl.runs.layout import shares_weights
 from recast_pl.runs.reservation import changing, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.terminal import open_console
@@ -71,7 +70,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> int:
     check_same_run(parser, folder.config, text, adding=config.task)
     (entry,) = (task for task in get_loader("yaml")(text)["data"]["tasks"] if task["name"] == config.task)
     init = instantiated(parser, config, folder)
-    _list_others(init, folder)
+    list_tasks(init.data, folder)
     if not TrainerFactory(init.trainer).keeps:
         raise RunError("--trainer.fast_dev_run keeps nothing, so that no task would be added; leave it out")
     with interruptible() as interruption:
@@ -109,15 +108,8 @@ def _add(init: Namespace, folder: RunFolder, entry: dict[str, Any], text: str, c
 
 def _stream(init: Namespace, folder: RunFolder, text: str, console: Console) -> Stream:
     """The stream of all tasks that the run lists now."""
-    _list_others(init, folder)
+    list_tasks(init.data, folder)
     return make_stream(init, folder.path, text, console)
-
-
-def _list_others(init: Namespace, folder: RunFolder) -> None:
-    """Puts the names of all tasks that the run lists now before a new one: no more is needed of those kept apart."""
-    known = {task.name: task for task in init.data.tasks}
-    listed = [task["name"] for task in plain_yaml(folder.config)["data"]["tasks"]]
-    init.data.tasks = [known.pop(name, None) or TaskConfig(name) for name in listed] + list(known.values())
 
 
 def _is_finished(init: Namespace, folder: RunFolder, name: str) -> bool:

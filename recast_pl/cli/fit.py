@@ -19,9 +19,10 @@ from rich.console import Console
 from recast_pl.cli.interruption import interruptible, is_main_process
 from recast_pl.cli.parser import short_reason
 from recast_pl.config.comparing import check_same_run, recorded_text
-from recast_pl.config.files import PRECISION_KEY, with_resumed_config, with_run_config
+from recast_pl.config.files import PRECISION_KEY, with_resumed_config
 from recast_pl.config.paths import add_images, locate_data, locate_paths, recorded_path
 from recast_pl.config.run import config_text, declare_run, til
+from recast_pl.config.task_list import with_task_of_run
 from recast_pl.decomposition.mimicry import MimicryModule
 from recast_pl.errors import RecastError, RunError
 from recast_pl.files import writing
@@ -61,7 +62,7 @@ def declare(parser: LightningArgumentParser) -> None:
 def completed(words: Sequence[str]) -> list[str]:
     """Adds the configuration of a run that is resumed, or whose task is extended."""
     extends = "--extend" in [word.partition("=")[0] for word in words]
-    return with_run_config(words) if extends else with_resumed_config(words)
+    return with_task_of_run(words, "--extend") if extends else with_resumed_config(words)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> int:

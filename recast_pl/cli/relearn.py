@@ -10,9 +10,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from recast_pl.cli.fit import explained_failures, instantiated
 from recast_pl.cli.interruption import interruptible
 from recast_pl.config.comparing import recorded_text
-from recast_pl.config.files import PRECISION_KEY, with_run_config
+from recast_pl.config.files import PRECISION_KEY
 from recast_pl.config.relearning import check_same_base
 from recast_pl.config.run import config_text, declare_run, til
+from recast_pl.config.task_list import list_tasks, with_task_of_run
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import writing
 from recast_pl.learning.trainer import TrainerFactory
@@ -35,7 +36,7 @@ def declare(parser: LightningArgumentParser) -> None:
 
 def completed(words: Sequence[str]) -> list[str]:
     """Puts the configuration of the run before the options."""
-    return with_run_config(words)
+    return with_task_of_run(words, "--task")
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> int:
@@ -81,9 +82,11 @@ def _stream(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     with explained_failures():
         text = config_text(parser, config)
     seed = check_same_base(parser, folder.config, text)
-    text = recorded_text(parser, folder, text)
+    text = recorded_text(parser, folder, text, alone=True)
     config.data.seed = seed  # of the splits, which stay
     init = instantiated(parser, config, folder, seed)
+    if config.data.order_seed is None:
+        list_tasks(init.data, folder)
     init.data.order = init.seed_everything
     console, trainers = open_console(), TrainerFactory(init.trainer).alone()
     return Relearning(

@@ -40,7 +40,7 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str, addin
         return
     # compared after parsing, because the text of defaults inside lists depends on how they were given
     after = parser.parse_string(text)
-    before = parser.parse_string(path.read_text(encoding="utf-8") if adding is None else _with_tasks_of(after, path))
+    before = parser.parse_string(path.read_text(encoding="utf-8") if adding is None else with_tasks_of(after, path))
     later = adding is not None or _leave_out_appended(before, after)
     for config in (before, after):
         _leave_out_harmless(config, later, adding)
@@ -54,8 +54,8 @@ def check_same_run(parser: LightningArgumentParser, path: Path, text: str, addin
             )
 
 
-def _with_tasks_of(config: Namespace, path: Path) -> str:
-    """The configuration of a run, with those of its tasks that another configuration has."""
+def with_tasks_of(config: Namespace, path: Path) -> str:
+    """The text of a run's configuration, with those of its tasks that another configuration has."""
     names = {task.name for task in config.data.tasks}
     return with_tasks(path, lambda tasks: [task for task in tasks if task["name"] in names])
 
@@ -115,21 +115,23 @@ def _is_moved_file(name: str, before: Any, after: Any) -> bool:
     return named and name.rpartition(".")[2] in MODEL_FILES and not Path(before).expanduser().exists()
 
 
-def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str) -> str:
+def recorded_text(parser: LightningArgumentParser, folder: RunFolder, text: str, alone: bool = False) -> str:
     """Returns the content of a run's config.yaml if it says the same as a text in other words, or else that text.
 
-    If all tasks of the run are trained, where and how images are read does not count, nor how they are evaluated.
+    If all tasks of the text are trained, where and how images are read does not count, nor how they are evaluated.
 
     Args:
         parser: A parser with the options of `declare_run`.
         folder: The run folder; it need not have a config.yaml.
         text: A configuration, as `config_text` returns it.
+        alone: Whether the text may have only some of the tasks; then the others are left out of the content, too.
     """
     if not folder.config.exists():
         return text
-    recorded = folder.config.read_text(encoding="utf-8")
-    before, after = parser.parse_string(recorded), parser.parse_string(text)
-    if folder.is_trained and len(folder.finished()) == len(before.data.tasks):
+    after = parser.parse_string(text)
+    recorded = with_tasks_of(after, folder.config) if alone else folder.config.read_text(encoding="utf-8")
+    before = parser.parse_string(recorded)
+    if folder.is_trained and {task.name for task in before.data.tasks} <= folder.finished().keys():
         for config in (before, after):
             for key in EVALUATION_KEYS:
                 config.pop(key, None)

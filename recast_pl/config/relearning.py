@@ -6,6 +6,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from recast_pl.config.files import PRECISION_KEY
+from recast_pl.config.task_list import with_tasks
 from recast_pl.errors import RunError
 
 _COMMON = (
@@ -29,7 +30,7 @@ def check_same_base(parser: LightningArgumentParser, path: Path, text: str) -> i
         RunError: If one of them differs.
     """
     # compared after parsing, because the text of defaults inside lists depends on how they were given
-    before, after = parser.parse_string(path.read_text(encoding="utf-8")), parser.parse_string(text)
+    before, after = parser.parse_string(with_tasks(path, lambda tasks: [])), parser.parse_string(text)
     for config in (before, after):
         _leave_out_rates(config)
     for key in _COMMON:

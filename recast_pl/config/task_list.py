@@ -1,13 +1,17 @@
 """The list of tasks in a run's `config.yaml`, which changes while the rest of the file stays as it is."""
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from recast_pl.config.files import with_run_config
+from recast_pl.data.datamodule import SequentialTaskDataModule
+from recast_pl.data.tasks import TaskConfig
 from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.runs.folder import RunFolder
@@ -57,6 +61,32 @@ def with_tasks(path: Path, choose: Callable[[list[dict[str, Any]]], list[dict[st
     content = plain_yaml(path)
     content["data"]["tasks"] = choose(content["data"]["tasks"])
     return _text(content)
+
+
+def with_task_of_run(words: Sequence[str], option: str) -> list[str]:
+    """Puts the run's configuration before the options of a command that changes the one task that an option names.
+
+    Other tasks are left out of it, unless options are about tasks, too, or their order depends on their number.
+
+    Raises:
+        RunError: As `with_run_config`.
+    """
+    completed = with_run_config(words)
+    given = dict(itertools.pairwise(part for word in words for part in word.split("=", 1)))
+    others = any(word.startswith("--data.tasks") for word in words)
+    if completed == list(words) or option not in given or others:
+        return completed
+    path = RunFolder(given["--run_dir"]).config
+    if plain_yaml(path)["data"].get("order_seed") is not None:
+        return completed
+    return ["--config", with_tasks(path, lambda tasks: [t for t in tasks if t["name"] == given[option]]), *words]
+
+
+def list_tasks(data: SequentialTaskDataModule, folder: RunFolder) -> None:
+    """Puts the names of all tasks that a run lists now before new ones: no more is needed of those kept apart."""
+    known = {task.name: task for task in data.tasks}
+    listed = [task["name"] for task in plain_yaml(folder.config)["data"]["tasks"]]
+    data.tasks = [known.pop(name) if name in known else TaskConfig(name) for name in listed] + list(known.values())
 
 
 def _text(content: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 _STYLES = ("-", "--", "-.", ":")
 
 _LABELLED = 20  # rows of a heat map that can have a name and numbers
+_UNLABELLED = 12  # a heat map of more rows is as large as one of so many with numbers: drawing takes time
 
 
 def plot_accuracy_matrix(matrix: Matrix, tasks: Sequence[str], title: str = "") -> Figure:
@@ -72,7 +73,7 @@ def _heat_map(
     values: NDArray[np.float64], texts: NDArray[np.str_], names: Sequence[str], title: str
 ) -> tuple[Figure, Axes, AxesImage]:
     """Draws a square of percentages. Its size is bounded: many rows get small cells without texts."""
-    shown = max(4, min(len(names), _LABELLED))
+    shown = max(4, len(names)) if len(names) <= _LABELLED else _UNLABELLED
     figure = Figure(figsize=(2.2 + 0.8 * shown, 1.8 + 0.6 * shown), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100)
