@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import fork_server, write_images
 from test_stream import read_summary, without_times
 
@@ -249,6 +250,29 @@ def test_a_version_records_its_settings_and_the_run_keeps_its_own(run):
     assert main(["test", "--run_dir", str(run)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "read"),
+    [
+        (["relearn", "--task", "second"], ["second"]),
+        (["fit", "--extend", "first", "--path", "more"], ["first"]),
+        (["relearn", "--task", "second", "--data.tasks.0.flip", "false"], ["first", "second"]),  # counted among all
+    ],
+)
+def test_the_settings_of_other_tasks_take_no_time(command, read, run, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--run_dir", str(run), "--print_config"])
+    assert [task["name"] for task in yaml.safe_load(capsys.readouterr().out)["data"]["tasks"]] == read
+
+
+def test_tasks_in_another_order_get_versions(tiny_fit, tmp_path):
+    assert main(tiny_fit("--data.order_seed", "3")) == 0
+    before = read_summary(tmp_path / "run")
+    assert relearn(tmp_path / "run", "--keep", "new") == 0
+    assert [task["name"] for task in before["tasks"]] == ["second", "first"]
+    assert [task["name"] for task in read_summary(tmp_path / "run")["tasks"]] == ["second", "first"]
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+
+
 def test_a_version_of_other_classes_is_not_compared(run, tiny_run, capsys):
     folder = write_images(run.parent / "second", 3, seed=2)
     words = ("--data.tasks.second.path", folder)
@@ -268,6 +292,7 @@ def test_a_version_of_other_classes_is_not_compared(run, tiny_run, capsys):
             ("backbone", "64"),
         ),
         (("--data.split", "official"), ("data.split", "'official'", "'ratio'")),
+        (("--data.order_seed", "1"), ("data.order_seed", "None", "1")),
         (("--patch_precision", "int8"), ("patch_precision", "fp32", "int8")),
         (("--trainer.limit_val_batches", "0"), ("--keep new",)),
         (("--trainer.fast_dev_run", "true"), ("fast_dev_run",)),

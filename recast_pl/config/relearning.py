@@ -11,12 +11,12 @@ from recast_pl.errors import RunError
 
 _COMMON = (
     *("model.class_path", "model.init_args.backbone", "model.init_args.pieces"),
-    *("data.image_size", "data.split", PRECISION_KEY),
-)  # what all versions of a task have in common
+    *("data.image_size", "data.split", "data.order_seed", PRECISION_KEY),
+)  # what no version of a task changes
 
 
 def check_same_base(parser: LightningArgumentParser, path: Path, text: str) -> int:
-    """Checks that a task which is learnt again keeps the base, the method and the splits of its run.
+    """Checks that a task which is learnt again keeps its run's base, method, splits and order of tasks.
 
     Args:
         parser: A parser with the options of `declare_run`.
