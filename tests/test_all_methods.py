@@ -32,8 +32,8 @@ from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
 RESNET = BackboneConfig("resnet10t", "random", {"zero_init_last": False})  # else no gradient reaches its convolutions
-VIT_MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
-VIT_ATTENTION = BankLayout([r"attn\.qkv"], groups=3, templates=2, coefficient_sets=3)
+VIT_MLP = BankLayout([r"mlp\.fc[12]\.weight"], layers_per_group=2, templates=2, coefficient_sets=2)
+VIT_ATTENTION = BankLayout([r"attn\.qkv"], layers_per_group=4, templates=2, coefficient_sets=3)
 RESNET_CONV = BankLayout([r"conv\d\.weight"])
 
 
