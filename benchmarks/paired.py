@@ -15,9 +15,13 @@ from pathlib import Path
 
 from scipy import stats
 
-from recast_pl.runs.collection import PLAN
+from recast_pl.runs.collection import PLAN, is_complete
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.metrics import final_accuracies
+
+
+def is_finished(run):
+    return run.summary.is_file() and is_complete(run.read_summary())
 
 
 def read(folder):
@@ -25,7 +29,7 @@ def read(folder):
     found = defaultdict(dict)
     for name, labels in json.loads((folder / PLAN).read_text())["points"].items():
         method, others = labels.get("method", name), tuple(v for k, v in labels.items() if k != "method")
-        for run in RunFolder.find(folder / name):
+        for run in filter(is_finished, RunFolder.find(folder / name)):
             summary = run.read_summary()
             accuracies = final_accuracies(summary).items()
             found[method] |= {(task, summary["seed"], others): value for task, value in accuracies}
@@ -58,7 +62,8 @@ def main():
     print(f"| method | against {options.baseline} |\n|---|---:|")
     for method, values in found.items():
         if values.keys() != baseline.keys():
-            raise SystemExit(f"{method} has other runs than {options.baseline}; finish the comparison first")
+            print(f"| {method} | has other runs |")
+            continue
         print(f"| {method} | {difference(values, baseline)} |")
     if len(labels := sorted({others for *_, others in baseline})) > 1:
         print("\n| method |", " | ".join(" ".join(map(str, each)) for each in labels), "|")
