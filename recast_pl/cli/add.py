@@ -17,7 +17,7 @@ from recast_pl.config.comparing import check_same_run
 from recast_pl.config.files import no_run
 from recast_pl.config.paths import recorded_path
 from recast_pl.config.run import config_text, declare_run, til
-from recast_pl.config.task_list import changed_tasks, list_tasks, put_task, with_tasks
+from recast_pl.config.task_list import changed_tasks, name_all_tasks, put_task, with_tasks
 from recast_pl.errors import RunError
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.folder import RunFolder, TaskFiles
@@ -70,7 +70,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> int:
     check_same_run(parser, folder.config, text, adding=config.task)
     (entry,) = (task for task in get_loader("yaml")(text)["data"]["tasks"] if task["name"] == config.task)
     init = instantiated(parser, config, folder)
-    list_tasks(init.data, folder)
+    name_all_tasks(init.data, folder)
     if not TrainerFactory(init.trainer).keeps:
         raise RunError("--trainer.fast_dev_run keeps nothing, so that no task would be added; leave it out")
     with interruptible() as interruption:
@@ -108,7 +108,7 @@ def _add(init: Namespace, folder: RunFolder, entry: dict[str, Any], text: str, c
 
 def _stream(init: Namespace, folder: RunFolder, text: str, console: Console) -> Stream:
     """The stream of all tasks that the run lists now."""
-    list_tasks(init.data, folder)
+    name_all_tasks(init.data, folder)
     return make_stream(init, folder.path, text, console)
 
 

@@ -13,7 +13,7 @@ from recast_pl.config.comparing import recorded_text
 from recast_pl.config.files import PRECISION_KEY
 from recast_pl.config.relearning import check_same_base
 from recast_pl.config.run import config_text, declare_run, til
-from recast_pl.config.task_list import list_tasks, with_task_of_run
+from recast_pl.config.task_list import name_all_tasks, with_task_of_run
 from recast_pl.errors import DataError, RunError
 from recast_pl.files import writing
 from recast_pl.learning.trainer import TrainerFactory
@@ -86,7 +86,7 @@ def _stream(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     config.data.seed = seed  # of the splits, which stay
     init = instantiated(parser, config, folder, seed)
     if config.data.order_seed is None:
-        list_tasks(init.data, folder)
+        name_all_tasks(init.data, folder)
     init.data.order = init.seed_everything
     console, trainers = open_console(), TrainerFactory(init.trainer).alone()
     return Relearning(

@@ -76,13 +76,14 @@ def with_task_of_run(words: Sequence[str], option: str) -> list[str]:
     others = any(word.startswith("--data.tasks") for word in words)
     if completed == list(words) or option not in given or others:
         return completed
-    path = RunFolder(given["--run_dir"]).config
-    if plain_yaml(path)["data"].get("order_seed") is not None:
+    content = plain_yaml(RunFolder(given["--run_dir"]).config)
+    if content["data"].get("order_seed") is not None:
         return completed
-    return ["--config", with_tasks(path, lambda tasks: [t for t in tasks if t["name"] == given[option]]), *words]
+    content["data"]["tasks"] = [task for task in content["data"]["tasks"] if task["name"] == given[option]]
+    return ["--config", _text(content), *words]
 
 
-def list_tasks(data: SequentialTaskDataModule, folder: RunFolder) -> None:
+def name_all_tasks(data: SequentialTaskDataModule, folder: RunFolder) -> None:
     """Puts the names of all tasks that a run lists now before new ones: no more is needed of those kept apart."""
     known = {task.name: task for task in data.tasks}
     listed = [task["name"] for task in plain_yaml(folder.config)["data"]["tasks"]]
