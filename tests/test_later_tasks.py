@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from recast_pl import load
 from recast_pl.cli import main
 from recast_pl.inference.following import Follower, keep_received
 from recast_pl.learning.router import Router
+from recast_pl.runs import layout
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.listing import list_tasks
 from recast_pl.runs.stream import Stream
@@ -78,6 +80,15 @@ def test_a_task_that_is_added_without_the_old_images_ends_as_in_a_run_from_the_s
     assert "not measured" in shown.out
     assert "third" in shown.out
     assert "equal" in shown.out
+
+
+def test_the_list_of_tasks_is_parsed_twice_to_add_one(run, third, monkeypatch):
+    """As it is, and as it becomes: the time grows with the number of tasks."""
+    contents, parse = [], layout._pickled.__wrapped__
+    monkeypatch.setattr(layout, "_pickled", lru_cache(4)(lambda content: contents.append(content) or parse(content)))
+    assert main(add(run, third, *QUICK)) == 0
+    lists = [content for content in contents if b"name: second" in content]
+    assert len(lists) == len(set(lists)) == 2, lists
 
 
 def test_fit_trains_the_tasks_that_are_appended_to_the_list(run, whole, third, images, tmp_path):

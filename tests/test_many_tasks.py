@@ -113,4 +113,10 @@ def test_the_picture_of_the_matrix_has_a_bounded_size(count):
     matrix = [[50.0 if column <= row else None for column in range(count)] for row in range(count)]
     picture = to_png(plot_accuracy_matrix(matrix, [f"task {index} $" + "x" * 90 for index in range(count)]))
     assert max(struct.unpack(">II", picture[16:24])) < 3000  # width and height in the header of a PNG file
-    assert plots.plot_accuracy_matrix(matrix, ["t"] * count).axes[0].get_images()[0].get_array().shape == (count,) * 2
+    matrix[-1][0] = 70.0
+    drawn = plots.plot_accuracy_matrix(matrix, ["t"] * count).axes[0].get_images()[0].get_array()
+    assert drawn.shape == (min(count, 250),) * 2
+    assert (drawn[0, 0], drawn[-1, 0]) == (
+        70.0 if count == 1 else 50.0,
+        70.0,
+    )  # the latest is among them

@@ -25,7 +25,7 @@ from recast_pl.cli import main
 from recast_pl.errors import RunError
 from recast_pl.files import is_whole_checkpoint, read_sealed_json, sealed_json
 from recast_pl.learning.trainer import TrainerFactory
-from recast_pl.reporting.tables import classes_markdown
+from recast_pl.reporting.tables import classes_markdown, matrix_csv
 from recast_pl.runs.class_results import class_measures, class_results, confusion_matrix
 from recast_pl.runs.folder import config_name
 from recast_pl.runs.metrics import (
@@ -34,6 +34,7 @@ from recast_pl.runs.metrics import (
     backward_transfer,
     forgetting,
     forward_transfer,
+    matrix_lines,
 )
 from recast_pl.runs.stream import Stream
 
@@ -117,6 +118,18 @@ def test_measures_by_hand():
     assert forward_transfer(matrix, [99, 70, 55]) == pytest.approx(((80 - 70) + (50 - 55)) / 2)
     assert (forgetting([[50.0]]), backward_transfer([[50.0]]), average_accuracy([[50.0]])) == (0, 0, 50)
     assert (average_anytime_accuracy([[50.0]]), forward_transfer([[50.0]], [40])) == (50, 0)
+
+
+@pytest.mark.parametrize("kept_apart", [True, False])
+def test_the_text_of_the_matrix_is_that_of_the_json_and_csv_modules(kept_apart):
+    generator = np.random.default_rng(0)
+    own = generator.random(12) * 100
+    rows = [own if kept_apart else generator.choice([*own, 100.0], 12) for _ in own]
+    matrix = [[float(v) if j <= i else None for j, v in enumerate(row)] for i, row in enumerate(rows)]
+    assert [f"[{line}]" for line in matrix_lines(matrix, ", ", "null")] == [json.dumps(row) for row in matrix]
+    names, text = [f'a "task", {i}' for i in range(12)], io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["after", *names], *map(lambda n, r: [n, *r], names, matrix)])
+    assert matrix_csv(matrix, names) == text.getvalue()
 
 
 def test_tensorboard_shows_each_task_and_the_stream(run):

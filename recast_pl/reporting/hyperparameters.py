@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from recast_pl.runs.folder import RunFolder, Summary
-from recast_pl.runs.layout import YAML
+from recast_pl.runs.layout import parse_yaml
 
 _DATA = ("image_size", "batch_size", "split", "order_seed")
 
@@ -22,7 +20,7 @@ def hyperparameters(folder: RunFolder, summary: Summary) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {key: summary[key] for key in ("method", "backbone", "seed")}
     if folder.config.is_file():
-        config = yaml.load(folder.config.read_bytes(), YAML) or {}
+        config = parse_yaml(folder.config.read_bytes()) or {}
         chosen = {name: _arguments(config.get(name)) for name in ("model", "data", "trainer")}
         facts |= dict(_leaves({key: value for key, value in chosen["model"].items() if key != "backbone"}))
         for part, keys in (("data", _DATA), ("trainer", _TRAINER)):

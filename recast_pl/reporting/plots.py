@@ -28,6 +28,7 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 _STYLES = ("-", "--", "-.", ":")
 
 _LABELLED = 20  # rows of a heat map that can have a name and numbers
+_DRAWN = 250  # tasks of a heat map, at about two pixels each
 _UNLABELLED = 12  # a heat map of more rows is as large as one of so many with numbers: drawing takes time
 
 
@@ -40,9 +41,12 @@ def plot_accuracy_matrix(matrix: Matrix, tasks: Sequence[str], title: str = "") 
         title: What the picture shows; empty for no title.
 
     Returns:
-        A heat map; light colours are high values. Its size is bounded: many tasks get small cells without numbers.
+        A heat map; light colours are high values. Its size is bounded: many tasks get small cells without numbers, and
+        of more than 250 tasks, as many are drawn, evenly spaced.
     """
-    values = np.asarray(matrix, dtype=float)  # None becomes NaN
+    drawn = np.linspace(0, len(tasks) - 1, min(len(tasks), _DRAWN)).round().astype(int)
+    tasks = [tasks[index] for index in drawn]
+    values = np.array([[matrix[row][column] for column in drawn] for row in drawn], dtype=float)  # None becomes NaN
     shown = values if len(values) <= _LABELLED else values[:0]  # small cells have no text
     texts = np.array([["" if np.isnan(value) else f"{value:.1f}" for value in row] for row in shown])
     figure, axes, image = _heat_map(values, texts, tasks, title)

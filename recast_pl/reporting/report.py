@@ -20,7 +20,7 @@ from recast_pl.reporting.published import published_tables
 from recast_pl.reporting.robustness import read_robustness, robustness_blocks
 from recast_pl.runs.collection import Collection, Run
 from recast_pl.runs.folder import RunFolder
-from recast_pl.runs.layout import YAML
+from recast_pl.runs.layout import parse_yaml
 from recast_pl.runs.metrics import Spread, final_accuracies, spread
 from recast_pl.runs.origin import Origin, origin
 
@@ -319,7 +319,7 @@ _IMAGENET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 def _uses_fitted_templates(run: RunFolder) -> bool:
     """Returns whether a run took its templates from a file."""
     try:
-        config = yaml.load(run.config.read_bytes(), YAML)
+        config = parse_yaml(run.config.read_bytes())
         pieces = config["model"]["init_args"]["pieces"]
         return any((piece.get("init_args") or {}).get("decomposition") for piece in pieces)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):

@@ -18,7 +18,7 @@ from recast_pl.data.catalogue import DataSet
 from recast_pl.learning.patch import TaskPatch
 from recast_pl.rules import size_text
 from recast_pl.runs.class_results import ClassResults, class_measures
-from recast_pl.runs.metrics import Matrix
+from recast_pl.runs.metrics import matrix_lines
 from recast_pl.runs.patch_merging import MergedAccuracy
 from recast_pl.runs.patch_tools import PatchDifference, storage
 
@@ -183,9 +183,11 @@ def plain(text: str) -> str:
     return "".join(f"\\{character}" if character in r"\`*_[]<>|#" else character for character in text)
 
 
-def matrix_csv(matrix: Matrix, tasks: Sequence[str]) -> str:
+def matrix_csv(matrix: Sequence[list[float | None]], tasks: Sequence[str]) -> str:
     """Writes the accuracy matrix as CSV: a row for each trained task, a column for each tested one."""
-    return table_csv(["after", *tasks], ([name, *row] for name, row in zip(tasks, matrix, strict=True)))
+    names = (table_csv([name], []).rstrip("\n") for name in tasks)  # quoted where that is needed
+    rows = zip(names, matrix_lines(matrix, ",", ""), strict=True)
+    return table_csv(["after", *tasks], []) + "".join(f"{name},{line}\n" for name, line in rows)
 
 
 def table_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

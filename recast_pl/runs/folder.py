@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
-import yaml
-
 from recast_pl.data.changes import SplitImages
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import json_text, read_json, read_sealed_json, sha256, write_atomic, write_once
@@ -15,7 +13,7 @@ from recast_pl.learning.patch import TaskPatch
 from recast_pl.learning.signature import Signature
 from recast_pl.runs.class_results import ClassResults
 from recast_pl.runs.forecast import Cost
-from recast_pl.runs.layout import PATCH_SUFFIXES, RECEIVED, YAML, patch_files, positions, task_file_name
+from recast_pl.runs.layout import PATCH_SUFFIXES, RECEIVED, parse_yaml, patch_files, positions, task_file_name
 from recast_pl.runs.origin import Origin
 
 
@@ -394,7 +392,7 @@ def config_name(content: bytes) -> str:
 
     So the name stays when tasks are added to a run.
     """
-    settings = yaml.load(content, YAML)
+    settings = parse_yaml(content)
     if isinstance(settings, dict) and isinstance(settings.get("data"), dict):
         settings["data"].pop("tasks", None)
     return sha256(json_text(settings).encode())[:12]

@@ -1,5 +1,6 @@
 """The accuracy matrix of a stream, and the measures that are computed from it."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,11 +26,36 @@ def accuracy_matrix(records: Sequence[Record]) -> list[list[float | None]]:
     Returns:
         A row for each task trained and a column for each task tested, in percent; None above the diagonal.
     """
-    own = {record["task"]["name"]: record["task"]["accuracy"] for record in records}
-    return [
-        [record["accuracies"].get(name, own[name]) if j <= i else None for j, name in enumerate(own)]
-        for i, record in enumerate(records)
-    ]
+    own: list[float | None] = [record["task"]["accuracy"] for record in records]
+    columns = {record["task"]["name"]: column for column, record in enumerate(records)}
+    matrix = [own[: row + 1] + [None] * (len(own) - row - 1) for row in range(len(own))]
+    for row, record in enumerate(records):
+        for name, accuracy in record["accuracies"].items():
+            if columns.get(name, len(own)) <= row:
+                matrix[row][columns[name]] = accuracy
+    return matrix
+
+
+def matrix_lines(matrix: Sequence[list[float | None]], separator: str, empty: str) -> list[str]:
+    """Writes each row of an accuracy matrix as text.
+
+    Where tasks are kept apart, a row begins like the one before it, so that part is copied: the matrix of 1,000 tasks
+    has a million entries.
+
+    Args:
+        matrix: As `accuracy_matrix` returns it.
+        separator: What stands between two entries.
+        empty: What stands for None.
+    """
+    lines, begun, before = list[str](), "", list[float | None]()
+    for count, row in enumerate(matrix, 1):
+        if row[: count - 1] != before:
+            begun, before = "", []
+        for value in row[len(before) : count]:
+            begun += (empty if value is None else json.dumps(value, allow_nan=False)) + separator
+        before = row[:count]
+        lines.append((begun + (empty + separator) * (len(row) - count)).removesuffix(separator))
+    return lines
 
 
 def final_accuracies(summary: Summary) -> dict[str, float]:

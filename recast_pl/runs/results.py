@@ -1,6 +1,5 @@
 """The results of a run: a summary of the records of its tasks, and the files that show it."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +25,7 @@ def summarize(
         classes: Results among the classes of all tasks; empty if they were not measured.
     """
     matrix = metrics.accuracy_matrix(records)
-    square = np.array(matrix, dtype=float)
+    square = np.array(matrix, dtype=float)  # None becomes NaN
     return Summary(
         method=method,
         backbone=backbone,
@@ -55,7 +54,7 @@ def write_results(folder: RunFolder, summary: Summary, presentation: Presentatio
 
 def _text(summary: Summary) -> str:
     """JSON with a line for each row of the matrix: a line for each number takes seconds where there are a million."""
-    rows = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in summary["accuracy_matrix"])
+    rows = ",\n".join(f"    [{line}]" for line in metrics.matrix_lines(summary["accuracy_matrix"], ", ", "null"))
     text = json_text({**summary, "accuracy_matrix": None})
     return text.replace('"accuracy_matrix": null', f'"accuracy_matrix": [\n{rows}\n  ]')
 
