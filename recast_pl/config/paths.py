@@ -81,7 +81,7 @@ def add_images(data: SequentialTaskDataModule, folder: RunFolder, root: str | No
         folder: The run folder.
         root: Folder that the images were moved to; None if they were not.
     """
-    for task, paths in added_images(folder).items():
+    for task, paths in added_images(folder, [task.name for task in data.tasks]).items():
         entries: dict[str, Any] = {"tasks": [{"path": path} for path in paths]}
         if root is not None:
             move_images(entries, root)

@@ -7,7 +7,7 @@ an interruption. As soon as it says `taken`, the new version is the present one,
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recast_pl.errors import RunError
@@ -82,11 +82,13 @@ class NewVersion:
         write_atomic(self._main.change, json_text(change))
 
 
-def added_images(folder: RunFolder) -> dict[str, list[str]]:
-    """Folders and manifests of images that were added to those of the configuration, by task."""
-    if not (folder.path / "versions").is_dir() or not folder.is_trained:  # then no record is read
+def added_images(folder: RunFolder, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Folders and manifests of images that were added to those of the configuration, by task, for some tasks."""
+    if not (folder.path / "versions").is_dir():  # then no record is read
         return {}
-    records = ((files.task, files.load_record()) for files in folder.finished().values())
+    finished = set(folder.finished_names())
+    trained = folder.files_of([task for task in tasks if task in finished])
+    records = ((files.task, files.load_record()) for files in trained)
     return {task: record["added"] for task, record in records if record.get("added")}
 
 
