@@ -1,5 +1,6 @@
 """The command `board`: methods on streams, with a rate chosen on validation images, as results and a page."""
 
+import itertools
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ from recast_pl.cli.parser import command_parser
 from recast_pl.config.elements import parse_options
 from recast_pl.files import sealed_json
 from recast_pl.reporting.board import results_text
-from recast_pl.reporting.plots import Mark, plot_panels
+from recast_pl.reporting.plots import Mark, line_styles, plot_panels
 from recast_pl.runs.metrics import spread
 from recast_pl.studies.engines import Processes
 
@@ -286,6 +287,17 @@ def test_panels_have_one_legend_and_a_logarithmic_axis():
     assert high / low == pytest.approx(10)
     assert low < 4600
     assert high > 4700
+    sizes = {f"m{i}": 10 ** (3 + i / 4) for i in range(17)}  # from 1 kB to 10 MB
+    figure = plot_panels({title: [Mark(name, x, spread([50, 60])) for name, x in sizes.items()] for title in "123"}, "")
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(boxes) >= 4
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_lines_of_a_figure_look_different():
+    styles = [(colour, marker) for colour, marker, _ in itertools.islice(line_styles(), 72)]
+    assert len(set(styles)) == 72
 
 
 @pytest.mark.parametrize(
@@ -299,6 +311,7 @@ def test_panels_have_one_legend_and_a_logarithmic_axis():
         ([], {"methods": {"mine": "methods/mine.yaml"}}, "methods/mine.yaml"),
         ([], {"methods": {"a/b": "methods/probe.yaml"}}, "'a/b' cannot name a file"),
         ([], {"methods": {"a": 1}}, "method 'a' is 1"),
+        (["--streams", "both"], {"methods": {"ewc": "methods/ewc.yaml"}}, "tasks share what FineTune trains"),
         ([], {"rates": ["fast"]}, "rate 'fast'"),
         ([], {"rates": []}, "no rates"),
         ([], {"seeds": ["one"]}, "'one' is not an integer"),

@@ -15,7 +15,7 @@ from recast_pl.cli.comparing import declare_fit_options, fit_options, run_studie
 from recast_pl.cli.parser import command_parser
 from recast_pl.config.elements import parse_options
 from recast_pl.config.files import find_config
-from recast_pl.config.run import config_text
+from recast_pl.config.run import config_text, til
 from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.methods.piece import Piece
@@ -124,10 +124,10 @@ def _points(
     """Returns a point for each rate, which all pieces that train numbers have; a single one if no piece does.
 
     Raises:
-        RecastError: If the options cannot be used, or images of a task are missing.
+        RecastError: If the options cannot be used, images of a task are missing, or tasks share weights.
     """
     parsed = parse_options(fit, [*words, *options])
-    fit.instantiate(parsed).data.check()
+    _check_run(fit.instantiate(parsed))
     model = get_loader("yaml")(config_text(fit, parsed))["model"]
     pieces = model["init_args"]["pieces"]
     trained = [piece["init_args"] for piece in pieces if _has_rate(piece)]
@@ -141,6 +141,17 @@ def _points(
         config = _write(folder / name / "point.yaml", _model(pieces, model["class_path"]))
         points.append(Point(name, [*words, *config_words(config)], {"rate": rate}))
     return points
+
+
+def _check_run(init: Namespace) -> None:
+    """Raises RecastError if the images of a task are missing, or later tasks change the earlier ones."""
+    init.data.check()
+    sharing = [type(piece).__name__ for piece in til(init.model).pieces if not piece.isolated]
+    if sharing and len(init.data.tasks) > 1:
+        raise RunError(
+            f"tasks share what {sharing[0]} trains, and a board chooses the rate by validation just after each task, "
+            "before later tasks change it; use 'compare' for this method"
+        )
 
 
 def _has_rate(piece: Mapping[str, Any]) -> bool:

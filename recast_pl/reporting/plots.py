@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from recast_pl.files import write_atomic
@@ -21,7 +21,7 @@ from recast_pl.runs.metrics import Matrix, Spread
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
 
-_MARKERS = "osD^vP*X"
+_MARKERS = "osD^vP*X<"  # one more than there are colours, so that their pairs repeat after 72 lines
 
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 
@@ -174,10 +174,11 @@ def plot_panels(panels: Mapping[str, Sequence[Mark]], x: str, y: str = "average 
     for axes, (title, marks) in zip(grid, panels.items(), strict=False):
         _draw_lines(axes, marks, series)
         axes.set(xscale="log", xlabel=x, ylabel=y, title=plain_label(title))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k: longer labels overlap on a wide axis
         axes.xaxis.set_minor_formatter(NullFormatter())
         _widen(axes)
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
     _add_legend(figure, figure.axes[0], len(series))
     return figure
 
@@ -328,5 +329,5 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def line_styles() -> Iterator[tuple[str, str, str]]:
-    """Yields colour, marker and dashes without end; the first eight differ in grey, too."""
+    """Yields colour, marker and dashes without end; the first nine differ in grey, too."""
     return zip(itertools.cycle(COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_STYLES), strict=False)
