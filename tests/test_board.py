@@ -153,12 +153,15 @@ def test_the_runs_of_all_methods_are_one_batch_for_the_engine(board, tmp_path, m
         yield from (Here().run(commands))
 
     monkeypatch.setattr(Processes, "run", run)
-    words = board("--streams", "one", "--methods", "probe", "scale", "--engine", "Processes")
+    own = {"lora": {"config": "methods/melo.yaml", "rates": [5.0e-3]}}
+    words = board("--streams", "one", "--engine", "Processes", methods=METHODS | own)
     assert main(words) == 0
     names = [[path.relative_to(tmp_path / "runs" / "one").as_posix() for path in batch] for batch in batches]
     rate = read(tmp_path / "out" / "one" / "scale.json")["rate"]
-    first = ["probe/fixed/1", "probe/fixed/2", *(f"scale/rate-{rate:g}/1" for rate in RATES)]
-    assert names == [first, [f"scale/rate-{rate:g}/2"]]
+    search = [f"scale/rate-{rate:g}/1" for rate in RATES]
+    alone = ["lora/rate-0.005/1", "lora/rate-0.005/2"]  # a single rate needs no choice
+    assert names == [["probe/fixed/1", "probe/fixed/2", *search, *alone], [f"scale/rate-{rate:g}/2"]]
+    assert read(tmp_path / "out" / "one" / "lora.json")["rate"] == 5.0e-3
     assert len(read(tmp_path / "out" / "one" / "probe.json")["runs"]) == 2
 
 
@@ -311,6 +314,8 @@ def test_lines_of_a_figure_look_different():
         ([], {"methods": {"mine": "methods/mine.yaml"}}, "methods/mine.yaml"),
         ([], {"methods": {"a/b": "methods/probe.yaml"}}, "'a/b' cannot name a file"),
         ([], {"methods": {"a": 1}}, "method 'a' is 1"),
+        ([], {"methods": {"a": {"config": "methods/melo.yaml", "rates": ["fast"]}}}, "method 'a': rate 'fast'"),
+        ([], {"methods": {"a": {"config": "methods/melo.yaml", "rate": [1]}}}, "method 'a' has no entry 'rate'"),
         (["--streams", "both"], {"methods": {"ewc": "methods/ewc.yaml"}}, "tasks share what FineTune trains"),
         ([], {"rates": ["fast"]}, "rate 'fast'"),
         ([], {"rates": []}, "no rates"),
@@ -369,8 +374,9 @@ def test_every_shipped_stream_is_accepted_with_every_method(board_name, stream, 
     assert parser.parse_args(recorded[4:]) == parse_options(parser, words)  # which finds the config
     methods = BOARDS[board_name]["methods"] | BOARDS[board_name]["streams"][stream].get("methods", {})
     assert len(planned) == len(methods)
+    own = {name: len(method["rates"]) for name, method in methods.items() if isinstance(method, dict)}
     assert {trial.method: len(trial.points) for trial in planned} == {
-        method: 1 if method.startswith("probe") else len(BOARDS[board_name]["rates"]) for method in methods
+        name: 1 if name.startswith("probe") else own.get(name, len(BOARDS[board_name]["rates"])) for name in methods
     }
 
 

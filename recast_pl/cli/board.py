@@ -20,7 +20,7 @@ from recast_pl.errors import RunError
 from recast_pl.files import write_atomic
 from recast_pl.methods.piece import Piece
 from recast_pl.reporting.board import PAGE, has_results, write_board
-from recast_pl.studies.board import Board, BoardConfig, Method, Trial, read_board
+from recast_pl.studies.board import Board, BoardConfig, Trial, read_board
 from recast_pl.studies.comparison import Point, config_words
 from recast_pl.terminal import open_console
 
@@ -80,8 +80,8 @@ def _trials(config: Namespace, output: Path, command: str) -> Iterator[Trial]:
             if has_results(output, stream, method, seeds, entry.settings[method]):
                 continue
             base = [*entry.base, *_write(runs / "stream.yaml", entry.config)]
-            words = config_words([*base, *_method_configs(entry.methods[method], runs / method)])
-            points = _points(fit, words, options, board.rates, runs / method)
+            words = config_words([*base, *_method_configs(entry.methods[method].config, runs / method)])
+            points = _points(fit, words, options, entry.methods[method].rates, runs / method)
             yield Trial(output, runs / method, stream, method, points, seeds, options, command, entry.settings[method])
 
 
@@ -109,7 +109,7 @@ def _write(path: Path, content: Any) -> list[str]:
     return [str(path)] if content else []
 
 
-def _method_configs(method: Method, folder: Path) -> list[str]:
+def _method_configs(method: str | list[Any], folder: Path) -> list[str]:
     """Returns the config of a method, which is written if the board lists its pieces."""
     return [method] if isinstance(method, str) else _write(folder / "method.yaml", _model(method))
 

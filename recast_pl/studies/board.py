@@ -2,11 +2,12 @@ r"""A board: methods × streams × seeds. Each method has the learning rate that
 
 ```yaml
 seeds: [42, 1998]
-rates: [2.0e-3, 8.0e-3]              # the same for every method; one without trained numbers needs none
+rates: [2.0e-3, 8.0e-3]              # of every method that names no others; one without trained numbers needs none
 variables: {photos: data/photos}     # values for ${photos}, which the command line may replace
-methods:                             # a config, or a list of pieces
+methods:                             # a config, a list of pieces, or one of both with rates of its own
   probe: methods/probe.yaml
   lora: [{class_path: recast_pl.LoRA, init_args: {rank: 1}}]
+  whole: {config: methods/finetune_each.yaml, rates: [2.0e-5, 2.0e-4]}
 streams:
   photos:
     base: [vit.yaml]
@@ -50,8 +51,14 @@ _KINDS: dict[str, type] = {"seeds": list, "rates": list, "variables": dict, "met
 
 _STREAM: dict[str, type] = {"base": list, "config": dict, "methods": dict}
 
-Method = str | list[Any]
-"""Name of a config, or a list of pieces."""
+_METHOD: dict[str, type] = {"config": object, "rates": list}
+
+
+class Method(NamedTuple):
+    """A method of a board: the name of a config, or a list of pieces, and the rates that it tries."""
+
+    config: str | list[Any]
+    rates: Sequence[float]
 
 
 class StreamConfig(NamedTuple):
@@ -70,7 +77,6 @@ class BoardConfig(NamedTuple):
     """The entries of a board's file; streams by name."""
 
     seeds: Sequence[int]
-    rates: Sequence[float]
     streams: Mapping[str, StreamConfig]
 
 
@@ -91,26 +97,26 @@ def read_board(path: Path, variables: Mapping[str, str]) -> BoardConfig:
     for unknown in sorted(variables.keys() - known.keys()):
         raise RunError(f"{path} has no variable {unknown!r}; it has {', '.join(known) or 'none'}")
     check_seeds(content["seeds"], path)
-    for rate in content["rates"]:
-        if not isinstance(rate, int | float) or rate <= 0:
-            raise RunError(f"{path}: rate {rate!r} is not a number above 0; write it as 2.0e-3")
     values: Values = {str(key): (None, value) for key, value in (known | variables).items()}
-    methods, streams = filled([content["methods"], content["streams"]], values)
-    read = {name: _read_stream(path, name, entry, methods) for name, entry in streams.items()}
-    for name, entry in content["streams"].items():
-        for method, plain in {**content["methods"], **entry.get("methods", {})}.items():
-            read[name].settings[method] = _settings(entry, plain, content["rates"])
-    return BoardConfig(content["seeds"], content["rates"], read)
+    plain = [content["methods"], content["streams"]]
+    read, unfilled = (
+        {name: _read_stream(path, name, entry, methods, content["rates"]) for name, entry in streams.items()}
+        for methods, streams in (filled(plain, values), plain)
+    )
+    for name, stream in unfilled.items():
+        for method, entry in stream.methods.items():
+            read[name].settings[method] = _settings(stream, entry)
+    return BoardConfig(content["seeds"], read)
 
 
-def _settings(stream: Mapping[str, Any], method: Method, rates: Sequence[float]) -> str:
+def _settings(stream: StreamConfig, method: Method) -> str:
     """A digest of what decides the numbers of a method: the entries of the board, and the configs that they name."""
-    configs = [*stream.get("base", []), *([method] if isinstance(method, str) else [])]
+    configs = [*stream.base, *([method.config] if isinstance(method.config, str) else [])]
     contents = [read_yaml(Path(find_config(config))) for config in configs]
-    return sha256(json_text([contents, stream.get("config"), method, rates]).encode())[:16]
+    return sha256(json_text([contents, stream.config or None, *method]).encode())[:16]
 
 
-def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) -> StreamConfig:
+def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any], rates: Sequence[float]) -> StreamConfig:
     what = f"{path}: stream {name!r}"
     if not isinstance(entry, dict):
         raise RunError(f"{what} is {entry!r}; give it base, config or methods")
@@ -119,10 +125,20 @@ def _read_stream(path: Path, name: str, entry: Any, methods: Mapping[str, Any]) 
     for key in (name, *methods):
         if not is_task_name(str(key)):
             raise RunError(f"{path}: {key!r} cannot name a file; choose {TASK_RULE}")
-    for key, method in methods.items():
-        if not isinstance(method, str | list):
-            raise RunError(f"{what}: method {key!r} is {method!r}; give a config or a list of pieces")
-    return StreamConfig(entry.get("base", []), entry.get("config", {}), methods, {})
+    read = {key: _read_method(f"{what}: method {key!r}", method, rates) for key, method in methods.items()}
+    return StreamConfig(entry.get("base", []), entry.get("config", {}), read, {})
+
+
+def _read_method(what: str, entry: Any, rates: Sequence[float]) -> Method:
+    method = entry if isinstance(entry, dict) else {"config": entry}
+    check_entries(method, _METHOD, what)
+    if not isinstance(method.get("config"), str | list):
+        raise RunError(f"{what} is {entry!r}; give a config or a list of pieces")
+    own: Sequence[Any] = method.get("rates") or rates
+    for rate in own:
+        if not isinstance(rate, int | float) or rate <= 0:
+            raise RunError(f"{what}: rate {rate!r} is not a number above 0; write it as 2.0e-3")
+    return Method(method["config"], own)
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,7 @@ class Trial:
         if self.file.is_file():
             return read_results(self.folder)[self.stream][self.method]
         if len(self.points) == 1:
-            return self._results(None, {})
+            return self._results(next(map(float, self.points[0].labels.values()), None), {})
         found = self._search.finished()
         if len(found) < len(self.points) or any(self.seeds[0] not in runs for runs in found.values()):
             return None
