@@ -198,7 +198,7 @@ def robustness_blocks(content: Robustness, file: str) -> Iterator[Block]:
 _EXPLANATION = (
     "Accuracies are in percent, on the test images{limit}. Corrupted: the mean over the 15 common corruptions at five "
     "severities (Hendrycks and Dietterich, 2019). Of clean: its share of the accuracy on images as they are. mCE: the "
-    "error on corruptions relative to that of the baseline. FGSM and PGD (of {steps} steps) change each channel of a "
+    "error on corruptions relative to that of the baseline. FGSM and PGD (steps: {steps}) change each channel of a "
     "pixel by at most ε/255; the columns are means over all ε. ECE: the expected calibration error in 15 bins, before "
     "and after temperature scaling (T) on validation images. Differences are paired by image, with 95 % confidence "
     "intervals over images; a run is better or worse only if the interval excludes 0."
