@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
@@ -322,9 +321,7 @@ class RunFolder:
 
     def files_of(self, tasks: Sequence[str]) -> list[TaskFiles]:
         """The files of each task of a stream, trained or not; see `recast_pl.runs.layout.positions`."""
-        changes = {path.stem for path in (self.path / "versions").glob("*.json")}  # so that 1,000 are not looked for
-        found = map(TaskFiles, repeat(self.path), positions(self.path, tasks), tasks)
-        return [self.files(files.position, files.task) if files.name in changes else files for files in found]
+        return [self.files(position, task) for position, task in zip(positions(self.path, tasks), tasks, strict=True)]
 
     @property
     def is_trained(self) -> bool:
