@@ -43,6 +43,7 @@ from recast_pl import (
     LDA,
     BackboneConfig,
     BankLayout,
+    FullFineTune,
     LinearProbe,
     LoRA,
     Piece,
@@ -71,6 +72,7 @@ METHODS: dict[str, Callable[[], Piece]] = {
     "probe": LinearProbe,
     "recast": lambda: Recast(BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)),
     "lora": LoRA,
+    "full": FullFineTune,
 }
 ALONE = "lda"
 

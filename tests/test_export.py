@@ -272,7 +272,15 @@ def test_methods_that_share_numbers_or_scale_weights_are_exported_as_a_plain_net
     check_plain(run, "signs", timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, **TINY_VIT))
 
 
-BANKED = ["recast-resnet", "spectral-resnet", "chosen-resnet", "scale-resnet", "melo-resnet", "loraxs-vit"]
+BANKED = [
+    "recast-resnet",
+    "spectral-resnet",
+    "chosen-resnet",
+    "scale-resnet",
+    "melo-resnet",
+    "rounded-lora-vit",
+    "loraxs-vit",
+]
 
 
 def bank_of(name, bits=None):

@@ -36,6 +36,7 @@ from recast_pl import (
     Piece,
     Piggyback,
     RoSA,
+    RoundedLoRA,
     Scale,
     Spectral,
     TaskPatch,
@@ -407,6 +408,28 @@ def test_tinylora_computes_what_peft_does():
     assert not torch.allclose(network(x), plain, atol=0.1)
     uniform = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(3))  # of variance 1/12, and here 1/2
     assert torch.allclose(torch.stack(matrices), (uniform - 0.5) * 6**0.5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_lora_keeps_the_nearest_multiples_of_a_step_for_each_part(bits):
+    network, limit = Two(), 2 ** (bits - 1) - 1
+    piece = attached(RoundedLoRA(bits, 2, targets=["weight"]), network)
+    randomise(piece)
+    trained = [parameter.detach().clone() for parameter in piece.parameters.values()]
+    state = piece.task_state()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
+        "codes": (torch.uint8, (-(-sum(numbers.numel() for numbers in trained) * bits // 8),)),
+        "steps": (torch.float32, (len(trained),)),  # neither weight is fused
+    }
+    piece.end_task()
+    for before, step, after in zip(trained, state["steps"], piece.parameters.values(), strict=True):
+        codes = (before / step).round().clamp(-limit, limit)
+        assert torch.equal(after, codes * step)
+        for factor in (0.8, 0.9, 1.1, 1.25):
+            other = (before / (factor * step)).round().clamp(-limit, limit) * factor * step
+            assert (after - before).square().sum() <= 1.02 * (other - before).square().sum()
+    again = piece.task_state()
+    assert all(torch.equal(state[name], again[name]) for name in state)  # rounded numbers stay as they are
 
 
 @pytest.mark.parametrize(("count", "tied", "numbers"), [(1, 1, 2), (3, 1, 6), (3, 2, 3), (3, 5, 3)])

@@ -83,7 +83,7 @@ FURTHER = {
 METHODS = {**ISOLATED, **FURTHER}
 QUICK = {
     *("recast-vit", "recast-resnet", "rosa-vit", "adaptformer-vit", "clr-resnet", "piggyback-vit"),
-    *("chosen-vit", "chosen-resnet", "lora-shared-vit"),
+    *("chosen-vit", "chosen-resnet", "lora-shared-vit", "rounded-lora-vit"),
     *FURTHER.keys() - {"same-padding", "strided"},
 }
 NO_PRODUCTS = {  # at any layer

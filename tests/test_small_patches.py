@@ -18,7 +18,8 @@ from test_stream import kill_and_resume, patches, read_summary, without_times
 from recast_pl import TaskPatch, load
 from recast_pl.cli import main
 from recast_pl.errors import PatchError
-from recast_pl.learning.quantization import Moments, pack_codes, round_head, unpack_codes
+from recast_pl.learning.quantization import Moments, round_head
+from recast_pl.methods.rounding import pack_codes, unpack_codes
 
 SIGNS, NAMES = "patches/00_signs.recast", ["clocks", "flags", "led", "map_symbols", "weather"]
 TEN = [f"class number {i} of ten" for i in range(10)]
@@ -113,7 +114,7 @@ def test_codes_are_packed_and_unpacked(width):
         codes = torch.randint(-limit, limit + 1, (3, width), dtype=torch.int8, generator=generator)
         packed = pack_codes(codes, bits)
         assert packed.shape == (3, -(-width * bits // 8))
-        assert torch.equal(unpack_codes(packed, width, bits), codes)
+        assert torch.equal(unpack_codes(packed, width, bits), codes.float())
 
 
 # the file

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from recast_pl.errors import PatchError, one_line
 from recast_pl.files import sha256
-from recast_pl.learning.quantization import RoundedHead, pack_codes, packed_width, unpack_codes
+from recast_pl.learning.quantization import RoundedHead
+from recast_pl.methods.rounding import pack_codes, packed_width, unpack_codes
 
 _MAGIC, _VERSION = b"RCST", 1
 
@@ -134,7 +135,7 @@ def _unpack(content: bytes) -> Content:
         raise ValueError("a tensor has no name, or that of another")
     return (
         facts,
-        RoundedHead(bits, unpack_codes(codes, features, bits), steps, bias),
+        RoundedHead(bits, unpack_codes(codes, features, bits).to(torch.int8), steps, bias),
         [
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in piece.items()}
             for piece in pieces

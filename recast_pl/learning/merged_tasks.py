@@ -13,7 +13,8 @@ from recast_pl.files import pack_tensors, read_tensors, write_atomic
 from recast_pl.learning.compact import narrowed
 from recast_pl.learning.merging import flatten, unflatten
 from recast_pl.learning.patch import TaskPatch
-from recast_pl.learning.quantization import RoundedHead, pack_codes, unpack_codes
+from recast_pl.learning.quantization import RoundedHead
+from recast_pl.methods.rounding import pack_codes, unpack_codes
 
 _FORMAT = 1
 
@@ -128,7 +129,9 @@ def _split_heads(
     parts = list(zip(*(tensors[f"heads/{name}"].split(list(classes)) for name in names), strict=True))
     if bits is None:
         return [({"weight": weight.clone(), "bias": bias.clone()}, None) for weight, bias in parts]
-    rounded = [RoundedHead(bits, unpack_codes(c, features, bits), s.clone(), b.clone()) for c, s, b in parts]
+    rounded = [
+        RoundedHead(bits, unpack_codes(c, features, bits).to(torch.int8), s.clone(), b.clone()) for c, s, b in parts
+    ]
     return [(head.state, head) for head in rounded]
 
 

@@ -17,15 +17,13 @@ damping is ten times the authors', because a task may have fewer images than fea
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from recast_pl.methods.rounding import choose_steps, nearest_codes
 
 _DAMPING = 0.1  # of the mean of the diagonal, added to the diagonal of H
 
 _TINY = 1e-12  # added besides, for features that never change
-
-_SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
-"""Steps to try, as fractions of the one that reaches the largest weight of a row."""
 
 _CHUNK = 4096  # features that are converted to double precision at a time
 
@@ -52,7 +50,7 @@ class RoundedHead:
 
     Args:
         bits: Of each code: 8 or 4.
-        codes: Whole numbers (classes, D), int8, of at most `largest_code(bits)`.
+        codes: Whole numbers (classes, D), int8, of at most 2^(bits − 1) − 1.
         steps: (classes,), bfloat16: codes make up for a coarse step.
         bias: (classes,), single precision.
     """
@@ -68,32 +66,6 @@ class RoundedHead:
         return {"weight": self.codes.float() * self.steps.float()[:, None], "bias": self.bias}
 
 
-def largest_code(bits: int) -> int:
-    """The largest absolute value of a code: 127 or 7."""
-    return int(2 ** (bits - 1)) - 1
-
-
-def packed_width(features: int, bits: int) -> int:
-    """Bytes of a row of `pack_codes`."""
-    return -(-features * bits // 8)
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (classes, D) as bytes (classes, `packed_width`); of 4 bits, the first of two is in the lower half."""
-    if bits == 8:
-        return codes.view(torch.uint8)
-    nibbles = F.pad(codes, (0, codes.shape[1] % 2)).view(torch.uint8) & 0x0F
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-
-
-def unpack_codes(packed: Tensor, features: int, bits: int) -> Tensor:
-    """The codes (classes, D) that `pack_codes` packed."""
-    if bits == 8:
-        return packed.view(torch.int8)
-    nibbles = torch.stack([packed & 0x0F, packed >> 4], 2).flatten(1)[:, :features]
-    return (nibbles << 4).view(torch.int8) >> 4  # which repeats the sign
-
-
 def round_head(weight: Tensor, bias: Tensor, bits: int, moments: Moments | None) -> RoundedHead:
     """Rounds a head.
 
@@ -103,36 +75,19 @@ def round_head(weight: Tensor, bias: Tensor, bits: int, moments: Moments | None)
         bits: Of each weight: 8 or 4.
         moments: Of the features of training images; None to round each weight to the nearest code.
     """
-    limit, rows, offsets = largest_code(bits), weight.double(), bias.double()
+    rows, offsets = weight.double(), bias.double()
     rows, offsets = rows - rows.mean(0), offsets - offsets.mean()
-    steps = _choose_steps(rows, limit)
+    steps = choose_steps(rows, bits)
     wide = steps.double()[:, None]
     if moments is None:
-        codes = _nearest(rows, wide, limit)
+        codes = nearest_codes(rows, wide, bits)
     else:
-        codes = _compensated(rows, wide, limit, moments.covariance)
+        codes = _compensated(rows, wide, bits, moments.covariance)
         offsets += (rows - codes * wide) @ moments.mean
     return RoundedHead(bits, codes.to(torch.int8), steps, offsets.float())
 
 
-def _nearest(rows: Tensor, steps: Tensor, limit: int) -> Tensor:
-    return (rows / steps).round().clamp(-limit, limit)
-
-
-def _choose_steps(rows: Tensor, limit: int) -> Tensor:
-    """The step of each row (classes,) with the least squared error of plain rounding; 1 for a row of zeros."""
-    largest = rows.abs().amax(1)
-    best, steps = torch.full_like(largest, torch.inf), torch.ones_like(largest).bfloat16()
-    for fraction in _SHRINKING:
-        tried = (fraction * largest / limit).bfloat16()
-        wide = tried.double()[:, None]
-        errors = (rows - _nearest(rows, wide, limit) * wide).square().sum(1)
-        better = (errors < best) & (tried > 0)
-        best, steps = torch.where(better, errors, best), torch.where(better, tried, steps)
-    return steps
-
-
-def _compensated(rows: Tensor, steps: Tensor, limit: int, covariance: Tensor) -> Tensor:
+def _compensated(rows: Tensor, steps: Tensor, bits: int, covariance: Tensor) -> Tensor:
     """Codes (classes, D) that nearly minimise Σ (w − s·q)ᵀ H (w − s·q)."""
     order = covariance.diagonal().argsort(descending=True, stable=True)
     damped = covariance + (_DAMPING * covariance.diagonal().mean() + _TINY) * torch.eye(len(order), dtype=torch.float64)
@@ -140,7 +95,7 @@ def _compensated(rows: Tensor, steps: Tensor, limit: int, covariance: Tensor) ->
     left, codes = rows[:, order].clone(), torch.empty_like(rows)
     for j in range(len(order)):
         column = left[:, j]  # (classes,)
-        codes[:, order[j]] = code = _nearest(column, steps[:, 0], limit)
+        codes[:, order[j]] = code = nearest_codes(column, steps[:, 0], bits)
         error = (column - code * steps[:, 0]) / upper[j, j]
         left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
     return codes

@@ -28,10 +28,10 @@ from recast_pl.inference.export.graph import Session, trace
 from recast_pl.inference.mixed_batch import StateEntry
 from recast_pl.inference.prediction import REFUSE, WORTH_A_LOOK
 from recast_pl.learning.patch import TaskPatch
-from recast_pl.learning.quantization import pack_codes
 from recast_pl.learning.router import Router
 from recast_pl.learning.til_module import TILModule
 from recast_pl.methods.piece import Piece
+from recast_pl.methods.rounding import pack_codes, unpack_codes
 
 Inputs = dict[str, Tensor]
 """What a graph receives beside the images, by name."""
@@ -84,8 +84,8 @@ class BankModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) and features (B, D) of images (B, 3, S, S) in [0, 1]; the others are a task's inputs."""
         features = functional_call(self.backbone, self._values(numbers, indices), (images,))  # (B, D)
-        if codes is not None and steps is not None:
-            weight = self._unpacked(codes, features.shape[1]) * steps[:, None]
+        if codes is not None and steps is not None and self.bits is not None:
+            weight = unpack_codes(codes, features.shape[1], self.bits) * steps[:, None]
         assert weight is not None
         return F.linear(features, weight, bias), features
 
@@ -104,15 +104,6 @@ class BankModel(nn.Module):
             for tensor, value in (piece.unpack(state) or {}).items():
                 values[self.names[tensor]] = value[0].to(tensor.dtype)
         return values
-
-    def _unpacked(self, codes: Tensor, features: int) -> Tensor:
-        """Whole numbers (classes, D) from the bytes of `pack_codes`, in arithmetic that every runtime has."""
-        wide = codes.float()
-        if self.bits == 8:
-            return wide - 256 * (wide > 127).float()
-        high = (wide / 16).floor()
-        nibbles = torch.stack([wide - 16 * high, high], 2).flatten(1)[:, :features]
-        return nibbles - 16 * (nibbles > 7).float()
 
 
 @torch.no_grad()
