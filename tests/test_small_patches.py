@@ -350,3 +350,15 @@ def test_a_run_of_any_method_takes_compact_patches(tmp_path):
     words = clipart_words([*words, "--config", "methods/piggyback.yaml"], tmp_path / "run", names=("signs",))
     assert main([*words, "--patch_precision", "int8"]) == 0
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_task_of_rounded_lora_takes_half_a_byte_a_number(tiny_fit, tmp_path):
+    words = ["--config", "methods/melo_int4.yaml", "--patch_precision", "int4", "--trainer.max_epochs", "1"]
+    assert main(tiny_fit(*words)) == 0
+    (path, *_), summary = sorted((tmp_path / "run" / "patches").iterdir()), read_summary(tmp_path / "run")
+    numbers, patch = summary["tasks"][0]["task_parameters"], TaskPatch.load(path)
+    (state,), head = patch.pieces, patch.head["weight"]
+    assert state["codes"].numel() == numbers / 2
+    left = path.stat().st_size - numbers / 2 - 2 * state["steps"].numel() - head.numel() / 2 - 6 * len(head)
+    assert 66 + 32 < left < 400  # header, checksum and names
+    assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
