@@ -1,4 +1,4 @@
-r"""Measures CoTTA where it has a long stream to adapt to: 2,000 degraded images of one task, in batches of four.
+r"""Measures CoTTA where it has a long stream to adapt to: 1,000 degraded images of one task, in batches of four.
 
     uv run python benchmarks/adapting.py --output logs/long_stream
 
@@ -44,7 +44,7 @@ def read_options():
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--kinds", nargs="+", default=["gaussian_noise"])
     parser.add_argument("--severity", type=int, default=3)
-    parser.add_argument("--images", type=int, default=2000, help="length of the stream")
+    parser.add_argument("--images", type=int, default=1000, help="length of the stream")
     parser.add_argument("--batch", type=int, default=4)
     return parser.parse_args()
 
