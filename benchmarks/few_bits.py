@@ -16,8 +16,8 @@ import warnings
 from dataclasses import replace
 
 import torch
+from paired import interval
 from routing import Seed, declare_runs
-from scipy import stats
 
 from recast_pl.methods.rounding import choose_steps, nearest_codes
 from recast_pl.runs.evaluation import activate, restore, split_features
@@ -62,9 +62,7 @@ def main():
     print("| bits | accuracy % | difference | lowest | highest |\n|---:|---:|---:|---:|---:|")
     for bits, tasks in means.items():
         gains = [accuracy - means[None][name] for name, accuracy in tasks.items()]
-        half = stats.t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
-        mean = statistics.mean(gains)
-        change = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] | {min(gains):+.2f} | {max(gains):+.2f}"
+        change = f"{interval(gains)} | {min(gains):+.2f} | {max(gains):+.2f}"
         print(f"| {bits or 'all'} | {statistics.mean(tasks.values()):.2f} | {change if bits else ' | | '} |")
 
 

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from scipy import stats
+from paired import interval
 
 from recast_pl.cli import main as recast
 from recast_pl.config.run import open_run
@@ -96,13 +96,6 @@ class Clean:
         return found
 
 
-def difference(values):
-    """Formats a mean with its 95 % confidence interval."""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-
 def print_rows(method, kind, tasks):
     """Prints a row for each way; `tasks` are the results of each task and seed."""
     for name in tasks[0]:
@@ -111,7 +104,7 @@ def print_rows(method, kind, tasks):
         for place, values in enumerate((clean, degraded)):
             before = [each["as trained"][place] for each in tasks]
             gains = [a - b for a, b in zip(values, before, strict=True)]
-            cells.append("" if name == "as trained" else difference(gains))
+            cells.append("" if name == "as trained" else interval(gains))
         print(f"| {method} | {kind} | {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -8,14 +8,14 @@ _SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
 """Steps to try, as fractions of the one that reaches the largest number of a row."""
 
 
-def largest_code(bits: int) -> int:
+def _largest_code(bits: int) -> int:
     """The largest absolute value of a code: 127 or 7."""
     return int(2 ** (bits - 1)) - 1
 
 
 def nearest_codes(rows: Tensor, steps: Tensor, bits: int) -> Tensor:
     """The codes (R, D) whose multiples of the steps, which must broadcast, come nearest to rows (R, D)."""
-    limit = largest_code(bits)
+    limit = _largest_code(bits)
     return (rows / steps).round().clamp(-limit, limit)
 
 
@@ -24,7 +24,7 @@ def choose_steps(rows: Tensor, bits: int) -> Tensor:
     largest = rows.abs().amax(1)
     best, steps = torch.full_like(largest, torch.inf), torch.ones_like(largest).bfloat16()
     for fraction in _SHRINKING:
-        tried = (fraction * largest / largest_code(bits)).bfloat16()
+        tried = (fraction * largest / _largest_code(bits)).bfloat16()
         wide = tried.double()[:, None]
         errors = (rows - nearest_codes(rows, wide, bits) * wide).square().sum(1)
         better = (errors < best) & (tried > 0)
