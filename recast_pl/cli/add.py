@@ -22,7 +22,7 @@ from recast_pl.errors import RunError
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.runs.folder import RunFolder, TaskFiles
 from recast_pl.runs.images import check_images
-from recast_pl.runs.layout import shares_weights
+from recast_pl.runs.layout import positions, shares_weights
 from recast_pl.runs.reservation import changing, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.terminal import open_console
@@ -124,4 +124,5 @@ def _is_finished(init: Namespace, folder: RunFolder, name: str) -> bool:
 
 
 def _files(folder: RunFolder, names: Sequence[str], name: str) -> TaskFiles:
-    return folder.files_of(names)[names.index(name)]
+    index = names.index(name)
+    return folder.files(positions(folder.path, names)[index], name)
