@@ -63,7 +63,7 @@ ON_BOTH = {
     "lora-r2": lambda: [rp.LoRA(rank=2, alpha=3, targets=[MLP, ATTENTION, CONVOLUTIONS], parts=["q", "k"])],
     "lora-shared": lambda: [rp.LoRA(targets=[MLP, ATTENTION, CONVOLUTIONS], shared=True)],
     "rounded-lora": lambda: [rp.RoundedLoRA(targets=[MLP, ATTENTION, CONVOLUTIONS])],
-    "rounded-lora-r2": lambda: [rp.RoundedLoRA(8, rank=2, parts="qkv")],
+    "rounded-lora-shared": lambda: [rp.RoundedLoRA(8, rank=2, parts="qkv", shared=True)],
     "dora": lambda: [rp.DoRA()],
     "dora-norms": lambda: [rp.DoRA(train_magnitude=False)],
     "rosa": lambda: [rp.LoRA(parts="qkv"), rp.RoSA(0.003, 2, [ATTENTION, CONVOLUTIONS])],
@@ -397,7 +397,17 @@ def begun(module, distance):
 
 
 BY_OUTPUTS = {
-    *("melo", "lora-r2", "lora-shared", "rounded-lora", "rounded-lora-r2", "spectral", "chosen", "loraxs", "tinylora"),
+    *(
+        "melo",
+        "lora-r2",
+        "lora-shared",
+        "rounded-lora",
+        "rounded-lora-shared",
+        "spectral",
+        "chosen",
+        "loraxs",
+        "tinylora",
+    ),
     *("recast+melo", "recast+spectral", "recast+chosen"),  # on attention, where RECAST is not
 }
 """Methods that train through the outputs of their layers."""

@@ -31,6 +31,7 @@ class RoundedLoRA(CompactState, LoRA):
         targets: Regular expressions for names of weights.
         parts: Which parts of fused query-key-value weights to adapt (any sequence); None for q and v.
         learning_rate: Learning rate of all parameters; None for that of the head.
+        shared: Whether all weights of one shape and with the same parts have the same A and B.
 
     Raises:
         MethodError: If the rank is below 1, there are no parts, or the bits are others.
@@ -46,8 +47,9 @@ class RoundedLoRA(CompactState, LoRA):
         targets: tuple[str, ...] = (ATTENTION, CONVOLUTIONS),
         parts: tuple[Part, ...] | None = None,
         learning_rate: float | None = None,
+        shared: bool = False,
     ) -> None:
-        super().__init__(rank, alpha, targets, parts, learning_rate)
+        super().__init__(rank, alpha, targets, parts, learning_rate, shared)
         if bits not in (8, 4):
             raise MethodError(f"RoundedLoRA: bits={bits} must be 8 or 4")
         self.bits = bits
