@@ -15,7 +15,6 @@ import statistics
 import warnings
 from dataclasses import replace
 
-import torch
 from paired import interval
 from routing import Seed, declare_runs
 

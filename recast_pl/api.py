@@ -63,6 +63,7 @@ from recast_pl.methods.projection import Projection
 from recast_pl.methods.ranpac import RanPAC
 from recast_pl.methods.recast import Recast
 from recast_pl.methods.rosa import RoSA
+from recast_pl.methods.rounded_fine_tune import RoundedFineTune
 from recast_pl.methods.rounded_lora import RoundedLoRA
 from recast_pl.methods.scale import Scale
 from recast_pl.methods.spectral import Spectral

@@ -82,6 +82,9 @@ ON_BOTH = {
     "lift": lambda: [rp.LIFT(rank=2, every=4, learning_rate=2e-2)],
     "kappa": lambda: [rp.KappaTune()],
     "bias": lambda: [rp.PartialFineTune()],
+    "rounded-bias": lambda: [
+        rp.RoundedFineTune(targets=[r"bias$", r"blocks\.1\.mlp\.fc1\.weight$", r"layer1\.0\.conv1\.weight$"])
+    ],
     "norm": lambda: [rp.PartialFineTune([r"(norm|bn)\w*\.(weight|bias)$"])],
     "l2sp": lambda: [rp.Scale(learning_rate=2e-2), rp.L2SP(0.1)],
     "cotta": lambda: [rp.Scale(learning_rate=2e-2), rp.CoTTA(rate=1e-2, views=2)],

@@ -279,6 +279,7 @@ BANKED = [
     "scale-resnet",
     "melo-resnet",
     "rounded-lora-vit",
+    "rounded-bias-vit",
     "loraxs-vit",
 ]
 

@@ -36,6 +36,7 @@ from recast_pl import (
     Piece,
     Piggyback,
     RoSA,
+    RoundedFineTune,
     RoundedLoRA,
     Scale,
     Spectral,
@@ -432,6 +433,31 @@ def test_rounded_lora_keeps_the_nearest_multiples_of_a_step_for_each_part(bits):
             assert (after - exact).square().sum() <= (nearest - exact).square().sum() + 1e-9
     again = piece.task_state()
     assert all(torch.equal(state[name], again[name]) for name in state)  # rounded numbers stay as they are
+
+
+def test_rounded_fine_tuning_keeps_multiples_of_a_step_from_the_pretrained_rows_and_vectors():
+    network = Two()
+    start = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    piece = attached(RoundedFineTune(8, ["second"]), network)
+    randomise(piece)
+    trained = {name: parameter.detach().clone() for name, parameter in piece.parameters.items()}
+    piece.end_task()
+    steps = iter(piece.task_state()["steps"])
+    for name, parameter in piece.parameters.items():
+        first, before, after = (t if t.ndim > 1 else t[None] for t in (start[name], trained[name], parameter.detach()))
+        for row, added in enumerate(before.double() - first):
+            step = next(steps)
+            codes = (added / step).round().clamp(-127, 127)
+            torch.testing.assert_close(after[row], (first[row] + codes * step).float())
+            plain = (added.abs().max() / 127).bfloat16().double()  # reaches the largest number
+            nearest = (added / plain).round().clamp(-127, 127) * plain
+            assert (added - codes * step).square().sum() <= (added - nearest).square().sum() + 1e-9
+    assert next(steps, None) is None
+    assert all(torch.equal(start[name], network.get_parameter(name)) for name in ("first.weight", "first.bias"))
+    piece.begin_task()
+    assert all(torch.equal(start[name], parameter) for name, parameter in network.named_parameters())
+    piece.end_task()  # of a task that has changed nothing
+    assert all(torch.equal(start[name], parameter) for name, parameter in network.named_parameters())
 
 
 @pytest.mark.parametrize(("count", "tied", "numbers"), [(1, 1, 2), (3, 1, 6), (3, 2, 3), (3, 5, 3)])
