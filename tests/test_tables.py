@@ -59,9 +59,13 @@ def test_the_other_tables_fold_too(width, tmp_path):
     ]
     summary = {"method": "Recast", "backbone": "vit", "seed": 1, "tasks": tasks, "forgetting": 8.0}
     summary |= {"accuracy_matrix": [[98.0, None], [90.0, 97.0]], "backward_transfer": -8.0, "shared_bytes": 0}
-    text = shown(stream_table(summary | {"average_accuracy": 93.5, "wall_seconds": 3.0}), width)
+    summary |= {"average_accuracy": 93.5, "wall_seconds": 3.0}
+    text = shown(stream_table(summary), width)
     for part in ("[red]", "21,000,000", "84,000,000", "12345", "93.50", "seconds", "numbers", "at the", "99.00"):
         assert part in text, part
+    last = "".join(shown(stream_table(summary, most=1), width).split())
+    assert all(part in last for part in ("97.00", "93.50", "thelast1of2tasks;listshowsall"))
+    assert "[red]" not in last
     text = shown(evaluation_table([("[red]", 50.0, 50.0), (NAMES[2], 50.0, 49.0)]), width)
     assert all(part in text for part in ("[red]", "50.0000", "49.0000", "equal", "DIFFERENT"))
     text = shown(catalogue_table(CATALOGUE, Path("data")), width)

@@ -27,6 +27,8 @@ from recast_pl.runs.reservation import changing, reserved
 from recast_pl.runs.stream import Stream
 from recast_pl.terminal import open_console
 
+_ROWS = 10  # tasks that the table shows at the end, where a run may have 1,000
+
 
 def declare(parser: LightningArgumentParser) -> None:
     """Adds the options of the command."""
@@ -109,7 +111,7 @@ def _add(init: Namespace, folder: RunFolder, entry: dict[str, Any], text: str, c
 def _stream(init: Namespace, folder: RunFolder, text: str, console: Console) -> Stream:
     """The stream of all tasks that the run lists now."""
     name_all_tasks(init.data, folder)
-    return make_stream(init, folder.path, text, console)
+    return make_stream(init, folder.path, text, console, _ROWS)
 
 
 def _is_finished(init: Namespace, folder: RunFolder, name: str) -> bool:

@@ -149,10 +149,10 @@ def instantiated(
     return init
 
 
-def make_stream(init: Namespace, run_dir: Path, text: str, console: Console) -> Stream:
-    """Makes the stream of a run from its parts; `text` is the content of its config.yaml."""
+def make_stream(init: Namespace, run_dir: Path, text: str, console: Console, most: int = 100) -> Stream:
+    """Makes the stream of a run from its parts; `text` is the content of its config.yaml, and `most` rows are shown."""
     trainers = TrainerFactory(init.trainer)
-    results = StreamResults(console, trainers)
+    results = StreamResults(console, trainers, most)
     if init.get("engine") is not None:
         trainers = trainers.alone(accelerator="cpu")  # this process only merges, and may lack the engine's devices
     model, seed, precision = til(init.model), init.seed_everything, init[PRECISION_KEY]

@@ -24,10 +24,12 @@ class StreamResults:
     Args:
         console: Where the table is printed.
         trainers: Their settings decide whether TensorBoard is used.
+        most: How many tasks the table shows, the last ones.
     """
 
     console: Console
     trainers: TrainerFactory
+    most: int = 100
 
     def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
         """Writes the results by class for TensorBoard, and the confusion matrix if all confusions are known."""
@@ -65,7 +67,7 @@ class StreamResults:
 
     def show(self, summary: Summary) -> None:
         """Prints the table of tasks."""
-        self.console.print(stream_table(summary), crop=False)
+        self.console.print(stream_table(summary, self.most), crop=False)
 
     @property
     def _uses_tensorboard(self) -> bool:

@@ -27,8 +27,6 @@ Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 _CONFUSIONS = 20  # that a table shows
 
-_ROWS = 100  # tasks that the table of a stream shows
-
 _LONGEST = 100  # characters of a line in a cell
 
 _UNLIMITED = 10**6  # characters of a line
@@ -39,14 +37,14 @@ def stream_title(summary: Mapping[str, Any]) -> str:
     return f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
 
 
-def stream_table(summary: Mapping[str, Any]) -> RenderableType:
-    """Makes the terminal table of a stream's results from the content of `summary.json`, with the last 100 tasks."""
+def stream_table(summary: Mapping[str, Any], most: int = 100) -> RenderableType:
+    """Makes the terminal table of a stream's results from the content of `summary.json`, with the last `most` tasks."""
     final = summary["accuracy_matrix"][-1]
     changed = final != [task["accuracy"] for task in summary["tasks"]]
     end = ["at the\nend %"] if changed else []
     header = ["task", "classes", "images", "probe\n%", "accuracy\n%", *end, "numbers", "patch\nbytes", "seconds"]
     rows = []
-    for task, last in list(zip(summary["tasks"], final, strict=True))[-_ROWS:]:
+    for task, last in list(zip(summary["tasks"], final, strict=True))[-most:]:
         accuracies = [task["probe_accuracy"], task["accuracy"], *([last] if changed else [])]
         sizes = f"{task['task_parameters']:,}", f"{task['patch_bytes']:,}", f"{task['seconds']:.0f}"
         counts = str(task["classes"]), str(task["train_images"])
@@ -74,7 +72,7 @@ def stream_table(summary: Mapping[str, Any]) -> RenderableType:
         f"points{shared}; {summary['wall_seconds']:.0f} s in all"
     )
     count = len(summary["tasks"])
-    left_out = [f"the last {_ROWS} of {count:,} tasks; list shows all"] if count > _ROWS else []
+    left_out = [f"the last {most} of {count:,} tasks; list shows all"] if count > most else []
     return Group(FoldingTable(make, len(header), 1), *left_out, "", facts, *_class_facts(summary))
 
 
