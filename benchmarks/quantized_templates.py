@@ -38,9 +38,9 @@ def decomposed(network: nn.Module, precision: str, folder: Path) -> tuple[str, D
     return f"{size:.1f} | {100 * np.mean(errors):.3f} | {100 * max(errors):.3f} | {spread}", decomposition
 
 
+@torch.no_grad()
 def main() -> None:
     warnings.filterwarnings("ignore")
-    torch.set_grad_enabled(False)
     options, rows, right = read_options(__doc__), dict[str, str](), dict[str, np.ndarray]()
     for precision in PRECISIONS:
 

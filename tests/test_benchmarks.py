@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 BENCHMARKS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
@@ -44,3 +45,4 @@ def test_its_options_are_known(name, rest, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *shlex.split(re.sub(r"\$\([^)]*\)", "FILE", rest))])
     with pytest.raises(StopIteration):
         runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+    assert torch.is_grad_enabled()  # as later tests need it

@@ -73,8 +73,11 @@ class RoundedState(CompactState):
         steps = states["steps"].float()[:, owners.to(states["steps"].device)]  # (T, Σ)
         codes = unpack_codes(states["codes"], len(owners), self.bits)
         added = super().unpack({"numbers": codes * steps})
-        origins = {parameter: self.origin(name) for name, parameter in self.parameters.items()}
-        return {p: n if (start := origins[p]) is None else n + start.to(n) for p, n in added.items()}
+        starts: dict[Tensor, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if (start := self.origin(name)) is not None:
+                starts[parameter] = start.to(added[parameter])
+        return {p: numbers + starts[p] if p in starts else numbers for p, numbers in added.items()}
 
     def _sizes(self) -> list[int]:
         """How many numbers each part of each parameter has."""
