@@ -400,17 +400,8 @@ def begun(module, distance):
 
 
 BY_OUTPUTS = {
-    *(
-        "melo",
-        "lora-r2",
-        "lora-shared",
-        "rounded-lora",
-        "rounded-lora-shared",
-        "spectral",
-        "chosen",
-        "loraxs",
-        "tinylora",
-    ),
+    *("melo", "lora-r2", "lora-shared", "rounded-lora", "rounded-lora-shared"),
+    *("spectral", "chosen", "loraxs", "tinylora"),
     *("recast+melo", "recast+spectral", "recast+chosen"),  # on attention, where RECAST is not
 }
 """Methods that train through the outputs of their layers."""

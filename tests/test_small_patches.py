@@ -352,8 +352,9 @@ def test_a_run_of_any_method_takes_compact_patches(tmp_path):
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
 
 
-def test_a_task_of_rounded_lora_takes_half_a_byte_a_number(tiny_fit, tmp_path):
-    words = ["--config", "methods/melo_int4.yaml", "--patch_precision", "int4", "--trainer.max_epochs", "1"]
+@pytest.mark.parametrize("method", ["melo_int4", "norm_int4"])
+def test_a_task_of_rounded_numbers_takes_half_a_byte_a_number(method, tiny_fit, tmp_path):
+    words = ["--config", f"methods/{method}.yaml", "--patch_precision", "int4", "--trainer.max_epochs", "1"]
     assert main(tiny_fit(*words)) == 0
     (path, *_), summary = sorted((tmp_path / "run" / "patches").iterdir()), read_summary(tmp_path / "run")
     numbers, patch = summary["tasks"][0]["task_parameters"], TaskPatch.load(path)
