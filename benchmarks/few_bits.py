@@ -7,8 +7,8 @@ Tasks and their training are those of `benchmarks/routing.py`, whose runs of LoR
 made where they are missing: clip art and emoji. Each part of A and of B is rounded as `recast_pl.RoundedLoRA` does it,
 and to 1 bit as the sign times the mean absolute value. A row has the mean test accuracy in percent, and the difference
 to the task as trained in points, with a 95 % confidence interval over tasks, whose seeds are averaged before: first
-with the heads of the patches, of 4 bits, then with heads in full precision that are solved again on the training images,
-for the weights after rounding.
+with the heads of the patches, of 4 bits, then with heads in full precision solved again on the training images, for
+the weights after rounding.
 """
 
 import argparse
