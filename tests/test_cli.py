@@ -1,6 +1,7 @@
 """The command line: configs, help, one-line errors with exit status 2, permissions of files, and `compare`."""
 
 import csv
+import gc
 import json
 import os
 import shlex
@@ -33,6 +34,14 @@ PROTOCOLS = {
     "classp": ("recast_pl.CLASSP", 0.2, 100, None),  # which has no weight decay
     "napa_vq": ("torch.optim.AdamW", 0.2, 100, 1),
 }
+
+
+def test_collections_of_garbage_leave_imported_modules_out_while_a_command_runs(monkeypatch):
+    counts = [gc.get_freeze_count()]
+    monkeypatch.setattr("recast_pl.cli.parser.run", lambda argv: counts.append(gc.get_freeze_count()) or 3)
+    assert main(["test"]) == 3
+    before, during, after = *counts, gc.get_freeze_count()
+    assert after <= before < 1000 < during
 
 
 @pytest.mark.parametrize("config", CONFIGS)
