@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import weakref
 
 import numpy as np
 import pytest
@@ -36,12 +37,26 @@ PROTOCOLS = {
 }
 
 
-def test_collections_of_garbage_leave_imported_modules_out_while_a_command_runs(monkeypatch):
-    counts = [gc.get_freeze_count()]
-    monkeypatch.setattr("recast_pl.cli.parser.run", lambda argv: counts.append(gc.get_freeze_count()) or 3)
-    assert main(["test"]) == 3
-    before, during, after = *counts, gc.get_freeze_count()
-    assert after <= before < 1000 < during
+def test_collections_leave_imported_modules_out_and_find_the_garbage_of_earlier_commands(monkeypatch):
+    class Cycle:
+        pass
+
+    garbage, found = [], []
+
+    def command(argv):
+        found.append(gc.get_freeze_count())
+        gc.collect()
+        return 3
+
+    monkeypatch.setattr("recast_pl.cli.parser.run", command)
+    for _ in range(2):
+        assert main(["test"]) == 3
+        cycle = Cycle()
+        cycle.itself = cycle
+        garbage.append(weakref.ref(cycle))
+        del cycle
+    assert garbage[0]() is None
+    assert found[0] == found[1] > 1000
 
 
 @pytest.mark.parametrize("config", CONFIGS)
