@@ -56,7 +56,7 @@ def test_collections_leave_imported_modules_out_and_find_the_garbage_of_earlier_
         garbage.append(weakref.ref(cycle))
         del cycle
     assert garbage[0]() is None
-    assert found[0] == found[1] > 1000
+    assert found[0] >= found[1] > 1000
 
 
 @pytest.mark.parametrize("config", CONFIGS)
