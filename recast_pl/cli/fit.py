@@ -29,6 +29,7 @@ from recast_pl.files import writing
 from recast_pl.inference.class_evaluation import class_evaluation
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.stream_results import StreamResults
+from recast_pl.reporting.tables import MOST_TASKS
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.mimicry import fit_mimicry
 from recast_pl.runs.relearning import Request
@@ -149,7 +150,7 @@ def instantiated(
     return init
 
 
-def make_stream(init: Namespace, run_dir: Path, text: str, console: Console, most: int = 100) -> Stream:
+def make_stream(init: Namespace, run_dir: Path, text: str, console: Console, most: int = MOST_TASKS) -> Stream:
     """Makes the stream of a run from its parts; `text` is the content of its config.yaml, and `most` rows are shown."""
     trainers = TrainerFactory(init.trainer)
     results = StreamResults(console, trainers, most)

@@ -35,9 +35,9 @@ class RoundedState(CompactState):
             raise MethodError(f"{type(self).__name__}: bits={bits} must be 8 or 4")
         self.bits = bits
 
-    def origin(self, name: str) -> Tensor | None:
-        """What a parameter (*shape) is at the start of every task, so that its difference is rounded; None for 0."""
-        return None
+    def origin(self, name: str) -> Tensor:
+        """What a parameter is at code 0 (*shape), so that the difference to it is rounded; by default a scalar of 0."""
+        return torch.zeros(())
 
     def end_task(self) -> None:
         """Rounds what was trained."""
@@ -54,8 +54,7 @@ class RoundedState(CompactState):
 
     def _added(self, name: str, parameter: Tensor) -> Tensor:
         """What the task has added to a parameter (*shape), in double precision."""
-        value, origin = parameter.detach().cpu().double(), self.origin(name)
-        return value if origin is None else value - origin.cpu()
+        return parameter.detach().cpu().double() - self.origin(name).cpu()
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor]) -> None:
@@ -73,11 +72,7 @@ class RoundedState(CompactState):
         steps = states["steps"].float()[:, owners.to(states["steps"].device)]  # (T, Σ)
         codes = unpack_codes(states["codes"], len(owners), self.bits)
         added = super().unpack({"numbers": codes * steps})
-        starts: dict[Tensor, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if (start := self.origin(name)) is not None:
-                starts[parameter] = start.to(added[parameter])
-        return {p: numbers + starts[p] if p in starts else numbers for p, numbers in added.items()}
+        return {p: added[p] + self.origin(name).to(added[p]) for name, p in self.parameters.items()}
 
     def _sizes(self) -> list[int]:
         """How many numbers each part of each parameter has."""

@@ -11,7 +11,7 @@ from recast_pl.files import write_atomic
 from recast_pl.learning.trainer import TrainerFactory, tensorboard
 from recast_pl.reporting.hyperparameters import hyperparameters
 from recast_pl.reporting.plots import plot_accuracy_matrix, plot_confusions, to_png
-from recast_pl.reporting.tables import classes_markdown, matrix_csv, stream_table, stream_title
+from recast_pl.reporting.tables import MOST_TASKS, classes_markdown, matrix_csv, stream_table, stream_title
 from recast_pl.runs.class_results import confusion_matrix
 from recast_pl.runs.folder import Record, RunFolder, Summary
 from recast_pl.runs.metrics import final_accuracies
@@ -29,7 +29,7 @@ class StreamResults:
 
     console: Console
     trainers: TrainerFactory
-    most: int = 100
+    most: int = MOST_TASKS
 
     def write_task(self, folder: RunFolder, name: str, record: Record) -> None:
         """Writes the results by class for TensorBoard, and the confusion matrix if all confusions are known."""

@@ -27,6 +27,9 @@ Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 _CONFUSIONS = 20  # that a table shows
 
+MOST_TASKS = 100
+"""How many tasks the table of a stream shows, unless told otherwise."""
+
 _LONGEST = 100  # characters of a line in a cell
 
 _UNLIMITED = 10**6  # characters of a line
@@ -37,7 +40,7 @@ def stream_title(summary: Mapping[str, Any]) -> str:
     return f"{summary['method']} on {summary['backbone'].rpartition('.')[2]}, seed {summary['seed']}"
 
 
-def stream_table(summary: Mapping[str, Any], most: int = 100) -> RenderableType:
+def stream_table(summary: Mapping[str, Any], most: int = MOST_TASKS) -> RenderableType:
     """Makes the terminal table of a stream's results from the content of `summary.json`, with the last `most` tasks."""
     final = summary["accuracy_matrix"][-1]
     changed = final != [task["accuracy"] for task in summary["tasks"]]
