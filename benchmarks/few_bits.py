@@ -5,7 +5,8 @@ r"""Measures what fewer bits for the numbers of LoRA cost, on tasks that are tra
 
 Tasks and their training are those of `benchmarks/routing.py`, whose runs of LoRA in the folder `--output` are used, and
 made where they are missing: clip art and emoji. Each part of A and of B is rounded as `recast_pl.RoundedLoRA` does it,
-and to 1 bit as the sign times the mean absolute value. A row has the mean test accuracy in percent, and the difference
+to 1 bit too, though that method trains with rounded numbers then. A row has the mean test accuracy in percent, and
+the difference
 to the task as trained in points, with a 95 % confidence interval over tasks, whose seeds are averaged before: first
 with the heads of the patches, of 4 bits, then with heads in full precision solved again on the training images, for
 the weights after rounding.
@@ -29,8 +30,6 @@ BITS = (None, 8, 4, 3, 2, 1)
 def rounded(tensor, bits):
     """A or B (parts, …) with a step for each part."""
     rows = tensor.double().flatten(1)
-    if bits == 1:
-        return (rows.sign() * rows.abs().mean(1, keepdim=True)).view_as(tensor).float()
     steps = choose_steps(rows, bits).double()[:, None]
     return (nearest_codes(rows, steps, bits) * steps).view_as(tensor).float()
 

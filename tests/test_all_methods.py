@@ -64,6 +64,7 @@ ON_BOTH = {
     "lora-shared": lambda: [rp.LoRA(targets=[MLP, ATTENTION, CONVOLUTIONS], shared=True)],
     "rounded-lora": lambda: [rp.RoundedLoRA(targets=[MLP, ATTENTION, CONVOLUTIONS])],
     "rounded-lora-shared": lambda: [rp.RoundedLoRA(8, rank=2, parts="qkv", shared=True)],
+    "one-bit-lora": lambda: [rp.RoundedLoRA(1, targets=[MLP, ATTENTION, CONVOLUTIONS])],
     "dora": lambda: [rp.DoRA()],
     "dora-norms": lambda: [rp.DoRA(train_magnitude=False)],
     "rosa": lambda: [rp.LoRA(parts="qkv"), rp.RoSA(0.003, 2, [ATTENTION, CONVOLUTIONS])],
@@ -85,6 +86,7 @@ ON_BOTH = {
     "rounded-bias": lambda: [
         rp.RoundedFineTune(targets=[r"bias$", r"blocks\.1\.mlp\.fc1\.weight$", r"layer1\.0\.conv1\.weight$"])
     ],
+    "one-bit-norm": lambda: [rp.RoundedFineTune(1, [r"(norm|bn)\w*\.(weight|bias)$"])],
     "norm": lambda: [rp.PartialFineTune([r"(norm|bn)\w*\.(weight|bias)$"])],
     "l2sp": lambda: [rp.Scale(learning_rate=2e-2), rp.L2SP(0.1)],
     "cotta": lambda: [rp.Scale(learning_rate=2e-2), rp.CoTTA(rate=1e-2, views=2)],
@@ -325,8 +327,8 @@ class Change(L.Callback):
 
 QUICK = ("recast-vit", "clr-resnet")
 # methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks;
-# dropout drops others in each batch
-EXACT = [name for name in ISOLATED if name in (*ONCE, *QUICK) and not name.startswith("dropout")]
+# dropout drops others in each batch, and what is rounded after each step changes in jumps
+EXACT = [name for name in ISOLATED if name in (*ONCE, *QUICK) and not name.startswith(("dropout", "one-bit"))]
 STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.release) for name in EXACT]
 
 
@@ -400,7 +402,7 @@ def begun(module, distance):
 
 
 BY_OUTPUTS = {
-    *("melo", "lora-r2", "lora-shared", "rounded-lora", "rounded-lora-shared"),
+    *("melo", "lora-r2", "lora-shared", "rounded-lora", "rounded-lora-shared", "one-bit-lora"),
     *("spectral", "chosen", "loraxs", "tinylora"),
     *("recast+melo", "recast+spectral", "recast+chosen"),  # on attention, where RECAST is not
 }

@@ -280,6 +280,7 @@ BANKED = [
     "melo-resnet",
     "rounded-lora-vit",
     "rounded-bias-vit",
+    "one-bit-lora-vit",
     "loraxs-vit",
 ]
 

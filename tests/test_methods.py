@@ -435,6 +435,53 @@ def test_rounded_lora_keeps_the_nearest_multiples_of_a_step_for_each_part(bits):
     assert all(torch.equal(state[name], again[name]) for name in state)  # rounded numbers stay as they are
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: RoundedLoRA(1, 2, targets=["weight"]), lambda: RoundedFineTune(1, ["second"])]
+)
+def test_one_bit_is_trained_by_the_gradients_of_the_rounded_network(make):
+    torch.manual_seed(0)
+    network = Two().double()
+    start = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    piece, x, wanted = attached(make(), network), torch.randn(16, 6).double(), torch.randn(16, 5).double()
+    parameters, optimizer = piece.parameters, torch.optim.SGD(piece.parameters.values(), 0.5)
+    origin = {name: start.get(name, torch.zeros(())) for name in parameters}
+    kept = {name: parameter.detach() - origin[name] for name, parameter in parameters.items()}  # never rounded
+    losses = []
+
+    def check():
+        for name, parameter in parameters.items():
+            rows = kept[name].flatten(1) if kept[name].ndim > 1 else kept[name][None]
+            sizes = rows.abs().mean(1, keepdim=True).bfloat16().double()
+            rounded = torch.where(rows < 0, -sizes, sizes).view_as(parameter)
+            torch.testing.assert_close(parameter.detach(), origin[name] + rounded, rtol=1e-9, atol=1e-9)
+
+    piece.begin_training(nn.Linear(5, 2))
+    check()
+    for step in range(30):
+        if step == 10:  # as if training were resumed
+            state = piece.training_state()
+            piece.load_training_state(state)
+        optimizer.zero_grad()
+        loss = (network(x) - wanted).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        kept = {name: kept[name] - 0.5 * parameter.grad for name, parameter in parameters.items()}
+        optimizer.step()
+        piece.end_step()
+        check()
+    assert min(losses) < 0.9 * losses[0]
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    state = piece.task_state()
+    piece.end_task()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=1e-6, atol=1e-7)
+    signs = torch.cat([(parameter.detach() - origin[name]).flatten() >= 0 for name, parameter in parameters.items()])
+    packed = np.packbits(signs.numpy(), bitorder="little")
+    assert state["codes"].tolist() == packed.tolist()
+    piece.begin_task()
+    assert not piece.training_state()
+
+
 def test_rounded_fine_tuning_keeps_multiples_of_a_step_from_the_pretrained_rows_and_vectors():
     network = Two()
     start = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}

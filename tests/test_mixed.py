@@ -84,13 +84,14 @@ METHODS = {**ISOLATED, **FURTHER}
 QUICK = {
     *("recast-vit", "recast-resnet", "rosa-vit", "adaptformer-vit", "clr-resnet", "piggyback-vit"),
     *("chosen-vit", "chosen-resnet", "lora-shared-vit", "rounded-lora-vit", "rounded-bias-vit"),
+    *("one-bit-lora-vit", "one-bit-norm-vit"),
     *FURTHER.keys() - {"same-padding", "strided"},
 }
 NO_PRODUCTS = {  # at any layer
     *UNTRAINED,
     *("atlas-resnet", "recast+atlas-vit"),
     *("bias-vit", "bias-resnet", "norm-vit", "norm-resnet", "headscale-vit"),
-    *("rounded-bias-vit", "rounded-bias-resnet"),
+    *("rounded-bias-vit", "rounded-bias-resnet", "one-bit-norm-vit", "one-bit-norm-resnet"),
     *("kappa-vit", "kappa-resnet"),
     *("dora-vit", "dora-resnet", "clr-vit", "clr-resnet", "offset"),
     *("recast+dora-mlp-vit", "standardised", "adaptformer-vit", "adaptformer-resnet", "dropout-vit", "dropout-resnet"),

@@ -352,14 +352,19 @@ def test_a_run_of_any_method_takes_compact_patches(tmp_path):
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize("method", ["melo_int4", "norm_int4"])
-def test_a_task_of_rounded_numbers_takes_half_a_byte_a_number(method, tiny_fit, tmp_path):
+@pytest.mark.parametrize(("method", "bits"), [("melo_int4", 4), ("norm_int4", 4), ("melo_1bit", 1), ("norm_1bit", 1)])
+def test_a_task_of_rounded_numbers_takes_their_bits(method, bits, tiny_fit, tmp_path, capsys):
     words = ["--config", f"methods/{method}.yaml", "--patch_precision", "int4", "--trainer.max_epochs", "1"]
     assert main(tiny_fit(*words)) == 0
     (path, *_), summary = sorted((tmp_path / "run" / "patches").iterdir()), read_summary(tmp_path / "run")
     numbers, patch = summary["tasks"][0]["task_parameters"], TaskPatch.load(path)
     (state,), head = patch.pieces, patch.head["weight"]
-    assert state["codes"].numel() == numbers / 2
-    left = path.stat().st_size - numbers / 2 - 2 * state["steps"].numel() - head.numel() / 2 - 6 * len(head)
+    assert state["codes"].numel() == numbers * bits / 8
+    left = path.stat().st_size - numbers * bits / 8 - 2 * state["steps"].numel() - head.numel() / 2 - 6 * len(head)
     assert 66 + 32 < left < 400  # header, checksum and names
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+    assert main(["patch", "show", str(path)]) == 0
+    told = (
+        f"{state['steps'].numel()}, {state['codes'].numel():,} bytes of codes and a head of {head.numel() + len(head)}"
+    )
+    assert told in capsys.readouterr().out

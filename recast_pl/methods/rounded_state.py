@@ -1,43 +1,82 @@
-"""What pieces share whose patches keep 4 or 8 bits of each number, a quarter or half of what half precision takes.
+"""What pieces share whose patches keep 8, 4 or 1 bits of each number, where half precision takes 16.
 
-When a task ends, what it has added to each part of a parameter becomes s·q. q are whole numbers of at most
-2^(bits − 1) − 1, and s is the step with the least squared error. Training knows nothing of it: numbers are rounded to
-the nearest afterwards, without regard to the images of the task. So the tasks of such a piece cannot be merged.
+What a task has added to each part of a parameter becomes s·q. q are whole numbers of at most 2^(bits − 1) − 1, with
+1 bit the signs ±1, and s is the step with the least squared error.
+
+With 8 and 4 bits, training knows nothing of it: numbers are rounded to the nearest when the task ends. With 1 bit that
+costs too much, so numbers are rounded after every step of the optimizer, which therefore sees the gradients of the
+rounded network, and the next step begins with what rounding has left, as in Courbariaux et al., "BinaryConnect:
+Training Deep Neural Networks with Binary Weights during Propagations", NeurIPS 2015, and with the scale of Rastegari et
+al., "XNOR-Net", ECCV 2016. Deviations: weight decay acts on the rounded numbers, and none are clipped.
+
+Either way the tasks of such a piece cannot be merged.
 """
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor, nn
 
 from recast_pl.errors import MethodError
 from recast_pl.methods.adaptation import CompactState
-from recast_pl.methods.piece import check_state
+from recast_pl.methods.piece import check_state, copies
 from recast_pl.methods.rounding import choose_steps, nearest_codes, pack_codes, packed_width, unpack_codes
 
-Bits = Literal[8, 4]
+Bits = Literal[8, 4, 1]
 
 
 class RoundedState(CompactState):
-    """A piece whose numbers are rounded to few bits when a task ends. Name it before the method in a class's bases.
+    """A piece whose numbers are rounded to few bits. Name it before the method in a class's bases.
 
     The parts of a parameter are its rows; a vector is a single part.
     """
 
     linear: ClassVar[bool] = False
     bits: Bits
+    _left: dict[str, Tensor]
 
     def choose_bits(self, bits: Bits) -> None:
-        """Sets how many bits a number keeps; raises MethodError if they are neither 8 nor 4."""
-        if bits not in (8, 4):
-            raise MethodError(f"{type(self).__name__}: bits={bits} must be 8 or 4")
-        self.bits = bits
+        """Sets how many bits a number keeps; raises MethodError if they are not 8, 4 or 1."""
+        if bits not in (8, 4, 1):
+            raise MethodError(f"{type(self).__name__}: bits={bits} must be 8, 4 or 1")
+        self.bits, self._left = bits, {}
 
     def origin(self, name: str) -> Tensor:
         """What a parameter is at code 0 (*shape), so that the difference to it is rounded; by default a scalar of 0."""
         return torch.zeros(())
+
+    def begin_task(self) -> None:
+        """Starts with nothing left of earlier rounding."""
+        super().begin_task()
+        self._left = {}
+
+    def begin_training(self, head: nn.Linear) -> None:
+        """Rounds what training starts from."""
+        super().begin_training(head)
+        self.end_step()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """With 1 bit, rounds what the step has made of the rounded numbers and what was left of them."""
+        super().end_step()
+        if self.bits != 1:
+            return
+        for name, parameter in self.parameters.items():
+            origin = self.origin(name).to(parameter)
+            wanted = parameter + self._left[name].to(parameter) if name in self._left else parameter.clone()
+            rows = _parts(wanted - origin)
+            steps = choose_steps(rows, 1).to(rows)[:, None]
+            parameter.copy_(origin + (nearest_codes(rows, steps, 1) * steps).view_as(parameter))
+            self._left[name] = wanted - parameter
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What rounding has left of each parameter (*shape)."""
+        return copies(self._left)
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Loads what `training_state` returned."""
+        self._left = dict(state)
 
     def end_task(self) -> None:
         """Rounds what was trained."""
@@ -45,12 +84,11 @@ class RoundedState(CompactState):
 
     def task_state(self) -> dict[str, Tensor]:
         """The codes of all numbers (bytes,), parameter after parameter, and the step of each part (parts,)."""
-        parts = [part.flatten() for name, p in self.parameters.items() for part in _parts(self._added(name, p))]
-        rows = pad_sequence(parts, batch_first=True)
-        steps = choose_steps(rows, self.bits)
-        codes = nearest_codes(rows, steps.double()[:, None], self.bits).to(torch.int8)
-        joined = torch.cat([row[: len(part)] for row, part in zip(codes, parts, strict=True)])
-        return {"codes": pack_codes(joined[None], self.bits)[0], "steps": steps.float()}
+        rows = [_parts(self._added(name, parameter)) for name, parameter in self.parameters.items()]
+        steps = [choose_steps(each, self.bits) for each in rows]
+        codes = [nearest_codes(r, s.double()[:, None], self.bits).flatten() for r, s in zip(rows, steps, strict=True)]
+        joined = torch.cat(codes).to(torch.int8)
+        return {"codes": pack_codes(joined[None], self.bits)[0], "steps": torch.cat(steps).float()}
 
     def _added(self, name: str, parameter: Tensor) -> Tensor:
         """What the task has added to a parameter (*shape), in double precision."""
@@ -80,5 +118,5 @@ class RoundedState(CompactState):
 
 
 def _parts(parameter: Tensor) -> Tensor:
-    """A parameter (*shape) as its parts (parts, …)."""
-    return parameter if parameter.ndim > 1 else parameter[None]
+    """A parameter (*shape) as its parts (parts, numbers of a part)."""
+    return parameter.flatten(1) if parameter.ndim > 1 else parameter[None]

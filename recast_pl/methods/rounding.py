@@ -1,4 +1,4 @@
-"""Numbers as whole multiples of a step for each row, with 8 or 4 bits for each multiple."""
+"""Numbers as whole multiples of a step for each row, with 8, 4 or 1 bits for each multiple."""
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,28 @@ _SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
 
 
 def _largest_code(bits: int) -> int:
-    """The largest absolute value of a code: 127 or 7."""
-    return int(2 ** (bits - 1)) - 1
+    """The largest absolute value of a code: 127, 7 or 1."""
+    return max(int(2 ** (bits - 1)) - 1, 1)
 
 
 def nearest_codes(rows: Tensor, steps: Tensor, bits: int) -> Tensor:
-    """The codes (R, D) whose multiples of the steps, which must broadcast, come nearest to rows (R, D)."""
+    """The codes (R, D) whose multiples of the steps, which must broadcast, come nearest to rows (R, D).
+
+    Of 1 bit they are 1 and -1, so nothing but 0 times a step of 0 is 0.
+    """
+    if bits == 1:
+        return torch.where(rows < 0, -1, 1).to(rows)
     limit = _largest_code(bits)
     return (rows / steps).round().clamp(-limit, limit)
 
 
 def choose_steps(rows: Tensor, bits: int) -> Tensor:
-    """The step of each row (R,) with the least squared error of plain rounding, in bfloat16; 1 for a row of zeros."""
+    """The step of each row (R,) with the least squared error of plain rounding, in bfloat16.
+
+    Of a row of zeros it is 1, and with 1 bit 0.
+    """
+    if bits == 1:
+        return rows.abs().mean(1).bfloat16()
     largest = rows.abs().amax(1)
     best, steps = torch.full_like(largest, torch.inf), torch.ones_like(largest).bfloat16()
     for fraction in _SHRINKING:
@@ -38,18 +48,16 @@ def packed_width(width: int, bits: int) -> int:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (R, D) in int8 as bytes (R, `packed_width`); of 4 bits, the first of two is in the lower half."""
-    if bits == 8:
-        return codes.view(torch.uint8)
-    nibbles = F.pad(codes, (0, codes.shape[1] % 2)).view(torch.uint8) & 0x0F
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    """Codes (R, D) in int8 as bytes (R, `packed_width`), of 4 or 1 bits the first in the lowest bits."""
+    digits = (codes > 0).view(torch.uint8) if bits == 1 else codes.view(torch.uint8) & 2**bits - 1
+    of_byte = F.pad(digits, (0, -codes.shape[1] % (8 // bits))).unflatten(1, (-1, 8 // bits))
+    packed: Tensor = (of_byte << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_codes(packed: Tensor, width: int, bits: int) -> Tensor:
     """The codes (R, D) that `pack_codes` packed, in single precision, by arithmetic that every runtime has."""
-    wide = packed.float()
-    if bits == 8:
-        return wide - 256 * (wide > 127).float()
-    high = (wide / 16).floor()
-    nibbles = torch.stack([wide - 16 * high, high], 2).flatten(1)[:, :width]
-    return nibbles - 16 * (nibbles > 7).float()
+    values = 2**bits
+    shifted = (packed.float()[:, :, None] / 2 ** torch.arange(0, 9, bits, device=packed.device)).floor()
+    digits = (shifted[:, :, :-1] - values * shifted[:, :, 1:]).flatten(1)[:, :width]
+    return 2 * digits - 1 if bits == 1 else digits - values * (digits >= values / 2).float()

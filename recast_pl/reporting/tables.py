@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -101,7 +102,9 @@ def evaluation_table(rows: Sequence[tuple[str, float, float | None]]) -> Rendera
 
 def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
     """Makes the terminal tables that describe a patch and its file."""
-    numbers = sum(tensor.numel() for state in patch.pieces for tensor in state.values())
+    tensors = [tensor for state in patch.pieces for tensor in state.values()]
+    codes = sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.uint8)  # several to a byte
+    numbers = f"{sum(tensor.numel() for tensor in tensors) - codes:,}" + f", {codes:,} bytes of codes" * bool(codes)
     head = sum(tensor.numel() for tensor in patch.head.values())
     facts = {
         "task": patch.task,
@@ -110,7 +113,7 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
         "base": patch.base,
         "input": f"{size_text(patch.image_size)}, mean {patch.mean}, std {patch.std}",
         "metrics": ", ".join(f"{name} {value:.2f}" for name, value in patch.metrics.items()) or "none",
-        "numbers": f"{numbers:,} and a head of {head:,}",
+        "numbers": f"{numbers} and a head of {head:,}",
         "file": storage(patch),
         "bytes": f"{path.stat().st_size:,}",
     }
@@ -118,8 +121,8 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
         [name, "×".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{tensor.nbytes:,}"]
         for name, tensor in patch.stored.items()
     ]
-    tensors = terminal_table((["tensor", "shape", "type", "bytes"], rows))
-    return [terminal_table((["", ""], [*map(list, facts.items())]), 2, str(path)), tensors]
+    listed = terminal_table((["tensor", "shape", "type", "bytes"], rows))
+    return [terminal_table((["", ""], [*map(list, facts.items())]), 2, str(path)), listed]
 
 
 def difference_tables(difference: PatchDifference) -> list[RenderableType]:
