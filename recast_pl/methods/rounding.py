@@ -57,7 +57,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, width: int, bits: int) -> Tensor:
     """The codes (R, D) that `pack_codes` packed, in single precision, by arithmetic that every runtime has."""
-    values = 2**bits
+    values = int(2**bits)
     shifted = (packed.float()[:, :, None] / 2 ** torch.arange(0, 9, bits, device=packed.device)).floor()
-    digits = (shifted[:, :, :-1] - values * shifted[:, :, 1:]).flatten(1)[:, :width]
+    digits: Tensor = (shifted[:, :, :-1] - values * shifted[:, :, 1:]).flatten(1)[:, :width]
     return 2 * digits - 1 if bits == 1 else digits - values * (digits >= values / 2).float()
