@@ -5,11 +5,9 @@ r"""Measures what fewer bits for the numbers of LoRA cost, on tasks that are tra
 
 Tasks and their training are those of `benchmarks/routing.py`, whose runs of LoRA in the folder `--output` are used, and
 made where they are missing: clip art and emoji. Each part of A and of B is rounded as `recast_pl.RoundedLoRA` does it,
-to 1 bit too, though that method trains with rounded numbers then. A row has the mean test accuracy in percent, and
-the difference
-to the task as trained in points, with a 95 % confidence interval over tasks, whose seeds are averaged before: first
-with the heads of the patches, of 4 bits, then with heads in full precision solved again on the training images, for
-the weights after rounding.
+with 3 bits too. A row has the mean test accuracy in percent, and the difference to the task as trained in points, with
+a 95 % confidence interval over tasks, whose seeds are averaged before: first with the heads of the patches, of 4 bits,
+then with heads in full precision solved again on the training images, for the weights after rounding.
 """
 
 import argparse

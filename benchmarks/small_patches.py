@@ -125,7 +125,7 @@ def main() -> None:
         exact = (features @ weight.T + bias).argmax(1)
         right = 100 * float((exact == labels).double().mean())
         accuracies.append(right)
-        for bits in (8, 4, 3):
+        for bits in (8, 4, 3, 2, 1):
             for way, head in rounded(weight, bias, bits, moments).items():
                 predicted = (features @ head.state["weight"].T + head.bias).argmax(1)
                 change = 100 * float((predicted == labels).double().mean()) - right

@@ -28,6 +28,7 @@ from recast_pl import (
 )
 from recast_pl.learning.acceleration import OutputChanges
 from recast_pl.learning.checkpoint import trainable_state
+from recast_pl.learning.heads import solve_head
 from recast_pl.methods.adaptation import ATTENTION, CONVOLUTIONS, MLP
 
 VIT = BackboneConfig("vit_tiny_patch16_224", "random", TINY_VIT)
@@ -325,10 +326,61 @@ class Change(L.Callback):
         self.values = {name: value - self.before[name] for name, value in trainable_state(pl_module).items()}
 
 
+class Losses(L.Callback):
+    """What validation has measured, and what was trained after each epoch."""
+
+    def __init__(self):
+        self.validated, self.trained = [], []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.validated.append([float(trainer.callback_metrics[name]) for name in ("val/accuracy", "val/loss")])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.trained.append(trainable_state(pl_module))
+
+
+@pytest.mark.parametrize("validation", [1.0, 0])
+@pytest.mark.parametrize(("rounded", "exact"), [("one-bit-lora", "lora"), ("one-bit-norm", "norm")])
+def test_rounded_methods_validate_what_they_store_and_train_exact_numbers(rounded, exact, validation, two_tasks):
+    found = {}
+    for name in (rounded, exact):
+        pieces = ON_BOTH[name]() if name != "lora" else [rp.LoRA(targets=[MLP, ATTENTION, CONVOLUTIONS])]
+        for piece in pieces:
+            piece.learning_rate = 0.05
+        torch.manual_seed(0)
+        module, losses = TILModule(VIT, pieces, head="sgd"), Losses()
+        patch = fit(module, two_tasks, max_epochs=3, callbacks=[losses], limit_val_batches=validation)
+        found[name] = module, losses, patch
+    module, losses, patch = found[rounded]
+    others = found[exact][1].trained
+    assert len(others) == 3
+    for mine, other in zip(losses.trained, others, strict=True):
+        assert all(torch.equal(mine[name], value) for name, value in other.items())
+    assert not all(torch.equal(value, dict(module.named_parameters())[name]) for name, value in others[-1].items())
+    if validation:
+        module.activate(patch)
+        trainer = L.Trainer(accelerator="cpu", **QUIET)
+        (again,) = trainer.validate(module, datamodule=two_tasks, verbose=False)
+        assert [again["val/accuracy"], again["val/loss"]] in [pytest.approx(each) for each in losses.validated]
+        assert [each[1] for each in losses.validated] != [each[1] for each in found[exact][1].validated]
+
+
+def test_the_head_of_a_rounded_task_is_solved_on_rounded_features(two_tasks):
+    module = TILModule(VIT, [rp.RoundedFineTune(1, [r"norm\w*\.(weight|bias)$"], 0.05)], head="lda")
+    for validation in (1.0, 0):
+        two_tasks.select(0)
+        trainer = L.Trainer(max_epochs=2, accelerator="cpu", limit_val_batches=validation, **QUIET)
+        trainer.fit(module, datamodule=two_tasks)
+        (train,) = module.features("train")
+        solved = solve_head("lda", train, len(module.classes))
+        torch.testing.assert_close(module.current()[1].weight, solved.weight, rtol=1e-3, atol=1e-3)
+        assert any(not torch.equal(p, module.pieces[0].start[n]) for n, p in module.pieces[0].parameters.items())
+
+
 QUICK = ("recast-vit", "clr-resnet")
 # methods whose tasks share weights may treat batches one by one: they draw from a buffer, or harden masks;
-# dropout drops others in each batch, and what is rounded after each step changes in jumps
-EXACT = [name for name in ISOLATED if name in (*ONCE, *QUICK) and not name.startswith(("dropout", "one-bit"))]
+# dropout drops others in each batch
+EXACT = [name for name in ISOLATED if name in (*ONCE, *QUICK) and not name.startswith("dropout")]
 STEPS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.release) for name in EXACT]
 
 

@@ -141,7 +141,11 @@ class EvaluateMerged(Callback):
     def __init__(self) -> None:
         self._context = ExitStack()
 
-    def _merge(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Generates the weights as a patch would hold them, until validation ends."""
+        for piece in pl_module.pieces:
+            piece.begin_validation()
+            self._context.callback(piece.end_validation)
         self._context.enter_context(pl_module.merged())
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -154,7 +158,6 @@ class EvaluateMerged(Callback):
         if trainer.state.fn == "fit":
             pl_module.merged_weights.free()  # training needs the memory more
 
-    on_validation_start = _merge
     on_validation_end = on_test_end = _release
     on_exception = _release  # later training in this process must not use these weights
 

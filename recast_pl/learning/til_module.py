@@ -289,6 +289,8 @@ class TILModule(TaskNetwork, LightningModule):
         """Lets the pieces keep what later tasks need of this one, on the device that the trainer has left."""
         self.to(self.trainer.strategy.root_device)
         if self.head_kind != "sgd" and self.task_parameters and not self.trainer.limit_val_batches:
+            for piece in self.pieces:
+                piece.begin_validation()
             self._solve_head()  # otherwise validation has
         for piece in self.pieces:
             piece.end_task()

@@ -125,10 +125,10 @@ class Piece:
 
     Calls come in this order: `join`, `load_base`, `project`, `attach`, `save_base`. Each task then brings
     `begin_task`, `begin_optimizer`, `begin_fit` and `begin_training`; every step `begin_step`, `incoming`, `loss` and
-    `end_step`; and the end of the task `end_task`, `task_state` and `shared_state`. `load_task_state` and
-    `load_shared_state` may come at any time after `attach`. At the end of an epoch a checkpoint stores
-    `training_state`; resumed training passes it to `load_training_state` before `begin_fit`, and leaves
-    `begin_training` out.
+    `end_step`; every validation `begin_validation` and `end_validation`; and the end of the task `end_task`,
+    `task_state` and `shared_state`. `load_task_state` and `load_shared_state` may come at any time after `attach`. At
+    the end of an epoch a checkpoint stores `training_state`; resumed training passes it to `load_training_state` before
+    `begin_fit`, and leaves `begin_training` out.
 
     A piece is not an `nn.Module`: what it trains lies inside the network and must be named there only, it refers to the
     module that trains, and its dictionary `parameters` has the name of a module's method.
@@ -238,6 +238,12 @@ class Piece:
 
     def end_step(self) -> None:
         """Called after the optimizer's step."""
+
+    def begin_validation(self) -> None:
+        """Called before each validation, in which the network must compute what the task's patch would hold."""
+
+    def end_validation(self) -> None:
+        """Called after each validation, after which training goes on from where it was."""
 
     def end_task(self) -> None:
         """Called when the task's best epoch is loaded, with the module on its device and data available."""

@@ -1,4 +1,4 @@
-"""Fine-tuning of some parameters whose patch keeps 8, 4 or 1 bits of each difference to the pretrained ones.
+"""Fine-tuning of some parameters whose patch keeps 8, 4, 2 or 1 bits of each difference to the pretrained ones.
 
 It trains as `recast_pl.methods.partial_fine_tune` and rounds as `recast_pl.methods.rounded_state`.
 """
@@ -15,7 +15,7 @@ class RoundedFineTune(RoundedState, PartialFineTune):
     A vector, such as a bias, has one step, and a weight one for each of its rows.
 
     Args:
-        bits: Of each difference in the patch of a task: 8, 4 or 1.
+        bits: Of each difference in the patch of a task: 8, 4, 2 or 1.
         targets: Regular expressions for names of parameters; all biases by default.
         learning_rate: Learning rate of the parameters; None for that of the head.
 

@@ -1,4 +1,4 @@
-"""LoRA whose patch keeps 8, 4 or 1 bits of each number.
+"""LoRA whose patch keeps 8, 4, 2 or 1 bits of each number.
 
 W' = W + (alpha / r) · B·A as in `recast_pl.methods.lora`, rounded as in `recast_pl.methods.rounded_state`
 """
@@ -12,7 +12,7 @@ class RoundedLoRA(RoundedState, LoRA):
     """LoRA whose numbers are rounded to few bits; each part of A and of B has a step of its own.
 
     Args:
-        bits: Of each number in the patch of a task: 8, 4 or 1.
+        bits: Of each number in the patch of a task: 8, 4, 2 or 1.
         rank: r.
         alpha: α; None for r, so that the factor is 1.
         targets: Regular expressions for names of weights.

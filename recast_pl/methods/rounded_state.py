@@ -1,29 +1,23 @@
-"""What pieces share whose patches keep 8, 4 or 1 bits of each number, where half precision takes 16.
+"""What pieces share whose patches keep 8, 4, 2 or 1 bits of each number, where half precision takes 16.
 
 What a task has added to each part of a parameter becomes s·q. q are whole numbers of at most 2^(bits − 1) − 1, with
-1 bit the signs ±1, and s is the step with the least squared error.
-
-With 8 and 4 bits, training knows nothing of it: numbers are rounded to the nearest when the task ends. With 1 bit that
-costs too much, so numbers are rounded after every step of the optimizer, which therefore sees the gradients of the
-rounded network, and the next step begins with what rounding has left, as in Courbariaux et al., "BinaryConnect:
-Training Deep Neural Networks with Binary Weights during Propagations", NeurIPS 2015, and with the scale of Rastegari et
-al., "XNOR-Net", ECCV 2016. Deviations: weight decay acts on the rounded numbers, and none are clipped.
-
-Either way the tasks of such a piece cannot be merged.
+1 bit the signs ±1, and s is the step with the least squared error. Training knows nothing of it, but numbers are
+rounded to the nearest for each validation: so the best epoch is that of the rounded network, on whose features a head
+is solved, too. The tasks of such a piece cannot be merged.
 """
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recast_pl.errors import MethodError
 from recast_pl.methods.adaptation import CompactState
-from recast_pl.methods.piece import check_state, copies
+from recast_pl.methods.piece import check_state
 from recast_pl.methods.rounding import choose_steps, nearest_codes, pack_codes, packed_width, unpack_codes
 
-Bits = Literal[8, 4, 1]
+Bits = Literal[8, 4, 2, 1]
 
 
 class RoundedState(CompactState):
@@ -34,53 +28,33 @@ class RoundedState(CompactState):
 
     linear: ClassVar[bool] = False
     bits: Bits
-    _left: dict[str, Tensor]
+    _exact: dict[str, Tensor]
 
     def choose_bits(self, bits: Bits) -> None:
-        """Sets how many bits a number keeps; raises MethodError if they are not 8, 4 or 1."""
-        if bits not in (8, 4, 1):
-            raise MethodError(f"{type(self).__name__}: bits={bits} must be 8, 4 or 1")
-        self.bits, self._left = bits, {}
+        """Sets how many bits a number keeps; raises MethodError if they are not 8, 4, 2 or 1."""
+        if bits not in (8, 4, 2, 1):
+            raise MethodError(f"{type(self).__name__}: bits={bits} must be 8, 4, 2 or 1")
+        self.bits, self._exact = bits, {}
 
     def origin(self, name: str) -> Tensor:
         """What a parameter is at code 0 (*shape), so that the difference to it is rounded; by default a scalar of 0."""
         return torch.zeros(())
 
-    def begin_task(self) -> None:
-        """Starts with nothing left of earlier rounding."""
-        super().begin_task()
-        self._left = {}
+    def begin_validation(self) -> None:
+        """Rounds what is trained, until validation ends."""
+        self._exact = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.load_task_state(self.task_state())
 
-    def begin_training(self, head: nn.Linear) -> None:
-        """Rounds what training starts from."""
-        super().begin_training(head)
-        self.end_step()
-
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """With 1 bit, rounds what the step has made of the rounded numbers and what was left of them."""
-        super().end_step()
-        if self.bits != 1:
-            return
-        for name, parameter in self.parameters.items():
-            origin = self.origin(name).to(parameter)
-            wanted = parameter + self._left[name].to(parameter) if name in self._left else parameter.clone()
-            rows = _parts(wanted - origin)
-            steps = choose_steps(rows, 1).to(rows)[:, None]
-            parameter.copy_(origin + (nearest_codes(rows, steps, 1) * steps).view_as(parameter))
-            self._left[name] = wanted - parameter
-
-    def training_state(self) -> dict[str, Tensor]:
-        """What rounding has left of each parameter (*shape)."""
-        return copies(self._left)
-
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Loads what `training_state` returned."""
-        self._left = dict(state)
+    def end_validation(self) -> None:
+        """Restores what was rounded."""
+        if self._exact:
+            self._load(self._exact, self.parameters)
+            self._exact = {}
 
     def end_task(self) -> None:
         """Rounds what was trained."""
         self.load_task_state(self.task_state())
+        self._exact = {}
 
     def task_state(self) -> dict[str, Tensor]:
         """The codes of all numbers (bytes,), parameter after parameter, and the step of each part (parts,)."""

@@ -1,4 +1,4 @@
-"""Numbers as whole multiples of a step for each row, with 8, 4 or 1 bits for each multiple."""
+"""Numbers as whole multiples of a step for each row, with 8, 4, 2 or 1 bits for each multiple."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ _SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
 
 
 def _largest_code(bits: int) -> int:
-    """The largest absolute value of a code: 127, 7 or 1."""
+    """The largest absolute value of a code: 127, 7, and 1 with 2 bits or 1."""
     return max(int(2 ** (bits - 1)) - 1, 1)
 
 
@@ -48,7 +48,7 @@ def packed_width(width: int, bits: int) -> int:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (R, D) in int8 as bytes (R, `packed_width`), of 4 or 1 bits the first in the lowest bits."""
+    """Codes (R, D) in int8 as bytes (R, `packed_width`), of fewer than 8 bits the first in the lowest bits."""
     digits = (codes > 0).view(torch.uint8) if bits == 1 else codes.view(torch.uint8) & 2**bits - 1
     of_byte = F.pad(digits, (0, -codes.shape[1] % (8 // bits))).unflatten(1, (-1, 8 // bits))
     packed: Tensor = (of_byte << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
