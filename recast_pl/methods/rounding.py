@@ -51,7 +51,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes (R, D) in int8 as bytes (R, `packed_width`), of fewer than 8 bits the first in the lowest bits."""
     digits = (codes > 0).view(torch.uint8) if bits == 1 else codes.view(torch.uint8) & 2**bits - 1
     of_byte = F.pad(digits, (0, -codes.shape[1] % (8 // bits))).unflatten(1, (-1, 8 // bits))
-    packed: Tensor = (of_byte << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    packed: Tensor = (of_byte << shifts).sum(-1, dtype=torch.uint8)
     return packed
 
 
