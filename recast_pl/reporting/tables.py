@@ -104,7 +104,9 @@ def patch_tables(patch: TaskPatch, path: Path) -> list[RenderableType]:
     """Makes the terminal tables that describe a patch and its file."""
     tensors = [tensor for state in patch.pieces for tensor in state.values()]
     codes = sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.uint8)  # several to a byte
-    numbers = f"{sum(tensor.numel() for tensor in tensors) - codes:,}" + f", {codes:,} bytes of codes" * bool(codes)
+    numbers = f"{sum(tensor.numel() for tensor in tensors) - codes:,}"
+    if codes:
+        numbers += f", {codes:,} bytes of codes"
     head = sum(tensor.numel() for tensor in patch.head.values())
     facts = {
         "task": patch.task,
