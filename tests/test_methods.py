@@ -413,13 +413,13 @@ def test_tinylora_computes_what_peft_does():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_rounded_lora_keeps_the_nearest_multiples_of_a_step_for_each_part(bits):
-    network, limit = Two(), 2 ** (bits - 1) - 1
+    network, limit, in_a_byte = Two(), 2 ** (bits - 1) - 1, {8: 1, 4: 2, 2: 5}[bits]
     piece = attached(RoundedLoRA(bits, 2, targets=["weight"]), network)
     randomise(piece)
     trained = [parameter.detach().clone() for parameter in piece.parameters.values()]
     state = piece.task_state()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
-        "codes": (torch.uint8, (-(-sum(numbers.numel() for numbers in trained) * bits // 8),)),
+        "codes": (torch.uint8, (-(-sum(numbers.numel() for numbers in trained) // in_a_byte),)),
         "steps": (torch.float32, (len(trained),)),  # neither weight is fused
     }
     piece.end_task()

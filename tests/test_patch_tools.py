@@ -246,11 +246,9 @@ def test_quantize_writes_compact_patches_and_converts_them_back(run, tmp_path, c
     source, sizes = TaskPatch.load(run / SIGNS), []
     for precision, bits in (("int8", 8), ("int4", 4)):
         small, again, plain = tmp_path / precision, tmp_path / "again", tmp_path / "plain.safetensors"
-        words = ("--patch_precision", precision, "--run_dir", run)
-        assert patch("quantize", run / SIGNS, *words, "--output", small) == 0
+        assert patch("quantize", run / SIGNS, "--patch_precision", precision, "--output", small) == 0
         read = TaskPatch.load(small)
         assert read.metrics["accuracy_fp32"] == accuracy
-        assert f"{accuracy:.2f} % before, {read.metrics['accuracy']:.2f} % after" in capsys.readouterr().out
         weight = source.head["weight"] - source.head["weight"].mean(0)  # softmax does not see the mean over classes
         half_steps = read.rounded.steps.float()[:, None] / 2
         inside = read.rounded.codes.abs() < 2 ** (bits - 1) - 1
@@ -268,6 +266,25 @@ def test_quantize_writes_compact_patches_and_converts_them_back(run, tmp_path, c
         assert load_file(plain)["head/0/weight"].equal(read.head["weight"])
         sizes.append(small.stat().st_size)
     assert sizes[1] < sizes[0] < (run / SIGNS).stat().st_size / 3
+    assert patch("quantize", run / SIGNS, "--patch_precision", "int2", "--output", tmp_path / "int2") == 2
+    assert "cannot be rounded to int2 without its training images; give the --run_dir" in capsys.readouterr().err
+    assert not (tmp_path / "int2").exists()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int2"])
+def test_quantize_rounds_as_fit_does_where_it_has_the_run(precision, tiny_fit, tmp_path, capsys):
+    plain, fitted, small = tmp_path / "plain", tmp_path / "fitted", tmp_path / "small"
+    assert main(tiny_fit(run_dir=plain)) == 0
+    assert main(tiny_fit("--patch_precision", precision, run_dir=fitted)) == 0
+    source = plain / "patches/01_second.safetensors"
+    capsys.readouterr()
+    words = ("--patch_precision", precision, "--run_dir", plain, "--output", small)
+    assert patch("quantize", source, *words) == 0
+    wanted, read = TaskPatch.load(fitted / "patches/01_second.recast"), TaskPatch.load(small)
+    assert all(tensor.equal(read.stored[name]) for name, tensor in wanted.stored.items())
+    before, after = TaskPatch.load(source).metrics["accuracy"], wanted.metrics["accuracy"]
+    assert (read.metrics["accuracy_fp32"], read.metrics["accuracy"]) == (before, after)
+    assert f"test accuracy {before:.2f} % before, {after:.2f} % after" in capsys.readouterr().out
 
 
 def test_a_patch_in_half_precision_predicts(run, tmp_path):

@@ -1,6 +1,7 @@
 """Compact patches: how heads are rounded, what the file holds byte by byte, and runs that store their tasks so."""
 
 import hashlib
+import itertools
 import json
 import struct
 import subprocess
@@ -19,7 +20,7 @@ from recast_pl import TaskPatch, load
 from recast_pl.cli import main
 from recast_pl.errors import PatchError
 from recast_pl.learning.quantization import Moments, round_head
-from recast_pl.methods.rounding import pack_codes, unpack_codes
+from recast_pl.methods.rounding import choose_steps, pack_codes, unpack_codes
 
 SIGNS, NAMES = "patches/00_signs.recast", ["clocks", "flags", "led", "map_symbols", "weather"]
 TEN = [f"class number {i} of ten" for i in range(10)]
@@ -71,17 +72,50 @@ def test_rounding_compensates_errors_by_the_formula(bits):
     np.testing.assert_allclose((logits - exact).mean(0), 0, atol=1e-5)  # what the bias is solved for
 
 
+def test_two_bits_end_where_no_single_code_can_be_better():
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(40, 12)) @ generator.normal(size=(12, 12)) + 3
+    weight, bias = generator.normal(size=(5, 12)), generator.normal(size=5)
+    weight[4] = weight[:4].mean(0)  # less the mean over classes, it is 0
+    second_moment, centred = np.cov(features.T, bias=True), weight - weight.mean(0)
+    h = second_moment + (0.1 * np.trace(second_moment) / 12 + 1e-12) * np.eye(12)
+    moments = Moments.of(torch.from_numpy(features))
+    head = round_head(torch.from_numpy(weight), torch.from_numpy(bias), 2, moments)
+    plain_steps = choose_steps(torch.from_numpy(centred), 2).double().numpy()
+
+    def error(w, step, codes):
+        return (w - step * codes) @ h @ (w - step * codes)
+
+    for w, step, codes, plain_step in zip(
+        centred, head.steps.double().numpy(), head.codes.double().numpy(), plain_steps, strict=True
+    ):
+        assert set(codes) <= {-1, 0, 1}
+        reached = error(w, step, codes)
+        assert reached <= error(w, plain_step, compensated_by_least_squares(w, second_moment, plain_step, 1)) + 1e-12
+        for j in range(12):
+            for other in (-1, 0, 1):
+                changed = codes.copy()
+                changed[j] = other
+                assert reached <= error(w, step, changed) + 1e-12
+        for factor in (0.98, 1.02):  # a step has eight bits
+            assert reached <= error(w, factor * step, codes) + 1e-12
+    exact = features @ centred.T + bias - bias.mean()
+    logits = features @ head.state["weight"].double().numpy().T + head.state["bias"].double().numpy()
+    np.testing.assert_allclose((logits - exact).mean(0), 0, atol=1e-5)
+
+
 def test_rounding_with_features_beats_plain_rounding_on_them():
     torch.manual_seed(0)
     features = torch.randn(500, 64) @ torch.randn(64, 64) / 8 + 1
     weight, bias = torch.randn(5, 64), torch.zeros(5)
     exact = features @ (weight - weight.mean(0)).T
 
-    def error(moments):
-        state = round_head(weight, bias, 4, moments).state
+    def error(bits, moments):
+        state = round_head(weight, bias, bits, moments).state
         return float((features @ state["weight"].T + state["bias"] - exact).square().mean())
 
-    assert error(Moments.of(features)) < 0.5 * error(None)
+    for bits in (4, 2):
+        assert error(bits, Moments.of(features)) < 0.5 * error(bits, None)
 
 
 def test_no_other_step_gives_a_smaller_error():
@@ -101,8 +135,8 @@ def test_no_other_step_gives_a_smaller_error():
 def test_heads_of_odd_kinds_can_be_rounded():
     moments = Moments.of(torch.zeros(1, 3))  # features that never change
     for weight in (torch.zeros(2, 3), torch.full((1, 3), 7.0), torch.full((2, 3), 1e9), torch.full((2, 3), 1e-40)):
-        for given in (None, moments):
-            state = round_head(weight, torch.zeros(len(weight)), 4, given).state
+        for bits, given in itertools.product((4, 2), (None, moments)):
+            state = round_head(weight, torch.zeros(len(weight)), bits, given).state
             assert all(value.isfinite().all() for value in state.values())
             assert torch.allclose(state["weight"], weight - weight.mean(0))
 
@@ -110,17 +144,26 @@ def test_heads_of_odd_kinds_can_be_rounded():
 @pytest.mark.parametrize("width", [1, 2, 7, 384])
 def test_codes_are_packed_and_unpacked(width):
     generator = torch.Generator().manual_seed(0)
-    for bits, limit in ((4, 7), (8, 127)):
+    for bits, limit, in_a_byte in ((8, 127, 1), (4, 7, 2), (2, 1, 5), (1, 1, 8)):
         codes = torch.randint(-limit, limit + 1, (3, width), dtype=torch.int8, generator=generator)
+        codes = codes.where(codes != 0, 1) if bits == 1 else codes
         packed = pack_codes(codes, bits)
-        assert packed.shape == (3, -(-width * bits // 8))
+        assert packed.shape == (3, -(-width // in_a_byte))
         assert torch.equal(unpack_codes(packed, width, bits), codes.float())
+
+
+def test_five_codes_of_two_bits_are_the_digits_of_a_byte():
+    codes = list(itertools.product((-1, 0, 1), repeat=5))
+    packed = pack_codes(torch.tensor(codes, dtype=torch.int8), 2)
+    assert packed[:, 0].tolist() == [sum(code % 3 * 3**i for i, code in enumerate(five)) for five in codes]
+    every_byte = torch.arange(256, dtype=torch.uint8)[:, None]  # also those that no codes have
+    assert set(unpack_codes(every_byte, 5, 2).flatten().tolist()) == {-1, 0, 1}
 
 
 # the file
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_file_is_laid_out_as_documented(bits):
     patch = a_task(NAMES, 7, 3).compacted(bits)
     content = patch.to_bytes()
@@ -129,11 +172,14 @@ def test_the_file_is_laid_out_as_documented(bits):
     assert list(struct.unpack_from("<6f", content, 42)) == patch.mean + patch.std
     listed = json.loads(zlib.decompress(content[66 : 66 + length], -15))
     assert listed == ["signs", NAMES, ["Recast"], 98, patch.metrics, 7, [[["coefficients", "f2", 3]]]]
-    rest, row = content[66 + length : -32], 4 if bits == 4 else 7
+    rest, row = content[66 + length : -32], {2: 2, 4: 4, 8: 7}[bits]
     codes = np.frombuffer(rest[: 5 * row], np.uint8).reshape(5, row)
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], 2).reshape(5, 8)[:, :7].astype(int)
         codes = codes - 16 * (codes > 7)
+    elif bits == 2:
+        codes = np.stack([codes // 3**i % 3 for i in range(5)], 2).reshape(5, 10)[:, :7].astype(int)
+        codes = codes - 3 * (codes > 1)
     else:
         codes = codes.view(np.int8).astype(int)
     steps = np.frombuffer(rest[5 * row : 5 * row + 10], "<u2").astype("<u4") << 16  # bfloat16 is the upper half
@@ -144,7 +190,7 @@ def test_the_file_is_laid_out_as_documented(bits):
     assert content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_file_reads_back_and_writes_the_same_bytes(bits, tmp_path):
     patch = a_task(NAMES, 9, 3).compacted(bits)
     patch.save(tmp_path / "patch")
@@ -180,7 +226,7 @@ def test_states_keep_their_values_where_half_precision_does_not_hold_them(tmp_pa
     [(NAMES, 384, 48, 1400), (TEN, 384, 48, 2500), (NAMES, 1280, 69, 4500), (TEN[:5], 384, 48, 1400)],
 )
 def test_a_task_of_real_size_fits_its_limit(classes, features, numbers, limit):
-    for bits, row in ((4, features // 2), (8, features)):
+    for bits, row in ((2, -(-features // 5)), (4, features // 2), (8, features)):
         content = a_task(classes, features, numbers).compacted(bits).to_bytes()
         (metadata,) = struct.unpack_from("<I", content, 6)
         assert len(content) == 66 + metadata + len(classes) * (row + 2 + 4) + 2 * numbers + 32
@@ -259,9 +305,12 @@ def run(tiny_fit, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_stores_and_measures_compact_patches(run, tiny_fit, tmp_path, capsys):
+@pytest.mark.parametrize(("precision", "values"), [("int4", 15), ("int2", 3)])
+def test_a_run_stores_and_measures_compact_patches(precision, values, tiny_fit, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(tiny_fit("--patch_precision", precision)) == 0
     assert list(patches(run)) == ["00_first.recast", "01_second.recast"]
-    assert "patch_precision: int4" in (run / "config.yaml").read_text()
+    assert f"patch_precision: {precision}" in (run / "config.yaml").read_text()
     for task, content in zip(read_summary(run)["tasks"], patches(run).values(), strict=True):
         assert task["patch_bytes"] == len(content)
     capsys.readouterr()
@@ -269,7 +318,7 @@ def test_a_run_stores_and_measures_compact_patches(run, tiny_fit, tmp_path, caps
     assert "DIFFERENT" not in capsys.readouterr().out
     patch = TaskPatch.load(run / "patches" / "00_first.recast")
     assert patch.to_bytes() == patches(run)["00_first.recast"]
-    assert (patch.head["weight"] / patch.rounded.steps.float()[:, None]).unique().numel() <= 15
+    assert (patch.head["weight"] / patch.rounded.steps.float()[:, None]).unique().numel() <= values
     assert patch.metrics["accuracy"] == read_summary(run)["tasks"][0]["accuracy"]
     assert main(["patch", "verify", str(run / "patches" / "00_first.recast"), "--run_dir", str(run)]) == 0
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning import Trainer
 
 from recast_pl.cli.options import declare_data_root, declare_device, declare_trust, opened
 from recast_pl.cli.patch_merge import arithmetic, declare_arithmetic, declare_merge, declare_split, merge, split
@@ -12,10 +13,11 @@ from recast_pl.config.paths import check_images
 from recast_pl.config.run import STRICT
 from recast_pl.errors import PatchError, RunError
 from recast_pl.files import is_standard_output, write_atomic
-from recast_pl.learning.patch import TaskPatch
+from recast_pl.learning.patch import BITS, TaskPatch
+from recast_pl.learning.quantization import Moments
 from recast_pl.learning.trainer import TrainerFactory
 from recast_pl.reporting.tables import difference_tables, patch_tables
-from recast_pl.runs.evaluation import measure, restore
+from recast_pl.runs.evaluation import activate, measure, restore, split_features
 from recast_pl.runs.folder import RunFolder
 from recast_pl.runs.patch_tools import FULL_PRECISION, average_patches, compare_patches, quantize_patch
 from recast_pl.runs.signing import sign_run
@@ -37,13 +39,17 @@ def declare(parser: ArgumentParser) -> None:
         none = " (default: all versions of all tasks of the run)" if name == "verify" else ""
         action.add_argument("files", type=str, nargs=count, help=f"Patch files{none}.")
         if name in ("verify", "quantize"):
-            use = "that the patches must fit" if name == "verify" else "to measure the accuracy (default: not measured)"
+            images = "whose training images choose how the head is rounded, and whose test images measure it"
+            use = "that the patches must fit" if name == "verify" else f"{images} (default: neither)"
             action.add_argument("--run_dir", type=str | None, help=f"Folder of a run {use}.")
             declare_trust(action)
         if name == "quantize":
-            precision = "fp16 for half precision, int8 or int4 for a compact file, fp32 to convert back."
+            precision = "fp16 for half precision, int8, int4 or int2 for a compact file, fp32 to convert back."
             action.add_argument(
-                "--patch_precision", type=Literal["fp16", "int8", "int4", "fp32"], default="fp16", help=precision
+                "--patch_precision",
+                type=Literal["fp16", "int8", "int4", "int2", "fp32"],
+                default="fp16",
+                help=precision,
             )
             declare_data_root(action)
             declare_device(action)
@@ -128,14 +134,20 @@ def _average(paths: list[Path], options: Namespace) -> None:
 
 
 def _quantize(paths: list[Path], options: Namespace) -> None:
-    patch = TaskPatch.load(paths[0])
-    smaller = quantize_patch(patch, options.patch_precision)
-    note = "not measured; give --run_dir to measure its accuracy"
-    if options.run_dir is not None:
-        before, after = _measure([patch, smaller], options)
-        smaller = replace(smaller, metrics={**smaller.metrics, FULL_PRECISION: before, "accuracy": after})
-        note = f"test accuracy {before:.2f} % before, {after:.2f} % after"
-    _write(smaller, options.output, note)
+    patch, precision = TaskPatch.load(paths[0]), options.patch_precision
+    if options.run_dir is None:
+        note = "not measured; give --run_dir to round the head with training images, and to measure the accuracy"
+        _write(quantize_patch(patch, precision), options.output, note)
+        return
+    init, index, evaluator = _open_task(patch, options)
+    moments = None
+    if precision in BITS:
+        activate(init.model, init.data, index, patch.compacted(BITS[precision]))  # the states that the file will keep
+        moments = Moments.of(split_features(init.model, init.data, "train", evaluator).features)
+    smaller = quantize_patch(patch, precision, moments)
+    before, after = (measure(init.model, init.data, index, each, evaluator) for each in (patch, smaller))
+    smaller = replace(smaller, metrics={**smaller.metrics, FULL_PRECISION: before, "accuracy": after})
+    _write(smaller, options.output, f"test accuracy {before:.2f} % before, {after:.2f} % after")
 
 
 def _sign(options: Namespace) -> None:
@@ -152,18 +164,16 @@ def _sign(options: Namespace) -> None:
         open_console().print(f"small signatures written: {options.output}", soft_wrap=True)
 
 
-def _measure(patches: list[TaskPatch], options: Namespace) -> list[float]:
-    """Returns the test accuracies in percent of patches of one task of a run."""
+def _open_task(patch: TaskPatch, options: Namespace) -> tuple[Any, int, Trainer]:
+    """What the configuration of a patch's run describes, with the network built; the task's position; an evaluator."""
     run_dir, init = opened(options)
     names = [task.name for task in init.data.tasks]
-    task = patches[0].task
-    if task not in names:
-        raise RunError(f"{run_dir} has no task {task!r}, only {', '.join(names)}; give the run of the patch")
+    if patch.task not in names:
+        raise RunError(f"{run_dir} has no task {patch.task!r}, only {', '.join(names)}; give the run of the patch")
     check_images(init.data)
     init.data.prepare_data()
-    evaluator = TrainerFactory(init.trainer).for_evaluation()
-    restore(init.model, RunFolder(run_dir), patches[0].image_size)
-    return [measure(init.model, init.data, names.index(task), patch, evaluator) for patch in patches]
+    restore(init.model, RunFolder(run_dir), patch.image_size)
+    return init, names.index(patch.task), TrainerFactory(init.trainer).for_evaluation()
 
 
 def _write(patch: TaskPatch, output: str, note: str) -> None:

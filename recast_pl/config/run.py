@@ -31,7 +31,7 @@ _parsing = threading.Lock()  # jsonargparse cannot parse in several threads
 def declare_run(parser: LightningArgumentParser) -> None:
     """Adds seed, model, data and trainer to a parser, as LightningCLI does, and how patches are stored."""
     parser.add_argument("--seed_everything", type=int, default=42, help="Seed of all random numbers of the run.")
-    precision = "How patches are stored: fp32, or compactly with 8 or 4 bits for each weight of the head."
+    precision = "How patches are stored: fp32, or compactly with 8, 4 or 2 bits for each weight of the head."
     parser.add_argument(f"--{PRECISION_KEY}", type=Precision, default="fp32", help=precision)
     evaluation = "task: images whose task is known; class: also among the classes of all tasks so far."
     parser.add_argument("--evaluation", type=Literal["task", "class"], default="task", help=evaluation)

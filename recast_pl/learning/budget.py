@@ -1,7 +1,7 @@
 """What a task may cost, and what is chosen so that it does not cost more.
 
 1. `images`: as many training images are used as are allowed.
-2. `bytes`: of the ways to store the patch, from that of the run on to 8 and 4 bits, the first one that fits is taken.
+2. `bytes`: of the ways to store the patch, from that of the run on to 8, 4 and 2 bits, the first one that fits is taken.
 3. `seconds`: as many epochs are made as fit. The schedule of learning rates advances faster, so that it ends with them.
 4. `memory`: nothing is chosen; the task is refused after its first step.
 
@@ -30,7 +30,7 @@ class Budget:
         memory: The most bytes that the process, or its GPU, has had after the first step, earlier tasks included. If
             they are more, the task is refused.
         bytes: Size of the patch on disk, without its signature. If it is larger with `patch_precision`, its head is
-            stored with 8 or with 4 bits for each weight. If it is too large even so, it is refused before training.
+            stored with 8, 4 or 2 bits for each weight. If it is too large even so, it is refused before training.
         images: Training images; about as many of each class, by their names and the seed. At least one of each class.
 
     Raises:
@@ -69,7 +69,7 @@ class Budget:
             if size <= self.bytes:
                 return precision
         raise RunError(
-            f"budget.bytes={self.bytes} is too small for task {patch.task!r}: its patch takes {size:,} bytes with 4 "
+            f"budget.bytes={self.bytes} is too small for task {patch.task!r}: its patch takes {size:,} bytes with 2 "
             "bits for each weight of the head; set at least these, or use a method that trains fewer numbers"
         )
 

@@ -5,7 +5,7 @@ container needs nothing but the standard library. All numbers are little-endian:
 
     4    `RCST`
     1    version of the format: 1
-    1    bits per weight of the head: 8 or 4
+    1    bits per weight of the head: 8, 4 or 2
     4    bytes of the metadata
     32   SHA-256 of the base
     24   mean and standard deviation of the channels, 3 + 3 numbers in single precision
@@ -121,7 +121,7 @@ def _unpack(content: bytes) -> Content:
     start = _HEADER.size + length
     *listed, features, states = json.loads(_inflate(content[_HEADER.size : start]))
     facts = dict(zip(_IN_JSON, listed, strict=True)) | {"base": base.hex(), "mean": colours[:3], "std": colours[3:]}
-    if bits not in (8, 4):
+    if bits not in (8, 4, 2):
         raise ValueError(f"the head has {bits} bits per weight")
     classes = len(facts["classes"])
     kinds = [(torch.uint8, (classes, packed_width(features, bits))), (torch.bfloat16, (classes,))]

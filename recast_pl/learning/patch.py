@@ -25,10 +25,10 @@ from recast_pl.rules import (
     read_size,
 )
 
-Precision = Literal["fp32", "int8", "int4"]
-"""How a patch is stored: all in single precision, or compactly with 8 or 4 bits for each weight of the head."""
+Precision = Literal["fp32", "int8", "int4", "int2"]
+"""How a patch is stored: all in single precision, or compactly with 8, 4 or 2 bits for each weight of the head."""
 
-BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
+BITS: dict[Precision, int] = {"int8": 8, "int4": 4, "int2": 2}
 """Bits for each weight of the head in a compact patch."""
 
 _FORMAT = 1
@@ -97,7 +97,7 @@ class TaskPatch:
         """A copy with the values that a compact file keeps: a rounded head, and states in half precision.
 
         Args:
-            bits: For each weight of the head: 8 or 4.
+            bits: For each weight of the head: 8, 4 or 2.
             moments: Of the features of training images, to choose codes and bias by; None to round to the nearest.
         """
         if self.rounded is not None and self.rounded.bits == bits and moments is None:

@@ -1,4 +1,7 @@
-"""Numbers as whole multiples of a step for each row, with 8, 4, 2 or 1 bits for each multiple."""
+"""Numbers as whole multiples of a step for each row, with 8, 4, 2 or 1 bits for each multiple.
+
+With 2 bits a code is -1, 0 or 1, so that a byte has room for five of them.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,11 @@ from torch import Tensor
 
 _SHRINKING = torch.linspace(1, 0.4, 61, dtype=torch.float64)
 """Steps to try, as fractions of the one that reaches the largest number of a row."""
+
+_VALUES = {8: 256, 4: 16, 2: 3, 1: 2}
+"""How many values the file tells apart for a code of so many bits."""
+
+_CODES_PER_BYTE = {8: 1, 4: 2, 2: 5, 1: 8}
 
 
 def _largest_code(bits: int) -> int:
@@ -44,21 +52,25 @@ def choose_steps(rows: Tensor, bits: int) -> Tensor:
 
 def packed_width(width: int, bits: int) -> int:
     """Bytes of a row of `pack_codes`."""
-    return -(-width * bits // 8)
+    return -(-width // _CODES_PER_BYTE[bits])
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (R, D) in int8 as bytes (R, `packed_width`), of fewer than 8 bits the first in the lowest bits."""
-    digits = (codes > 0).view(torch.uint8) if bits == 1 else codes.view(torch.uint8) & 2**bits - 1
-    of_byte = F.pad(digits, (0, -codes.shape[1] % (8 // bits))).unflatten(1, (-1, 8 // bits))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    packed: Tensor = (of_byte << shifts).sum(-1, dtype=torch.uint8)
+    """Codes (R, D) in int8 as bytes (R, `packed_width`): numbers of base 256, 16, 3 or 2, the first digit the lowest.
+
+    A negative code is a digit less the base; with 1 bit, 1 is the digit 1, and -1 the digit 0.
+    """
+    base, count = _VALUES[bits], _CODES_PER_BYTE[bits]
+    digits = (codes > 0 if bits == 1 else codes.short() % base).to(torch.uint8)
+    of_byte = F.pad(digits, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
+    powers = (base ** torch.arange(count, device=codes.device)).to(torch.uint8)
+    packed: Tensor = (of_byte * powers).sum(-1, dtype=torch.uint8)
     return packed
 
 
 def unpack_codes(packed: Tensor, width: int, bits: int) -> Tensor:
     """The codes (R, D) that `pack_codes` packed, in single precision, by arithmetic that every runtime has."""
-    values = int(2**bits)
-    shifted = (packed.float()[:, :, None] / 2 ** torch.arange(0, 9, bits, device=packed.device)).floor()
-    digits: Tensor = (shifted[:, :, :-1] - values * shifted[:, :, 1:]).flatten(1)[:, :width]
-    return 2 * digits - 1 if bits == 1 else digits - values * (digits >= values / 2).float()
+    base, count = _VALUES[bits], _CODES_PER_BYTE[bits]
+    shifted = (packed.float()[:, :, None] / base ** torch.arange(count + 1, device=packed.device)).floor()
+    digits: Tensor = (shifted[:, :, :-1] - base * shifted[:, :, 1:]).flatten(1)[:, :width]
+    return 2 * digits - 1 if bits == 1 else digits - base * (digits >= base / 2).float()
