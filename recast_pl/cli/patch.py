@@ -45,12 +45,8 @@ def declare(parser: ArgumentParser) -> None:
             declare_trust(action)
         if name == "quantize":
             precision = "fp16 for half precision, int8, int4 or int2 for a compact file, fp32 to convert back."
-            action.add_argument(
-                "--patch_precision",
-                type=Literal["fp16", "int8", "int4", "int2", "fp32"],
-                default="fp16",
-                help=precision,
-            )
+            choices = Literal["fp16", "int8", "int4", "int2", "fp32"]
+            action.add_argument("--patch_precision", type=choices, default="fp16", help=precision)
             declare_data_root(action)
             declare_device(action)
         if name in ("average", "quantize"):

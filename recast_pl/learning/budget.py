@@ -1,7 +1,7 @@
 """What a task may cost, and what is chosen so that it does not cost more.
 
 1. `images`: as many training images are used as are allowed.
-2. `bytes`: of the ways to store the patch, from that of the run on to 8, 4 and 2 bits, the first one that fits is taken.
+2. `bytes`: of the ways to store the patch, from that of the run on to 8, 4 and 2 bits, the first that fits is taken.
 3. `seconds`: as many epochs are made as fit. The schedule of learning rates advances faster, so that it ends with them.
 4. `memory`: nothing is chosen; the task is refused after its first step.
 

@@ -120,8 +120,8 @@ def quantize_patch(
         return patch
     if precision == "int2" and moments is None:
         raise PatchError(
-            f"task {patch.task!r} cannot be rounded to int2 without its training images; give the --run_dir of its run, "
-            "or choose int4"
+            f"task {patch.task!r} cannot be rounded to int2 without its training images; give the --run_dir of its "
+            "run, or choose int4"
         )
     return _measured_before(patch.compacted(bits, moments))
 

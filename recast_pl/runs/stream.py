@@ -72,7 +72,7 @@ class Stream:
         config: Content of `config.yaml`, which the command line needs to open the run; None to write none.
         console: Where progress is printed; None for the terminal.
         presentation: Writes and shows tables and pictures; None to write `summary.json` alone.
-        precision: How patches are stored; `int8`, `int4` and `int2` for compact ones. Accuracies are those of stored patches.
+        precision: How patches are stored; all but `fp32` are compact. Accuracies are those of stored patches.
         class_evaluation: Measures how images are classified among the classes of all tasks; None for not at all.
         budget: What each task may cost; None for no limit.
     """
