@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from recast_pl import BackboneConfig, SequentialTaskDataModule, TaskConfig, TaskPatch
+from recast_pl.learning.patch import BITS
 from recast_pl.learning.quantization import Moments, RoundedHead, round_head
 
 CLIPART = Path(__file__).parents[1] / "data" / "clipart"
@@ -137,7 +138,7 @@ def main() -> None:
         means = np.array([np.mean(pairs, axis=0) for pairs in tasks.values()])  # (tasks, 2)
         change, same = means.mean(0)
         wide = t.ppf(0.975, len(means) - 1) * sem(means[:, 0])
-        size = f"{size_of(bits):,}" if bits in (4, 8) else ""
+        size = f"{size_of(bits):,}" if bits in BITS.values() else ""
         print(f"| {bits} | {way} | {change:+.2f} | ±{wide:.2f} | {same:.1f} | {size} |")
 
 
