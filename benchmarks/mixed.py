@@ -3,8 +3,9 @@
     uv run python benchmarks/mixed.py --weights dinov2_vits14.safetensors
     uv run python benchmarks/mixed.py --weights random --device cuda --size 224
 
-64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of `vit_best.yaml` (48).
-Each task of `--method chosen` has entries drawn at random; real tasks share more of them, which costs less. The
+64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of spectral templates (48).
+Each task of `--method chosen` has entries drawn at random; real tasks share more of them, which costs less. With
+`--run_dir`, tasks have the numbers of the trained tasks of a run, in turn, which needs the run's method and size. The
 contenders take turns, and the median of the ratios of all rounds is printed. `switching` activates each image's task
 and runs the merged network for it; `one by one` is the same within the library; `weights` and `products` are one pass
 for all tasks, in which every layer uses that strategy; `rule` lets each layer choose as
@@ -21,7 +22,18 @@ from pathlib import Path
 
 import torch
 
-from recast_pl import AdaptFormer, BackboneConfig, BankLayout, Chosen, LoRA, Predictor, Recast, Spectral, TILModule
+from recast_pl import (
+    AdaptFormer,
+    BackboneConfig,
+    BankLayout,
+    Chosen,
+    LoRA,
+    Predictor,
+    Recast,
+    Spectral,
+    TaskPatch,
+    TILModule,
+)
 
 BACKBONE = "vit_small_patch14_dinov2"
 MLP = BankLayout([r"mlp\.fc[12]\.weight"], groups=6, templates=2, coefficient_sets=2)
@@ -38,7 +50,11 @@ def build(options):
     module.build(options.size)
     module.begin_task("task", list("abcde"))
     patch = module.patch({})
-    tasks = [dataclasses.replace(patch, task=f"task{i}", pieces=[moved(piece)]) for i in range(options.tasks)]
+    states = [moved(piece) for _ in range(options.tasks)]
+    if options.run_dir:
+        trained = [TaskPatch.load(path).pieces[0] for path in sorted(options.run_dir.glob("patches/*"))]
+        states = [trained[i % len(trained)] for i in range(options.tasks)]
+    tasks = [dataclasses.replace(patch, task=f"task{i}", pieces=[state]) for i, state in enumerate(states)]
     return module.to(options.device).eval(), tasks
 
 
@@ -125,6 +141,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help=f"safetensors of timm's {BACKBONE}, or random")
     parser.add_argument("--method", choices=list(METHODS), default="recast")
+    parser.add_argument("--run_dir", type=Path, help="run whose tasks are used")
     parser.add_argument("--size", type=int, default=98, help="height and width of images")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--tasks", type=int, default=64)

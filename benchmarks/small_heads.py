@@ -2,8 +2,8 @@
 
     uv run python benchmarks/small_heads.py logs/board/clipart/chosen logs/board/emoji/chosen
 
-Each argument is the folder of one method that a board made on one stream. Of its seeds, the runs at the best rate are
-used, which is the only one with several. Accuracies are means over tasks, of the test images; differences to the patch
+Each argument is the folder of one method that a board made on one stream. The runs are those of its best rate, the only
+one with several seeds. Accuracies are means over tasks, of the test images; differences to the patch
 of the run are paired by seed, with 95 % confidence intervals over seeds. Bytes are those of whole files.
 """
 
@@ -21,9 +21,8 @@ from recast_pl.cli import main as recast_pl
 
 
 def runs(method: Path) -> list[Path]:
-    """The runs of all seeds at the rate that has most of them; a method without rates has its seeds in its folder."""
-    rates = [sorted(p.parent for p in folder.glob("*/summary.json")) for folder in (method, *method.glob("rate-*"))]
-    return max(rates, key=len)
+    """The runs of all seeds at the rate that has most of them."""
+    return max((sorted(p.parent for p in rate.glob("*/summary.json")) for rate in method.iterdir()), key=len)
 
 
 def quantized(run: Path, precision: str) -> list[TaskPatch]:

@@ -109,7 +109,7 @@ def quantize_patch(
 
     Raises:
         PatchError: If a number is too large for half precision, or if moments are missing for `int2`: rounding to the
-            nearest of so few values costs 6 to 13 points.
+            nearest of so few values costs 6 points (`benchmarks/RESULTS.md`, heads of few bits).
     """
     if precision == "fp32":
         return patch.widened()
