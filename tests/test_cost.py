@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from recast_pl import Signature, TILModule
+from recast_pl import Signature, TaskPatch, TILModule
 from recast_pl.backbones.backbone import Backbone
 from recast_pl.cli import main
 from recast_pl.learning import cost
@@ -39,8 +39,8 @@ class Clock:
         return self.now
 
 
-def records(tmp_path):
-    return [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "tasks").glob("*.json"))]
+def records(tmp_path, run="run"):
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / run / "tasks").glob("*.json"))]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -98,6 +98,9 @@ def test_a_patch_that_would_be_too_large_is_stored_with_fewer_bits(tiny_fit, tin
     assert patch.stat().st_size == record["task"]["patch_bytes"] < plain
     assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
     assert "equal" in capsys.readouterr().out
+    of_four_bits = len(TaskPatch.load(patch).compacted(4).to_bytes())
+    assert main(tiny_fit("--budget.bytes", of_four_bits - 8, run_dir=tmp_path / "smallest")) == 0
+    assert records(tmp_path, "smallest")[0]["cost"]["chosen"]["precision"] == "int2"
     assert main(tiny_fit("--budget.bytes", 300, run_dir=tmp_path / "none")) == 2
     error = capsys.readouterr().err
     assert "budget.bytes=300 is too small for task 'first': its patch takes" in error
