@@ -3,7 +3,7 @@
     uv run python benchmarks/mixed.py --weights dinov2_vits14.safetensors
     uv run python benchmarks/mixed.py --weights random --device cuda --size 224
 
-64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of spectral templates (48).
+64 images of 64 tasks of RECAST on the MLPs (24 weights, n = 2) or, with `--method spectral`, of spectral templates.
 Each task of `--method chosen` has entries drawn at random; real tasks share more of them, which costs less. With
 `--run_dir`, tasks have the numbers of the trained tasks of a run, in turn, which needs the run's method and size. The
 contenders take turns, and the median of the ratios of all rounds is printed. `switching` activates each image's task

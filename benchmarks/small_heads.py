@@ -3,14 +3,15 @@
     uv run python benchmarks/small_heads.py logs/board/clipart/chosen logs/board/emoji/chosen
 
 Each argument is the folder of one method that a board made on one stream. The runs are those of its best rate, the only
-one with several seeds. Accuracies are means over tasks, of the test images; differences to the patch
-of the run are paired by seed, with 95 % confidence intervals over seeds. Bytes are those of whole files.
+one with several seeds. Accuracies are those of test images, means over tasks. Differences are those to the patches of
+the runs, paired by seed, with 95 % confidence intervals over seeds. Bytes are those of whole files.
 """
 
 import argparse
 import contextlib
 import io
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def quantized(run: Path, precision: str) -> list[TaskPatch]:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", type=Path, nargs="+", help="folders of methods")
     parser.add_argument("--patch_precision", default="int2")
